@@ -1,0 +1,34 @@
+"""Attention with linear cost, as a library: layouts, specs, plans, backends. PyTorch only; never imports ComfyUI.
+
+Sizes: B batch, H heads, N tokens, D head dimension, T text tokens; a grid is (frames, height, width) in tokens. Tensors
+are (B, H, N, D).
+"""
+
+from .backends import attention
+from .clear import clear_attention
+from .cost import attention_cost
+from .layout import Reason, Segment, TokenLayout, grid_segment
+from .plans import Plan, select_sites
+from .reference import reference_attention
+from .specs import ChunkedSpec, ClearSpec, DenseSpec, HeadGroup, HeadSplit, HybridSpec, LinearSpec, radius_per_head
+
+__all__ = [
+    "ChunkedSpec",
+    "ClearSpec",
+    "DenseSpec",
+    "HeadGroup",
+    "HeadSplit",
+    "HybridSpec",
+    "LinearSpec",
+    "Plan",
+    "Reason",
+    "Segment",
+    "TokenLayout",
+    "attention",
+    "attention_cost",
+    "clear_attention",
+    "grid_segment",
+    "radius_per_head",
+    "reference_attention",
+    "select_sites",
+]

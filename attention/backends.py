@@ -1,0 +1,190 @@
+"""Which implementation runs a call: each backend says what it cannot do, `auto` takes the first that can.
+
+An explicitly requested backend never falls back to another one; that is decided by `attention/runtime.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .clear import clear_attention
+from .layout import Reason, TokenLayout
+from .memory import LongLived
+from .reference import MAX_TOKENS, reference_attention
+from .specs import ClearSpec, DenseSpec, SiteSpec, groups_of
+
+AUTO = "auto"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The facts a backend decides on.
+
+    Args:
+        spec: what the site runs.
+        layout: the tokens of the call.
+        shape: (B, H, N, D).
+        dtype, device: of the query.
+        needs_grad: whether gradients will be asked for.
+    """
+
+    spec: SiteSpec
+    layout: TokenLayout
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+    needs_grad: bool = False
+
+
+class Backend(Protocol):
+    """One way to compute a site."""
+
+    name: str
+
+    def can_run(self, call: Call) -> Reason | None:
+        """Return why this backend cannot run the call, or None if it can."""
+        ...
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        call: Call,
+        *,
+        scale: float | None,
+        pool_weight: Tensor | None,
+        memory: LongLived | None,
+    ) -> Tensor:
+        """Return (B, H, N, D) in the dtype of `query`."""
+        ...
+
+
+class TorchBackend:
+    """PyTorch on any device, memory linear in tokens, differentiable."""
+
+    name = "torch"
+
+    def can_run(self, call: Call) -> Reason | None:  # noqa: D102
+        return _wrong_input(call) or _kinds_other_than(call, ClearSpec, "torch")
+
+    def run(self, query, key, value, call, *, scale, pool_weight, memory):  # noqa: ANN001, ANN201, D102
+        groups = groups_of(call.spec, query.shape[1])
+        options = {"scale": scale, "pool_weight": pool_weight, "memory": memory}
+        if len(groups) == 1:
+            return clear_attention(query, key, value, call.layout, groups[0].spec, **options)
+        order, parts = [], []
+        for group in groups:
+            heads = torch.tensor(group.heads, device=query.device)
+            chosen = (tensor.index_select(1, heads) for tensor in (query, key, value))
+            parts.append(clear_attention(*chosen, call.layout, group.spec, **options))
+            order += group.heads
+        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=query.device)
+        return torch.cat(parts, dim=1).index_select(1, back)
+
+
+class ReferenceBackend:
+    """The float64 oracle, for checking a picture against it; small inputs only."""
+
+    name = "reference"
+
+    def can_run(self, call: Call) -> Reason | None:  # noqa: D102
+        if call.layout.num_tokens > MAX_TOKENS:
+            text = f"the reference holds every pair of tokens and stops at {MAX_TOKENS}, this call has {call.shape[2]}"
+            return Reason("tokens", text)
+        return _wrong_input(call) or _kinds_other_than(call, DenseSpec | ClearSpec, "reference")
+
+    def run(self, query, key, value, call, *, scale, pool_weight, memory):  # noqa: ANN001, ANN201, D102
+        result = reference_attention(
+            query, key, value, call.layout, call.spec, scale=scale, pool_weight=pool_weight
+        )
+        return result.to(query.dtype)
+
+
+TORCH = TorchBackend()
+REFERENCE = ReferenceBackend()
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TORCH, REFERENCE)}
+AUTO_ORDER: tuple[Backend, ...] = (TORCH,)
+
+
+def choose_backend(call: Call, wanted: str = AUTO) -> tuple[Backend | None, tuple[Reason, ...]]:
+    """Return the backend for a call, and the reasons of those that were passed over.
+
+    Args:
+        call: the facts.
+        wanted: `auto`, or the name of one backend.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    if wanted != AUTO and wanted not in BACKENDS:
+        raise ValueError(f"backend is one of {', '.join([AUTO, *BACKENDS])}, got {wanted!r}")
+    candidates: Sequence[Backend] = AUTO_ORDER if wanted == AUTO else (BACKENDS[wanted],)
+    reasons = []
+    for backend in candidates:
+        reason = backend.can_run(call)
+        if reason is None:
+            return backend, tuple(reasons)
+        reasons.append(reason)
+    return None, tuple(reasons)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    spec: SiteSpec,
+    *,
+    scale: float | None = None,
+    pool_weight: Tensor | None = None,
+    backend: str = AUTO,
+    memory: LongLived | None = None,
+) -> Tensor:
+    """Return the attention that `spec` describes.
+
+    Shapes:
+        query, key, value: (B, H, N, D), any strides. Output: (B, H, N, D).
+
+    Args:
+        layout: the tokens, N = layout.num_tokens.
+        spec: kind and parameters; `radius_per_head` makes one with a radius for each head.
+        scale: factor on q . k; None takes the spec's own, usually 1 / sqrt(D).
+        pool_weight: (d, d) weights of pooled tokens; None means 1 / d^2.
+        backend: `auto`, `torch` or `reference`.
+        memory: keeps tables between calls.
+
+    Returns:
+        A tensor in the dtype of `query`.
+
+    Raises:
+        ValueError: no backend, or not the wanted one, can run the call; the sentence gives its reason.
+    """
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    batch, heads, tokens, head_dim = query.shape
+    call = Call(spec, layout, (batch, heads, tokens, head_dim), query.dtype, query.device, needs_grad)
+    chosen, reasons = choose_backend(call, backend)
+    if chosen is None:
+        raise ValueError("; ".join(map(str, reasons)))
+    return chosen.run(query, key, value, call, scale=scale, pool_weight=pool_weight, memory=memory)
+
+
+def _wrong_input(call: Call) -> Reason | None:
+    if call.dtype not in FLOATS:
+        return Reason("dtype", f"attention needs floating point tensors, got {call.dtype}")
+    try:
+        groups_of(call.spec, call.shape[1])
+    except ValueError as error:
+        return Reason("heads", str(error))
+    return call.layout.mismatch(call.shape[2])
+
+
+def _kinds_other_than(call: Call, supported: type, backend: str) -> Reason | None:
+    for group in groups_of(call.spec, call.shape[1]):
+        if not isinstance(group.spec, supported):
+            return Reason("kind", f"backend {backend} does not run kind {group.spec.kind}")
+    return None

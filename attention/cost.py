@@ -1,0 +1,113 @@
+"""What attention costs: exact pairs of query and key, FLOPs and bytes, without running anything.
+
+Counts are for the core of attention, without projections and rotary embedding. Kinds that no backend runs have no cost
+here.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+from .layout import Grid, TokenLayout
+from .specs import ClearSpec, DenseSpec, SiteSpec, groups_of
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one forward of one site costs, per item of the batch.
+
+    Args:
+        pairs: (query, key) pairs that are allowed, summed over heads.
+        flops: floating point operations of the two matrix products, 4 * D per pair.
+        moved_bytes: bytes of q, k, v and the output, each touched once: the least that has to move.
+    """
+
+    pairs: int
+    flops: int
+    moved_bytes: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.pairs + other.pairs, self.flops + other.flops, self.moved_bytes + other.moved_bytes)
+
+
+@functools.lru_cache(maxsize=1024)
+def disc_pairs(grid: Grid, radius: int, temporal_radius: int = 0) -> int:
+    """Return the number of (query, key) pairs of grid tokens that see each other under CLEAR.
+
+    pairs = sum over offsets (dt, dy, dx) in the disc of (frames - |dt|) (height - |dy|) (width - |dx|).
+
+    Args:
+        grid: (frames, height, width) in tokens.
+        radius: in tokens, strict.
+        temporal_radius: in frames, strict; 0 lets every frame see every frame.
+
+    Source: mask of CLEAR (arXiv 2412.16112); the sum is checked against brute force in the tests.
+    """
+    frames, height, width = grid
+    squared = max(temporal_radius, 1) ** 2
+    total = 0
+    for dt in range(frames):
+        across = (frames - dt) * (1 if dt == 0 else 2)
+        # whole numbers: dt^2 r^2 + (dy^2 + dx^2) rt^2 < r^2 rt^2
+        left = radius**2 * squared - (dt**2 * radius**2 if temporal_radius else 0)
+        if left > 0:
+            total += across * _plane_pairs(height, width, (left - 1) // squared)
+    return total
+
+
+def _plane_pairs(height: int, width: int, largest: int) -> int:
+    """Return the pairs of cells of one plane whose squared distance is at most `largest`."""
+    total = 0
+    for dy in range(min(height - 1, math.isqrt(largest)) + 1):
+        reach = min(width - 1, math.isqrt(largest - dy * dy))
+        row = width + 2 * sum(width - dx for dx in range(1, reach + 1))
+        total += (height - dy) * (1 if dy == 0 else 2) * row
+    return total
+
+
+def pooled_tokens(grid: Grid, down_factor: int) -> int:
+    """Return the number of pooled tokens of a grid; squares at the border may be partial."""
+    if down_factor == 1:
+        return 0
+    frames, height, width = grid
+    return frames * math.ceil(height / down_factor) * math.ceil(width / down_factor)
+
+
+def clear_pairs(spec: ClearSpec, layout: TokenLayout) -> int:
+    """Return the (query, key) pairs of one head under CLEAR.
+
+    Global queries see every token but no pooled one; grid queries see the global tokens, their disc and the pooled
+    tokens of their own grid.
+    """
+    pairs = layout.num_global * layout.num_tokens
+    for _, grid in layout.grids:
+        tokens = math.prod(grid)
+        pairs += tokens * (layout.num_global + pooled_tokens(grid, spec.down_factor))
+        pairs += disc_pairs(grid, spec.radius, spec.temporal_radius)
+    return pairs
+
+
+def attention_cost(
+    spec: SiteSpec, layout: TokenLayout, num_heads: int, head_dim: int, bytes_per_value: int = 2
+) -> Cost:
+    """Return the cost of one site.
+
+    Args:
+        spec: what the site runs.
+        layout: the tokens of the call.
+        num_heads, head_dim: H and D.
+        bytes_per_value: of q, k, v and output; 2 for fp16 and bf16.
+
+    Raises:
+        ValueError: a kind that no backend runs, or a split that names another number of heads.
+    """
+    pairs = 0
+    for group in groups_of(spec, num_heads):
+        if isinstance(group.spec, DenseSpec):
+            pairs += len(group.heads) * layout.num_tokens**2
+        elif isinstance(group.spec, ClearSpec):
+            pairs += len(group.heads) * clear_pairs(group.spec, layout)
+        else:
+            raise ValueError(f"the cost of kind {group.spec.kind} is not known; dense and clear are")
+    moved = 4 * layout.num_tokens * num_heads * head_dim * bytes_per_value
+    return Cost(pairs, 4 * head_dim * pairs, moved)

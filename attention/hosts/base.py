@@ -1,0 +1,75 @@
+"""What the pack needs to know about an architecture: its sites, and the token layout of a call.
+
+A host recognises a model by structure, never by class, so that quantised and wrapped modules are recognised too. It
+computes nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..layout import Reason, TokenLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One self-attention of a model: a stable id such as `single.17`, and its sizes."""
+
+    id: str
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCall:
+    """One forward of the diffusion model as the host application calls it."""
+
+    module: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+    def argument(self, position: int, name: str) -> Any:
+        """Return an argument given by position or by name, else None."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name)
+
+
+class Host(Protocol):
+    """An architecture. One instance per architecture; it holds no state."""
+
+    name: str
+    title: str
+    default_text_tokens: int
+
+    def mismatch(self, module: Any) -> Reason | None:
+        """Return why `module` is not of this architecture, or None if it is."""
+        ...
+
+    def sites(self, module: Any) -> tuple[Site, ...]:
+        """Return the self-attention sites in the order they run."""
+        ...
+
+    def layout(self, call: ModelCall) -> TokenLayout | Reason:
+        """Return the tokens of every self-attention of this forward, or why they cannot be told."""
+        ...
+
+    def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
+        """Return the layout for a picture or clip of this many pixels and frames, before anything runs."""
+        ...
+
+    def site_of(self, options: Mapping[str, Any]) -> str | None:
+        """Return the site that issues a self-attention call with these transformer options; None for other calls."""
+        ...
+
+
+def missing_attributes(module: Any, paths: Sequence[str]) -> tuple[str, ...]:
+    """Return those of the dotted attribute paths that `module` lacks; numbers index into lists."""
+    return tuple(path for path in paths if not _has(module, path))
+
+
+def _has(module: Any, path: str) -> bool:
+    for part in path.split("."):
+        try:
+            module = module[int(part)] if part.isdigit() else getattr(module, part)
+        except (AttributeError, IndexError, KeyError, TypeError):
+            return False
+    return True

@@ -1,0 +1,130 @@
+"""Where each token of a self-attention call lies: text, grids, references.
+
+A `TokenLayout` names the segments of one call in sequence order. It does not know models, radii or kernels; hosts make
+it, everything below reads it.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+Grid = tuple[int, int, int]  # (frames, height, width) in tokens, row-major, width fastest
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why something was not done: a stable code for counting and one sentence for people."""
+
+    code: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of consecutive tokens.
+
+    Args:
+        role: what the tokens are: "text", "main", "reference", "register", "pad".
+        length: number of tokens, at least 0.
+        grid: (frames, height, width) of a segment whose tokens attend locally; None makes its tokens global, which
+            means that they see, and are seen by, every token.
+
+    Raises:
+        ValueError: the length is negative, or is not the product of the grid.
+    """
+
+    role: str
+    length: int
+    grid: Grid | None = None
+
+    def __post_init__(self) -> None:
+        if self.length < 0:
+            raise ValueError(f"a segment holds 0 or more tokens, got {self.role} with length={self.length}")
+        if self.grid is not None and (min(self.grid) < 1 or math.prod(self.grid) != self.length):
+            raise ValueError(f"the {self.role} segment has {self.length} tokens, its grid {self.grid} does not")
+
+
+def grid_segment(role: str, frames: int, height: int, width: int) -> Segment:
+    """Return a local segment with one token per cell of `frames` x `height` x `width`."""
+    return Segment(role, frames * height * width, (frames, height, width))
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A segment placed in the sequence: its tokens are `start` to `stop` (exclusive)."""
+
+    start: int
+    segment: Segment
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.segment.length
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLayout:
+    """The segments of one self-attention call, in sequence order.
+
+    Segments follow each other without gap or overlap, so a layout covers its sequence exactly; `mismatch` compares
+    that with the tokens that really arrived.
+
+    Args:
+        segments: in sequence order; any number of grids and global segments, in any order.
+    """
+
+    segments: tuple[Segment, ...]
+    spans: tuple[Span, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        spans, start = [], 0
+        for segment in self.segments:
+            spans.append(Span(start, segment))
+            start += segment.length
+        object.__setattr__(self, "spans", tuple(spans))
+
+    @classmethod
+    def of(cls, segments: Iterable[Segment]) -> "TokenLayout":
+        """Return the layout of `segments`, empty ones left out."""
+        return cls(tuple(segment for segment in segments if segment.length))
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the length of the sequence."""
+        return sum(segment.length for segment in self.segments)
+
+    @property
+    def num_global(self) -> int:
+        """Number of tokens that see, and are seen by, every token."""
+        return sum(segment.length for segment in self.segments if segment.grid is None)
+
+    @property
+    def grids(self) -> tuple[tuple[int, Grid], ...]:
+        """(first token, grid) of every local segment, in sequence order."""
+        return tuple((span.start, span.segment.grid) for span in self.spans if span.segment.grid is not None)
+
+    @property
+    def global_ranges(self) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of the global tokens, neighbouring segments joined."""
+        ranges: list[tuple[int, int]] = []
+        for span in self.spans:
+            if span.segment.grid is not None or span.segment.length == 0:
+                continue
+            if ranges and ranges[-1][1] == span.start:
+                ranges[-1] = (ranges[-1][0], span.stop)
+            else:
+                ranges.append((span.start, span.stop))
+        return tuple(ranges)
+
+    def mismatch(self, num_tokens: int) -> Reason | None:
+        """Return why this layout cannot describe a call of `num_tokens` tokens, or None if it covers it exactly."""
+        if num_tokens == self.num_tokens:
+            return None
+        parts = " + ".join(f"{segment.length} {segment.role}" for segment in self.segments)
+        return Reason(
+            "layout",
+            f"the attention call has {num_tokens} tokens where {parts} = {self.num_tokens} were expected;"
+            " another node adds or removes tokens",
+        )

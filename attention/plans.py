@@ -1,0 +1,145 @@
+"""Plans: which spec each site of a host runs, with site expressions and the JSON form `linearize/plan/1`.
+
+A plan is data; `attention/runtime.py` acts on it.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .specs import DenseSpec, SiteSpec, spec_from_json, spec_to_json
+
+PLAN_FORMAT = "linearize/plan/1"
+PART = re.compile(r"^(?P<group>[a-z][a-z0-9_]*)(?:\.(?P<first>\d+)(?:-(?P<last>\d+))?)?$")
+
+
+def select_sites(expression: str, sites: Sequence[str]) -> tuple[str, ...]:
+    """Return the sites that an expression names, in the host's order.
+
+    Args:
+        expression: comma-separated parts; a part is `all`, a group (`double`), a site (`single.10`) or a range with
+            both ends included (`single.10-37`).
+        sites: the host's site ids.
+
+    Raises:
+        ValueError: a part cannot be read or names no site; the sentence says which groups there are.
+    """
+    chosen: set[str] = set()
+    for part in (part.strip() for part in expression.split(",")):
+        match = PART.match(part)
+        if match is None:
+            raise ValueError(
+                f"cannot read {part!r} in sites {expression!r}; write for example all, double or single.10-37"
+            )
+        found = {site for site in sites if part == "all" or _names(match, site)}
+        if not found:
+            raise ValueError(f"{part!r} names no site of this model, which has {describe_sites(sites)}")
+        chosen |= found
+    return tuple(site for site in sites if site in chosen)
+
+
+def _names(match: re.Match[str], site: str) -> bool:
+    group, _, number = site.rpartition(".")
+    if match["group"] != group:
+        return False
+    if match["first"] is None:
+        return True
+    return int(match["first"]) <= int(number) <= int(match["last"] or match["first"])
+
+
+def describe_sites(sites: Sequence[str]) -> str:
+    """Return site ids in the short form of expressions, for example `double.0-18, single.0-37`."""
+    parts, start = [], 0
+    for stop in range(1, len(sites) + 1):
+        group, _, first = sites[start].rpartition(".")
+        following = f"{group}.{int(first) + stop - start}"
+        if stop < len(sites) and sites[stop] == following:
+            continue
+        parts.append(f"{group}.{first}" if stop == start + 1 else f"{group}.{first}-{int(first) + stop - start - 1}")
+        start = stop
+    return ", ".join(parts)
+
+
+def group_sites(specs: Mapping[str, SiteSpec]) -> tuple[tuple[str, SiteSpec], ...]:
+    """Return (site expression, spec) pairs for specs given site by site, equal specs in one pair."""
+    distinct: list[SiteSpec] = []
+    for spec in specs.values():
+        if spec not in distinct:
+            distinct.append(spec)
+    named = ((describe_sites([site for site in specs if specs[site] == spec]), spec) for spec in distinct)
+    return tuple((expression.replace(" ", ""), spec) for expression, spec in named)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The spec of every site of one host.
+
+    Args:
+        host: the architecture it was written for, such as "flux".
+        default: the spec of sites that no rule names.
+        rules: (site expression, spec) pairs; where two name the same site, the later one holds.
+    """
+
+    host: str
+    default: SiteSpec = DenseSpec()
+    rules: tuple[tuple[str, SiteSpec], ...] = ()
+
+    def resolve(self, sites: Sequence[str]) -> dict[str, SiteSpec]:
+        """Return the spec of each of `sites`.
+
+        Raises:
+            ValueError: a rule cannot be read or names no site.
+        """
+        specs = dict.fromkeys(sites, self.default)
+        for expression, spec in self.rules:
+            specs.update(dict.fromkeys(select_sites(expression, sites), spec))
+        return specs
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain form, a JSON object with format, host, default and sites."""
+        sites: dict[str, Any] = {}
+        for expression, spec in self.rules:
+            sites.pop(expression, None)  # a repeated expression holds from its last place on
+            sites[expression] = spec_to_json(spec)
+        return {"format": PLAN_FORMAT, "host": self.host, "default": spec_to_json(self.default), "sites": sites}
+
+    @classmethod
+    def from_json(cls, data: object) -> "Plan":
+        """Return the plan that `to_json` wrote or a person typed; `default` and `sites` may be left out.
+
+        Raises:
+            ValueError: another format, an unknown key (named), or a spec that cannot be read (its site is named).
+        """
+        if not isinstance(data, Mapping) or data.get("format") != PLAN_FORMAT:
+            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(f"a plan is a JSON object with format {PLAN_FORMAT!r}, got {found!r}")
+        unknown = sorted(set(data) - {"format", "host", "default", "sites"})
+        if unknown:
+            raise ValueError(
+                f"a plan has no key {', '.join(map(repr, unknown))}; its keys are format, host, default, sites"
+            )
+        if not isinstance(data.get("host"), str) or not isinstance(data.get("sites", {}), Mapping):
+            raise ValueError("a plan names its host as text, and its sites as an object of expression: spec")
+        rules = tuple((expression, _named(expression, spec)) for expression, spec in data.get("sites", {}).items())
+        return cls(data["host"], _named("default", data.get("default", {"kind": "dense"})), rules)
+
+    @classmethod
+    def from_text(cls, text: str) -> "Plan":
+        """Return the plan in a JSON text.
+
+        Raises:
+            ValueError: as `from_json`, or the text is not JSON (line and column are named).
+        """
+        try:
+            return cls.from_json(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the plan is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+
+
+def _named(where: str, data: object) -> SiteSpec:
+    try:
+        return spec_from_json(data)
+    except ValueError as error:
+        raise ValueError(f"in the plan, {where}: {error}") from None

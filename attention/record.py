@@ -1,0 +1,119 @@
+"""The run record: what every attention call of a sampling run did, for status texts, reports and tests.
+
+Counting only; the decisions are made in `attention/runtime.py`.
+"""
+
+import logging
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+
+from .layout import Reason, TokenLayout
+
+log = logging.getLogger("linearize")
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What ran at a site: its kind and backend ("host" where the host's own attention did)."""
+
+    site: str
+    kind: str
+    backend: str
+
+
+@dataclass(slots=True)
+class RunRecord:
+    """Counts of one sampling run.
+
+    Args:
+        ran: calls per site, kind and backend.
+        declined: calls per site and reason that ran on the host's attention although the plan said otherwise.
+        skipped: calls per site and reason that the user's own settings left to the host.
+        non_finite: sites whose output held an infinity or a NaN.
+        layouts: the distinct token layouts seen.
+    """
+
+    ran: Counter[Ran] = field(default_factory=Counter)
+    declined: Counter[tuple[str, Reason]] = field(default_factory=Counter)
+    skipped: Counter[tuple[str, Reason]] = field(default_factory=Counter)
+    non_finite: tuple[str, ...] = ()
+    layouts: set[TokenLayout] = field(default_factory=set)
+    pairs: int = 0
+    dense_pairs: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def count_run(self, ran: Ran, layout: TokenLayout, pairs: int, dense_pairs: int) -> None:
+        """Count a call that a backend of the pack ran, with the pairs it allowed and those of dense attention."""
+        with self._lock:
+            self.ran[ran] += 1
+            self.layouts.add(layout)
+            self.pairs += pairs
+            self.dense_pairs += dense_pairs
+
+    def count_host(self, site: str, kind: str, dense_pairs: int, reason: Reason | None, *, chosen: bool) -> None:
+        """Count a call that went to the host's attention.
+
+        Args:
+            reason: why, or None where the plan says dense.
+            chosen: whether the user's own settings asked for it.
+        """
+        with self._lock:
+            self.ran[Ran(site, "dense", "host")] += 1
+            self.pairs += dense_pairs
+            self.dense_pairs += dense_pairs
+            if reason is not None:
+                (self.skipped if chosen else self.declined)[site, reason] += 1
+
+    @property
+    def sites_by_kind(self) -> dict[tuple[str, str], int]:
+        """Number of sites per (kind, backend); a site that ran two ways counts in both."""
+        return dict(Counter((ran.kind, ran.backend) for ran in self.ran))
+
+    @property
+    def share_linearized(self) -> float:
+        """Share of attention calls that did not run as dense attention, 0 to 1."""
+        total = sum(self.ran.values())
+        return sum(n for ran, n in self.ran.items() if ran.kind != "dense") / total if total else 0.0
+
+    @property
+    def share_computed(self) -> float:
+        """Allowed pairs over the pairs of dense attention, 0 to 1."""
+        return self.pairs / self.dense_pairs if self.dense_pairs else 1.0
+
+    def summary(self) -> str:
+        """Return the status text that nodes show, a line per fact."""
+        if not self.ran:
+            return "no attention call reached this node; another node may have replaced the model's attention"
+        lines = []
+        for (kind, backend), sites in sorted(self.sites_by_kind.items()):
+            lines.append(f"{kind} ({backend}): {sites} {'site' if sites == 1 else 'sites'}")
+        lines.append(f"{self.share_linearized:.0%} of attention calls linearized, {self.share_computed:.1%} of pairs kept")
+        for label, counts in (("dense by setting", self.skipped), ("fell back to dense", self.declined)):
+            reasons: Counter[str] = Counter()
+            for (_, reason), calls in counts.items():
+                reasons[reason.text] += calls
+            lines += [f"{label}, {_calls(calls)}: {text}" for text, calls in reasons.most_common()]
+        if self.non_finite:
+            lines.append(f"infinite or NaN output at {', '.join(self.non_finite)}")
+        return "\n".join(lines)
+
+
+def _calls(count: int) -> str:
+    return f"{count} call" if count == 1 else f"{count} calls"
+
+
+class Once:
+    """Logs each distinct sentence once per process and logger."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def warning(self, text: str) -> None:
+        """Log `text` unless it was logged before."""
+        if text not in self._seen:
+            self._seen.add(text)
+            log.warning(text)
+
+
+once = Once()

@@ -1,0 +1,291 @@
+"""The attention override: what runs at each attention call of a sampling run.
+
+`Runtime` holds the plan and settings of one model, `begin_call` notes the token layout once per forward, and
+`AttentionOverride` decides call by call. The override never raises into a sampling run: whatever it cannot do goes to
+the override that was there before, or to the host's own attention, with the reason logged once and counted. (With
+LINEARIZE_STRICT=1, for tests, an unexpected reason raises instead.)
+
+Nothing here imports ComfyUI; `nodes/patching.py` installs it.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .backends import AUTO, Call, choose_backend
+from .cost import attention_cost
+from .hosts import Host, ModelCall
+from .layout import Reason, TokenLayout
+from .memory import LongLived
+from .record import Ran, RunRecord, once
+from .specs import DenseSpec, SiteSpec
+
+RUNTIME_KEY = "linearize_runtime"
+CALL_KEY = "linearize_call"
+OVERRIDE_KEY = "optimized_attention_override"
+
+_expected: ContextVar[frozenset[str]] = ContextVar("expected declines", default=frozenset())
+
+
+class UnexpectedDecline(AssertionError):
+    """Under LINEARIZE_STRICT=1: a call fell back to dense for a reason that the test did not name."""
+
+
+@contextlib.contextmanager
+def expect_declines(*codes: str) -> Iterator[None]:
+    """Allow declines with these reason codes under LINEARIZE_STRICT=1."""
+    token = _expected.set(_expected.get() | set(codes))
+    try:
+        yield
+    finally:
+        _expected.reset(token)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSettings:
+    """What a node asked for at a site.
+
+    Args:
+        spec: kind and parameters.
+        backend: `auto` or a name.
+        sigma_range: (highest, lowest) noise level at which the spec runs, in the host's own units; None is always.
+        min_tokens: calls with fewer tokens stay dense.
+    """
+
+    spec: SiteSpec
+    backend: str = AUTO
+    sigma_range: tuple[float, float] | None = None
+    min_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Runtime:
+    """Plan, settings and state of one patched model. Clones of the model get their own through `copy`.
+
+    Args:
+        host: the model's architecture.
+        sites: settings per site id; sites that are not named stay dense.
+        memory: what outlives a call.
+        record: counts of the run in progress, or of the last one.
+        status: told the summary when a run ends.
+    """
+
+    host: Host
+    sites: Mapping[str, SiteSettings]
+    memory: LongLived
+    status: Callable[[str], None] | None = None
+    record: RunRecord = field(default_factory=RunRecord)
+    _finite: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
+
+    def copy(self) -> "Runtime":
+        """Return a runtime with the same settings and no shared state."""
+        return replace(
+            self, memory=LongLived(self.memory.pause, self.memory.max_bytes), record=RunRecord(), _finite={}
+        )
+
+    def merged_over(self, earlier: "Runtime") -> "Runtime":
+        """Return the runtime of two nodes in a row: this one's sites, and the earlier one's where it has none.
+
+        Raises:
+            ValueError: the runtimes are for different hosts.
+        """
+        if self.host.name != earlier.host.name:
+            raise ValueError(f"settings for {self.host.title} cannot follow settings for {earlier.host.title}")
+        return replace(self.copy(), sites={**earlier.sites, **self.sites})
+
+    def start_run(self) -> None:
+        """Forget the last run."""
+        self.record = RunRecord()
+        self._finite.clear()
+
+    def finish_run(self) -> None:
+        """Read the flags, free what was kept for the run, tell the node."""
+        bad = {site for (site, _), finite in self._finite.items() if not bool(finite)}
+        self.record.non_finite = tuple(site for site in self.sites if site in bad)
+        self._finite.clear()
+        self.memory.clear()
+        if self.status is not None:
+            self.status(self.record.summary())
+
+    def begin_call(self, call: ModelCall, options: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of the transformer options in which the override finds this forward's layout."""
+        sigma = None
+        if any(settings.sigma_range for settings in self.sites.values()) and options.get("sigmas") is not None:
+            sigma = float(options["sigmas"].max())
+        return {**options, CALL_KEY: CallFacts(self.host.layout(call), sigma)}
+
+    def note_output(self, site: str, output: Tensor) -> None:
+        """Accumulate on the device whether outputs were finite; read once, when the run ends."""
+        finite = torch.isfinite(output.detach().sum(dtype=torch.float32))
+        key = (site, output.device)
+        if key not in self._finite:
+            with self.memory.pause():
+                self._finite[key] = torch.ones((), dtype=torch.bool, device=output.device)
+        self._finite[key].logical_and_(finite)
+
+
+@dataclass(frozen=True, slots=True)
+class CallFacts:
+    """What is known of one forward: its layout (or why there is none) and its noise level, if a setting needs it."""
+
+    layout: TokenLayout | Reason
+    sigma: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOverride:
+    """The callable in the host's override slot. It holds no state but the override that was there before."""
+
+    linearize_override: ClassVar[bool] = True  # recognised by name: the pack may be imported under two names
+    previous: Callable[..., Tensor] | None = None
+
+    def __call__(
+        self,
+        func: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        attn_precision: torch.dtype | None = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Run one attention call: the plan's spec where possible, else what ran before. Same contract as `func`."""
+        flags = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
+
+        def host_attention() -> Tensor:
+            options = {"mask": mask, "attn_precision": attn_precision, **flags, **kwargs}
+            if CALL_KEY in (kwargs.get("transformer_options") or {}):
+                # an earlier override of ours further down the chain must not decide the same call again
+                options["transformer_options"] = {k: v for k, v in kwargs["transformer_options"].items() if k != CALL_KEY}
+            if self.previous is not None:
+                return self.previous(func, q, k, v, heads, **options)
+            return func(q, k, v, heads, **options)
+
+        options = kwargs.get("transformer_options") or {}
+        runtime, facts = options.get(RUNTIME_KEY), options.get(CALL_KEY)
+        if runtime is None or facts is None or k.shape[-2 if skip_reshape else 1] != q.shape[-2 if skip_reshape else 1]:
+            return host_attention()
+        site = runtime.host.site_of(options)
+        if site not in runtime.sites:
+            return host_attention()
+
+        settings: SiteSettings = runtime.sites[site]
+        shape = _bhnd_shape(q, heads, skip_reshape)
+        dense_pairs = shape[1] * shape[2] ** 2
+        if isinstance(settings.spec, DenseSpec):
+            runtime.record.count_host(site, "dense", dense_pairs, None, chosen=True)
+            return host_attention()
+        choice = left_to_host(settings, facts, shape[2])
+        if choice is not None:
+            runtime.record.count_host(site, settings.spec.kind, dense_pairs, choice, chosen=True)
+            return host_attention()
+        decision = decide(settings, facts, shape, q, mask, kwargs)
+        if isinstance(decision, Reason):
+            decline(runtime, site, settings, dense_pairs, decision)
+            return host_attention()
+
+        backend, call = decision
+        query, key, value = (_to_bhnd(t, heads, skip_reshape) for t in (q, k, v))
+        try:
+            output = backend.run(
+                query, key, value, call, scale=kwargs.get("scale"), pool_weight=None, memory=runtime.memory
+            )
+        except RuntimeError as error:  # out of memory and unsupported operations of a device end here
+            reason = Reason("failed", f"backend {backend.name} failed: {str(error).splitlines()[0]}")
+            decline(runtime, site, settings, dense_pairs, reason)
+            return host_attention()
+        cost = attention_cost(settings.spec, call.layout, shape[1], shape[3])
+        runtime.record.count_run(Ran(site, settings.spec.kind, backend.name), call.layout, cost.pairs, dense_pairs)
+        runtime.note_output(site, output)
+        if skip_output_reshape:
+            return output
+        return output.transpose(1, 2).reshape(shape[0], shape[2], shape[1] * shape[3])
+
+
+def left_to_host(settings: SiteSettings, facts: CallFacts, num_tokens: int) -> Reason | None:
+    """Return the user's own setting that keeps this call dense, if one does."""
+    if settings.sigma_range is not None and facts.sigma is not None:
+        highest, lowest = settings.sigma_range
+        if not lowest <= facts.sigma <= highest:
+            return Reason("sigma", "outside start_percent to end_percent")
+    if num_tokens < settings.min_tokens:
+        return Reason("min_tokens", f"{num_tokens} tokens, below min_tokens = {settings.min_tokens}")
+    return None
+
+
+def decide(
+    settings: SiteSettings,
+    facts: CallFacts,
+    shape: tuple[int, int, int, int],
+    query: Tensor,
+    mask: Tensor | None,
+    kwargs: Mapping[str, Any],
+) -> tuple[Any, Call] | Reason:
+    """Return the backend and its call, or why the call has to stay dense. Cheap questions come first."""
+    if isinstance(facts.layout, Reason):
+        return facts.layout
+    mismatch = facts.layout.mismatch(shape[2])
+    if mismatch is not None:
+        return mismatch
+    if mask is not None:
+        return Reason("mask", "an attention mask is given, which windows cannot honour")
+    if kwargs.get("enable_gqa"):
+        return Reason("gqa", "keys and values have fewer heads than queries")
+    call = Call(settings.spec, facts.layout, shape, query.dtype, query.device, query.requires_grad)
+    backend, reasons = choose_backend(call, settings.backend)
+    if backend is None:
+        return reasons[0] if len(reasons) == 1 else Reason("backend", "; ".join(map(str, reasons)))
+    return backend, call
+
+
+def decline(runtime: Runtime, site: str, settings: SiteSettings, dense_pairs: int, reason: Reason) -> None:
+    """Count and log a fall-back to dense; raise it where tests ask for that."""
+    if os.environ.get("LINEARIZE_STRICT") == "1" and reason.code not in _expected.get():
+        raise UnexpectedDecline(f"{site}: {reason.text}")
+    runtime.record.count_host(site, settings.spec.kind, dense_pairs, reason, chosen=False)
+    once.warning(f"Linearize: dense attention where the plan says {settings.spec.kind}: {reason.text}")
+
+
+def find_options(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | str, dict[str, Any]] | None:
+    """Return where a model call carries its transformer options (position or name), and the options."""
+    candidates: list[tuple[int | str, Any]] = [*kwargs.items(), *enumerate(args)]
+    for place, value in candidates:
+        if isinstance(value, dict) and RUNTIME_KEY in value:
+            return place, value
+    return None
+
+
+def model_call_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Note the layout of a forward for the override; the host application calls this around its diffusion model."""
+    found = find_options(args, kwargs)
+    if found is None:
+        return executor(*args, **kwargs)
+    place, options = found
+    noted = options[RUNTIME_KEY].begin_call(ModelCall(executor.class_obj, args, kwargs), options)
+    if isinstance(place, int):
+        args = (*args[:place], noted, *args[place + 1 :])
+    else:
+        kwargs = {**kwargs, place: noted}
+    return executor(*args, **kwargs)
+
+
+def _bhnd_shape(query: Tensor, heads: int, skip_reshape: bool) -> tuple[int, int, int, int]:
+    if skip_reshape:
+        batch, num_heads, tokens, head_dim = query.shape
+        return batch, num_heads, tokens, head_dim
+    return query.shape[0], heads, query.shape[1], query[0, 0].numel() // heads
+
+
+def _to_bhnd(tensor: Tensor, heads: int, skip_reshape: bool) -> Tensor:
+    if skip_reshape:
+        return tensor
+    return tensor.reshape(tensor.shape[0], tensor.shape[1], heads, -1).transpose(1, 2)

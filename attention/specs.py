@@ -1,0 +1,255 @@
+"""Kinds of attention as data: one frozen dataclass per kind, checked on construction, with a JSON round trip.
+
+Nothing here computes attention; `attention/clear.py` and its siblings do.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Union
+
+FEATURE_MAPS = ("elu1", "relu", "favor", "hedgehog", "polynomial", "linfusion")
+STABILIZERS = ("max", "lse")
+TRAINING_TOKENS = 4608  # CLEAR was distilled on 64 x 64 image tokens and 512 text tokens
+
+
+@dataclass(frozen=True, slots=True)
+class DenseSpec:
+    """Softmax attention over every token: the site is left as the host runs it."""
+
+    kind: ClassVar[str] = "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class ClearSpec:
+    """CLEAR: a grid token sees the global tokens and the grid tokens inside a disc around it.
+
+    visible(i, j) = dy^2 + dx^2 < radius^2, and for several frames (dt * radius / temporal_radius)^2 + dy^2 + dx^2 <
+    radius^2. Global tokens see, and are seen by, everything.
+
+    Args:
+        radius: in tokens (one FLUX token is 16 pixels), at least 1; the comparison is strict, so 1 is the token alone.
+        temporal_radius: in latent frames; 0 lets a token see the disc of every frame.
+        down_factor: side of the squares of grid tokens that are averaged into one pooled token each, which every grid
+            token of that grid sees; 1 makes none.
+        proportional: scale the logits by sqrt(log_4608(number of keys)), CLEAR's correction for sizes above the one it
+            was distilled at (with pooled tokens: of ten times the number).
+
+    Raises:
+        ValueError: a value is out of range; the sentence names it.
+
+    Source: CLEAR (arXiv 2412.16112) and its attention processors, github.com/Huage001/CLEAR.
+    """
+
+    kind: ClassVar[str] = "clear"
+    radius: int = 16
+    temporal_radius: int = 0
+    down_factor: int = 1
+    proportional: bool = False
+
+    def __post_init__(self) -> None:
+        _whole("radius", self.radius, 1, "a token sees at least itself; use kind dense to switch the window off")
+        _whole("temporal_radius", self.temporal_radius, 0, "0 means every frame")
+        _whole("down_factor", self.down_factor, 1, "1 means no pooled tokens")
+        _boolean("proportional", self.proportional)
+
+    def scale(self, head_dim: int, num_tokens: int) -> float:
+        """Return the factor on q . k for `num_tokens` keys (global and grid tokens, pooled ones not counted)."""
+        base = head_dim**-0.5
+        if not self.proportional:
+            return base
+        keys = 10 * num_tokens if self.down_factor > 1 else num_tokens
+        return base * math.sqrt(math.log(keys, TRAINING_TOKENS))
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """Linear attention: phi_q(q) S / (phi_q(q) z) with S = sum phi_k(k) v and z = sum phi_k(k).
+
+    Args:
+        feature_map: one of FEATURE_MAPS.
+        feature_dim: features per head; 0 takes the map's own number.
+    """
+
+    kind: ClassVar[str] = "linear"
+    feature_map: str = "polynomial"
+    feature_dim: int = 0
+
+    def __post_init__(self) -> None:
+        _feature_map(self)
+
+
+@dataclass(frozen=True, slots=True)
+class HybridSpec:
+    """Every `rate`-th token as an exact key, the others through a feature map, under one denominator.
+
+    Args:
+        rate: distance between exact keys in the sequence, at least 1 (1 is dense attention).
+        feature_map: one of FEATURE_MAPS.
+        feature_dim: features per head; 0 takes the map's own number.
+        stabilizer: what is subtracted from the exponents, "max" as in Attention Surgery or "lse".
+
+    Source: Attention Surgery (arXiv 2509.24899).
+    """
+
+    kind: ClassVar[str] = "hybrid"
+    rate: int = 2
+    feature_map: str = "polynomial"
+    feature_dim: int = 0
+    stabilizer: str = "max"
+
+    def __post_init__(self) -> None:
+        _whole("rate", self.rate, 1, "1 keeps every key exact")
+        _feature_map(self)
+        _choice("stabilizer", self.stabilizer, STABILIZERS)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkedSpec:
+    """Softmax inside a chunk of frames and its overlap, linear attention outside.
+
+    Args:
+        chunk_frames: latent frames per chunk, at least 1.
+        overlap_frames: latent frames before the chunk that its softmax still sees, at least 0.
+        causal: leave out the frames after the chunk.
+        feature_map: one of FEATURE_MAPS.
+        feature_dim: features per head; 0 takes the map's own number.
+
+    Source: ReHyAt (arXiv 2601.04342).
+    """
+
+    kind: ClassVar[str] = "chunked"
+    chunk_frames: int = 3
+    overlap_frames: int = 1
+    causal: bool = False
+    feature_map: str = "polynomial"
+    feature_dim: int = 0
+
+    def __post_init__(self) -> None:
+        _whole("chunk_frames", self.chunk_frames, 1, "a chunk holds at least one frame")
+        _whole("overlap_frames", self.overlap_frames, 0, "0 means no overlap")
+        _boolean("causal", self.causal)
+        _feature_map(self)
+
+
+Spec = DenseSpec | ClearSpec | LinearSpec | HybridSpec | ChunkedSpec
+SPECS: dict[str, type] = {spec.kind: spec for spec in (DenseSpec, ClearSpec, LinearSpec, HybridSpec, ChunkedSpec)}
+KINDS = tuple(SPECS)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadGroup:
+    """Some heads of a site, counted from 0, and their spec."""
+
+    heads: tuple[int, ...]
+    spec: Spec
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSplit:
+    """A site whose heads run different specs, for example a radius per head.
+
+    Raises:
+        ValueError: a head is named twice or the heads do not run from 0 without gap.
+    """
+
+    groups: tuple[HeadGroup, ...]
+
+    def __post_init__(self) -> None:
+        named = sorted(head for group in self.groups for head in group.heads)
+        if not named or named != list(range(len(named))):
+            raise ValueError(f"the heads of a site are named once each and without gap from 0, got {named}")
+
+    @property
+    def num_heads(self) -> int:
+        return sum(len(group.heads) for group in self.groups)
+
+    @property
+    def kind(self) -> str:
+        """The kind all groups share, else the distinct kinds joined by "+"."""
+        return "+".join(sorted({group.spec.kind for group in self.groups}))
+
+
+SiteSpec = Union[DenseSpec, ClearSpec, LinearSpec, HybridSpec, ChunkedSpec, HeadSplit]
+
+
+def groups_of(spec: SiteSpec, num_heads: int) -> tuple[HeadGroup, ...]:
+    """Return the head groups of a site; a plain spec is one group with every head.
+
+    Raises:
+        ValueError: the spec names another number of heads than the site has.
+    """
+    if not isinstance(spec, HeadSplit):
+        return (HeadGroup(tuple(range(num_heads)), spec),)
+    if spec.num_heads != num_heads:
+        raise ValueError(f"the plan names {spec.num_heads} heads for a site that has {num_heads}")
+    return spec.groups
+
+
+def radius_per_head(radii: tuple[int, ...], spec: ClearSpec | None = None) -> SiteSpec:
+    """Return `spec` (default: plain CLEAR) with radius `radii[h]` for head h, heads of equal radius in one group."""
+    base = asdict(spec or ClearSpec())
+    groups = tuple(
+        HeadGroup(tuple(h for h, r in enumerate(radii) if r == radius), ClearSpec(**{**base, "radius": radius}))
+        for radius in sorted(set(radii))
+    )
+    return groups[0].spec if len(groups) == 1 else HeadSplit(groups)
+
+
+def spec_to_json(spec: SiteSpec) -> dict[str, Any] | list[dict[str, Any]]:
+    """Return the plain form of a spec: `{kind, parameter: value}`, or for a split a list of `{heads, spec}`."""
+    if isinstance(spec, HeadSplit):
+        return [{"heads": list(group.heads), "spec": spec_to_json(group.spec)} for group in spec.groups]
+    return {"kind": spec.kind, **asdict(spec)}
+
+
+def spec_from_json(data: object) -> SiteSpec:
+    """Return the spec that `spec_to_json` wrote or a person typed; parameters left out take their defaults.
+
+    Raises:
+        ValueError: unknown kind or parameter (named), or a value out of range.
+    """
+    if isinstance(data, list):
+        return HeadSplit(tuple(_group_from_json(entry) for entry in data))
+    if not isinstance(data, Mapping):
+        raise ValueError(f"a spec is an object with a kind, or a list of heads and specs, got {data!r}")
+    kind = data.get("kind")
+    if not isinstance(kind, str) or kind not in SPECS:
+        raise ValueError(f"kind is one of {', '.join(KINDS)}, got {kind!r}")
+    known = {field.name for field in fields(SPECS[kind])}
+    unknown = sorted(set(data) - known - {"kind"})
+    if unknown:
+        allowed = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
+        raise ValueError(f"kind {kind} has no parameter {', '.join(map(repr, unknown))}; {allowed}")
+    return SPECS[kind](**{name: value for name, value in data.items() if name != "kind"})
+
+
+def _group_from_json(entry: object) -> HeadGroup:
+    if not isinstance(entry, Mapping) or set(entry) != {"heads", "spec"}:
+        raise ValueError(f"a group of heads is an object with heads and spec, got {entry!r}")
+    heads, spec = entry["heads"], spec_from_json(entry["spec"])
+    if not isinstance(heads, list) or not all(type(head) is int for head in heads):
+        raise ValueError(f"heads is a list of whole numbers, got {heads!r}")
+    if isinstance(spec, HeadSplit):
+        raise ValueError("a group of heads has one spec, not a list of groups")
+    return HeadGroup(tuple(heads), spec)
+
+
+def _whole(name: str, value: object, least: int, meaning: str) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} is a whole number of at least {least} ({meaning}), got {name}={value!r}")
+
+
+def _boolean(name: str, value: object) -> None:
+    if type(value) is not bool:
+        raise ValueError(f"{name} is true or false, got {name}={value!r}")
+
+
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is one of {', '.join(choices)}, got {name}={value!r}")
+
+
+def _feature_map(spec: LinearSpec | HybridSpec | ChunkedSpec) -> None:
+    _choice("feature_map", spec.feature_map, FEATURE_MAPS)
+    _whole("feature_dim", spec.feature_dim, 0, "0 takes the map's own number")

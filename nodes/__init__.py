@@ -1,0 +1,14 @@
+"""The nodes ComfyUI shows. Each builds a configuration, calls one function and returns; ids are for ever."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .clear import LinearizeCLEAR
+from .report import LinearizeReport
+
+
+class LinearizeExtension(ComfyExtension):
+    """The pack, in the order of its menu."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Return the node classes."""
+        return [LinearizeCLEAR, LinearizeReport]
