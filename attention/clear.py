@@ -248,17 +248,17 @@ def pool_tokens(tokens: Tensor, grid: Grid, down_factor: int, weight: Tensor | N
     batch, heads, _, head_dim = tokens.shape
     frames, height, width = grid
     d = down_factor
-    if weight is None:
-        weight = torch.full((d, d), 1 / d**2, device=tokens.device)
     accumulator = _accumulator(tokens.dtype)
+    if weight is None:
+        weight = torch.full((d, d), 1 / d**2, dtype=accumulator)
     planes = tokens.to(accumulator).reshape(batch * heads * frames, height, width, head_dim)
     planes = F.pad(planes, (0, 0, 0, -width % d, 0, -height % d))
     rows, columns = planes.shape[1] // d, planes.shape[2] // d
     squares = planes.reshape(-1, rows, d, columns, d, head_dim)
     pooled = torch.einsum("nyixjc,ij->nyxc", squares, weight.to(tokens.device, accumulator))
     present = [
-        torch.tensor([min(d, size - first) for first in range(0, size, d)], device=tokens.device)
+        torch.tensor([min(d, size - first) / d for first in range(0, size, d)], dtype=accumulator, device=tokens.device)
         for size in (height, width)
     ]
-    pooled = pooled * (d * d / (present[0][:, None] * present[1][None, :])).to(accumulator)[:, :, None]
+    pooled = pooled / (present[0][:, None, None] * present[1][:, None])
     return pooled.reshape(batch, heads, frames * rows * columns, head_dim).to(tokens.dtype)

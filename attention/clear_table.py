@@ -108,7 +108,8 @@ def tile_classes(grid: Grid, radius: int, temporal_radius: int = 0, tile: Tile |
 
     Source: the design of section "How packed key lists work" in CONTRIBUTING.md.
     """
-    candidates = TILES if tile is None else (tile,)
+    # a tile deeper than the grid would hold few queries
+    candidates = [each for each in TILES if each[0] <= grid[0]] if tile is None else [tile]
     reaches = (grid[0] - 1 if temporal_radius == 0 else temporal_radius - 1, radius - 1, radius - 1)
     choices = [
         tuple(_axis_classes(size, step, reach) for size, step, reach in zip(grid, candidate, reaches, strict=True))

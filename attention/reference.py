@@ -100,7 +100,7 @@ def pooling_matrix(grid: Grid, down_factor: int, weight: Tensor | None = None) -
     """
     frames, height, width = grid
     d = down_factor
-    weight = torch.full((d, d), 1 / d**2) if weight is None else weight
+    weight = torch.full((d, d), 1 / d**2, dtype=torch.float64) if weight is None else weight
     rows = []
     for t in range(frames):
         for top in range(0, height, d):

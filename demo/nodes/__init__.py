@@ -21,9 +21,13 @@ class LinearizeDemoText(io.ComfyNode):
             category="linearize/demo",
             description="Conditioning for the demo's tiny models, seeded by the text.",
             inputs=[
-                io.String.Input("text", default="a small house", tooltip="Any text; another one gives another picture."),
+                io.String.Input(
+                    "text", default="a small house", tooltip="Any text; another one gives another picture."
+                ),
                 io.Int.Input("tokens", default=256, min=0, max=4096, tooltip="Number of text tokens."),
-                io.Int.Input("width", default=64, min=1, max=8192, tooltip="Numbers per token; the model's context width."),
+                io.Int.Input(
+                    "width", default=64, min=1, max=8192, tooltip="Numbers per token; the model's context width."
+                ),
                 io.Int.Input("pooled", default=32, min=1, max=8192, tooltip="Numbers of the pooled vector."),
             ],
             outputs=[io.Conditioning.Output()],

@@ -1,0 +1,173 @@
+"""Write the interface's form of the shipped workflows from their API form, through the real frontend.
+
+`.venv/bin/python demo/author_workflows.py` after a change in an API file; needs Chromium and run.py's test tools. It
+rewrites `demo/clear_demo.json`, `workflows/flux_dev_clear.json` and the template's thumbnail.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from io import BytesIO
+from typing import Any
+
+from live_server import ROOT, LiveServer, live_server
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+READY = "window.app?.graph && app.extensionManager?.workflow?.activeWorkflow"
+OURS = "Linearize"
+VERSION = "0.1.0"
+HUGGINGFACE = "https://huggingface.co"
+ENCODERS = f"{HUGGINGFACE}/comfyanonymous/flux_text_encoders/resolve/main"
+AUTOENCODER = f"{HUGGINGFACE}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae"
+MODELS = {  # file: (folder on the Hub, models folder)
+    "flux1-dev.safetensors": (f"{HUGGINGFACE}/Comfy-Org/flux1-dev/resolve/main", "diffusion_models"),
+    "t5xxl_fp8_e4m3fn.safetensors": (ENCODERS, "text_encoders"),
+    "clip_l.safetensors": (ENCODERS, "text_encoders"),
+    "ae.safetensors": (AUTOENCODER, "vae"),
+}
+NOTE = """## FLUX.1 dev with CLEAR windows
+
+Each image token sees only the tokens within **radius** around it, and all of the text.
+
+- **weights: none** means that the model was never trained for windows: the picture changes, the more the smaller the \
+radius is. Compare with the CLEAR node bypassed (Ctrl+B).
+- **When it pays**: from 2048 x 2048 on, and more with every doubling. The authors of CLEAR measured radius 16 on an \
+H100 at 1.0x dense speed at 1024, 1.2x at 2048, 1.8x at 4096 and 5.1x at 8192 pixels a side.
+- The **Attention Report** says what really ran, after the sampling. Give it the size of the latent.
+"""
+
+# columns from left to right: (node id, width, height); None keeps the size that the frontend chose
+DEMO = [
+    [("1", 320, None), ("2", 320, 220), ("3", 320, None)],
+    [("4", 320, None)],
+    [("5", 320, None)],
+    [("6", 300, None), ("7", 300, 330)],
+    [("8", 460, 560)],
+]
+FLUX = [
+    [("1", 340, None), ("2", 340, None), ("3", 340, None), ("note", 340, 400)],
+    [("4", 340, None), ("5", 340, 200)],
+    [("6", 280, None), ("8", 280, None), ("9", 280, None), ("10", 280, None), ("11", 280, None), ("7", 280, None)],
+    [("12", 280, None), ("13", 280, None)],
+    [("14", 460, 400), ("15", 460, 420)],
+]
+GAP, TITLE = 60, 46  # pixels between columns; between nodes of a column, where the title bar sits
+
+
+def open_frontend(browser: Any, url: str) -> Page:
+    """Return a page with ComfyUI's frontend ready."""
+    page = browser.new_page()
+    page.goto(url)
+    page.wait_for_function(READY, timeout=60000)
+    return page
+
+
+def convert(page: Page, api: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a workflow in the interface's form as the frontend writes it."""
+    script = "async ([api, name]) => { await app.loadApiJson(api, name); app.graph.arrange(); }"
+    page.evaluate(script, [api, name])
+    page.wait_for_function("n => app.graph.nodes.length === n", arg=len(api), timeout=20000)
+    return page.evaluate("app.graph.serialize()")
+
+
+def tidy(workflow: dict[str, Any], columns: list[list[tuple]], note: str | None, name: str) -> None:
+    """Lay the nodes out in columns and set the properties that templates carry."""
+    nodes = {str(node["id"]): node for node in workflow["nodes"]}
+    if note is not None:
+        nodes["note"] = note_node(workflow, note)
+    x = 0
+    for column in columns:
+        y = 0
+        for key, width, height in column:
+            node = nodes[key]
+            node["size"] = [width, height or node["size"][1]]
+            node["pos"] = [x, y]
+            y += node["size"][1] + TITLE
+        x += max(width for _, width, _ in column) + GAP
+    for node in workflow["nodes"]:
+        set_properties(node)
+    workflow["id"], workflow["revision"] = f"linearize-{name}", 0
+    workflow["extra"] = {}
+
+
+def note_node(workflow: dict[str, Any], text: str) -> dict[str, Any]:
+    """Add a note to the workflow and return it."""
+    workflow["last_node_id"] += 1
+    node = {
+        "id": workflow["last_node_id"], "type": "MarkdownNote", "pos": [0, 0], "size": [0, 0], "flags": {},
+        "order": 0, "mode": 0, "inputs": [], "outputs": [], "title": "About this workflow", "properties": {},
+        "widgets_values": [text], "color": "#222", "bgcolor": "#000",
+    }  # fmt: skip
+    workflow["nodes"].append(node)
+    return node
+
+
+def set_properties(node: dict[str, Any]) -> None:
+    """Say which pack a node is from and which files a loader needs; keep seeds as they are saved."""
+    kind = node["type"]
+    if kind == "MarkdownNote":
+        return
+    properties = node.setdefault("properties", {})
+    properties["Node name for S&R"] = kind
+    if not kind.startswith(OURS):
+        properties.update(cnr_id="comfy-core", ver="0.30.0")
+    elif not kind.startswith(f"{OURS}Demo"):
+        properties.update(cnr_id="linearize", ver=VERSION)
+    values = node.get("widgets_values", [])
+    files = [value for value in values if isinstance(value, str) and value in MODELS]
+    if files:
+        properties["models"] = [{"name": name, "url": MODELS[name][0], "directory": MODELS[name][1]} for name in files]
+    node["widgets_values"] = ["fixed" if value == "randomize" else value for value in values]
+
+
+def write_workflows(server: LiveServer, browser: Any) -> None:
+    """Write both workflows and a picture of each."""
+    jobs = (("demo", "clear_demo", DEMO, None), ("workflows", "flux_dev_clear", FLUX, NOTE))
+    for folder, name, columns, note in jobs:
+        page = open_frontend(browser, server.url)
+        api = json.loads((ROOT / folder / "api" / f"{name}.json").read_text(encoding="utf-8"))
+        workflow = convert(page, api, name)
+        tidy(workflow, columns, note, name)
+        (ROOT / folder / f"{name}.json").write_text(json.dumps(workflow, indent=2) + "\n", encoding="utf-8")
+        page.evaluate("async w => { await app.loadGraphData(w); }", workflow)
+        picture = screenshot(page)
+        picture.save(ROOT / "demo" / "output" / f"{name}.png")
+        if folder == "workflows":
+            picture.convert("RGB").resize((640, 364)).save(ROOT / folder / f"{name}.jpg", quality=82, optimize=True)
+        page.close()
+
+
+def screenshot(page: Page) -> Image.Image:
+    """Return a picture of the whole graph."""
+    page.wait_for_timeout(1500)
+    page.keyboard.press("Escape")
+    page.wait_for_timeout(500)
+    page.evaluate("app.canvas.canvas.focus()")
+    page.keyboard.press(".")
+    page.wait_for_timeout(1500)
+    return Image.open(BytesIO(page.screenshot()))
+
+
+def main() -> int:
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        print("No Chromium found; install one and run again.", file=sys.stderr)
+        return 1
+    (ROOT / "demo" / "output").mkdir(exist_ok=True)
+    with live_server() as server, sync_playwright() as playwright, tempfile.TemporaryDirectory() as profile:
+        browser = playwright.chromium.launch_persistent_context(
+            profile, executable_path=executable, headless=True, args=FLAGS, viewport={"width": 1760, "height": 1000}
+        )
+        try:
+            write_workflows(server, browser)
+        finally:
+            browser.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Backends: who can run what, what `auto` takes, what an explicit wish does."""
+
+import pytest
+import torch
+
+from linearize.attention import (
+    ClearSpec,
+    DenseSpec,
+    HeadGroup,
+    HeadSplit,
+    HybridSpec,
+    Segment,
+    TokenLayout,
+    attention,
+    grid_segment,
+    radius_per_head,
+    reference_attention,
+)
+from linearize.attention.backends import BACKENDS, Call, choose_backend
+
+LAYOUT = TokenLayout.of((Segment("text", 5), grid_segment("main", 1, 9, 14)))
+SHAPE = (1, 3, LAYOUT.num_tokens, 8)
+
+
+def call(spec, **changes):
+    facts = {"layout": LAYOUT, "shape": SHAPE, "dtype": torch.float32, "device": torch.device("cpu"), **changes}
+    return Call(spec, **facts)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_every_backend_gives_the_same(backend, relative_error):
+    inputs = [torch.randn(SHAPE) for _ in range(3)]
+    for spec in (ClearSpec(4), ClearSpec(3, down_factor=2), radius_per_head((2, 9, 4))):
+        output = attention(*inputs, LAYOUT, spec, backend=backend)
+        assert output.dtype == torch.float32
+        assert relative_error(output, reference_attention(*inputs, LAYOUT, spec)) < 1e-5
+
+
+def test_a_radius_per_head_runs_each_head_with_its_own(relative_error):
+    inputs = [torch.randn(SHAPE, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    output = attention(*inputs, LAYOUT, radius_per_head((6, 2, 6)))
+    for head, radius in enumerate((6, 2, 6)):
+        alone = attention(*(t[:, head : head + 1] for t in inputs), LAYOUT, ClearSpec(radius))
+        assert relative_error(output[:, head : head + 1], alone) < 1e-12
+    output.sum().backward()
+    assert all(tensor.grad is not None for tensor in inputs)
+
+
+def test_auto_never_takes_the_reference():
+    backend, reasons = choose_backend(call(ClearSpec()))
+    assert backend is BACKENDS["torch"] and reasons == ()
+
+
+@pytest.mark.parametrize(
+    ("facts", "code"),
+    [
+        (call(HybridSpec()), "kind"),
+        (call(DenseSpec()), "kind"),
+        (call(HeadSplit((HeadGroup((0, 1, 2), HybridSpec()),))), "kind"),
+        (call(radius_per_head((2, 3))), "heads"),
+        (call(ClearSpec(), dtype=torch.int32), "dtype"),
+        (call(ClearSpec(), shape=(1, 3, 7, 8)), "layout"),
+    ],
+)
+def test_reasons(facts, code):
+    backend, reasons = choose_backend(facts)
+    assert backend is None and [reason.code for reason in reasons] == [code]
+
+
+def test_the_reference_stops_at_its_size():
+    layout = TokenLayout.of((grid_segment("main", 1, 128, 128),))
+    backend, reasons = choose_backend(call(ClearSpec(), layout=layout, shape=(1, 1, 128 * 128, 8)), "reference")
+    assert backend is None and "stops at 4608" in reasons[0].text
+
+
+def test_explicit_backends_do_not_fall_back():
+    query = torch.randn(SHAPE)
+    with pytest.raises(ValueError, match="backend torch does not run kind hybrid"):
+        attention(query, query, query, LAYOUT, HybridSpec(), backend="torch")
+    with pytest.raises(ValueError, match="backend is one of auto, torch, reference, got 'flex'"):
+        attention(query, query, query, LAYOUT, ClearSpec(), backend="flex")

@@ -1,0 +1,100 @@
+"""Exact counts: the closed form against brute force, and the published tables to the printed digit."""
+
+import itertools
+
+import pytest
+
+from linearize.attention.cost import attention_cost, clear_pairs, disc_pairs, pooled_tokens
+from linearize.attention.layout import Segment, TokenLayout, grid_segment
+from linearize.attention.reference import clear_mask
+from linearize.attention.specs import ClearSpec, DenseSpec, HybridSpec, radius_per_head
+
+HEADS, HEAD_DIM, TEXT = 24, 128, 512
+
+
+def flux(pixels: int, text: int = TEXT) -> TokenLayout:
+    side = pixels // 16
+    return TokenLayout.of((Segment("text", text), grid_segment("main", 1, side, side)))
+
+
+def gflops(spec, pixels: int) -> float:
+    return attention_cost(spec, flux(pixels), HEADS, HEAD_DIM).flops / 1e9
+
+
+@pytest.mark.parametrize(
+    ("pixels", "radius", "printed"),
+    [
+        (1024, None, "260.9"), (1024, 8, "63.5"), (1024, 32, "154.1"),
+        (2048, None, "3507.9"), (2048, 8, "246.2"), (2048, 16, "352.6"), (2048, 32, "724.3"),
+        (4096, None, "53604.4"), (4096, 8, "979.3"), (4096, 16, "1433.2"), (4096, 32, "3141.7"),
+        # table 2 of the paper prints 80.6 for 1024 px at radius 16; its table 7 rounds the same entry to 0.09 TFLOPS,
+        # which 80.6 does not round to
+        (1024, 16, "86.6"),
+    ],
+)  # fmt: skip
+def test_gflops_per_layer_of_the_paper(pixels, radius, printed):
+    """Tables 2 and 3 of CLEAR (arXiv 2412.16112)."""
+    spec = DenseSpec() if radius is None else ClearSpec(radius)
+    assert f"{gflops(spec, pixels):.1f}" == printed
+
+
+@pytest.mark.parametrize(
+    ("radius", "printed"),
+    [
+        (None, ("0.26", "3.51", "53.60", "847.73")),
+        (8, ("0.06", "0.25", "0.98", "3.92")),
+        (16, ("0.09", "0.35", "1.43", "5.79")),
+        # the paper prints 13.09 in the last place: 13.08497 rounded to 13.085 and then again
+        (32, ("0.15", "0.72", "3.14", "13.08")),
+    ],
+)
+def test_tflops_per_layer_of_the_paper(radius, printed):
+    """Table 7 of CLEAR (arXiv 2412.16112), 1024 to 8192 px."""
+    spec = DenseSpec() if radius is None else ClearSpec(radius)
+    assert tuple(f"{gflops(spec, pixels) / 1000:.2f}" for pixels in (1024, 2048, 4096, 8192)) == printed
+
+
+def test_pooled_gflops():
+    spec = ClearSpec(8, down_factor=4)
+    assert [round(gflops(spec, pixels), 1) for pixels in (1024,)] == [76.4]
+    assert [round(gflops(spec, pixels)) for pixels in (2048, 4096, 8192)] == [452, 4278, 56692]
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 1, 9), (1, 7, 13), (3, 5, 4), (5, 1, 6)])
+@pytest.mark.parametrize(("radius", "temporal"), [(1, 0), (2, 1), (3, 2), (5, 7), (40, 0), (4, 3)])
+def test_disc_pairs_equal_brute_force(grid, radius, temporal):
+    cells = list(itertools.product(*map(range, grid)))
+    squared = max(temporal, 1) ** 2
+    count = 0
+    for (t, y, x), (s, b, a) in itertools.product(cells, cells):
+        frames = (t - s) ** 2 * radius**2 if temporal else 0
+        count += frames + ((y - b) ** 2 + (x - a) ** 2) * squared < radius**2 * squared
+    assert disc_pairs(grid, radius, temporal) == count
+
+
+def test_the_disc_is_strict():
+    """(3, 4) lies exactly on a circle of radius 5 and does not count."""
+    assert disc_pairs((1, 4, 5), 5) == 20 * 20 - 4  # the four pairs of opposite corners
+
+
+def test_clear_pairs_equal_the_mask():
+    layout = TokenLayout.of((grid_segment("main", 2, 5, 7), Segment("text", 3), grid_segment("reference", 1, 4, 4)))
+    for spec in (ClearSpec(3), ClearSpec(3, 1), ClearSpec(20)):
+        assert clear_pairs(spec, layout) == int(clear_mask(layout, spec).sum())
+    pooled = 70 * pooled_tokens((2, 5, 7), 3) + 16 * pooled_tokens((1, 4, 4), 3)
+    assert pooled_tokens((2, 5, 7), 3) == 12 and pooled_tokens((1, 4, 4), 3) == 4
+    assert clear_pairs(ClearSpec(3, down_factor=3), layout) == clear_pairs(ClearSpec(3), layout) + pooled
+
+
+def test_heads_add_up():
+    layout = flux(256)
+    split = attention_cost(radius_per_head((4, 8, 4)), layout, 3, 64)
+    assert split.pairs == 2 * clear_pairs(ClearSpec(4), layout) + clear_pairs(ClearSpec(8), layout)
+    assert split.flops == 4 * 64 * split.pairs
+    assert split.moved_bytes == 4 * layout.num_tokens * 3 * 64 * 2
+    assert (split + split).pairs == 2 * split.pairs
+
+
+def test_kinds_without_a_cost_are_refused():
+    with pytest.raises(ValueError, match="hybrid"):
+        attention_cost(HybridSpec(), flux(256), 1, 64)

@@ -1,0 +1,106 @@
+"""Shared by all tests: the importable name of the checkout, poisoned memory, error measures, ComfyUI in-process."""
+
+import asyncio
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMFYUI = Path(os.environ.get("LINEARIZE_COMFYUI", ROOT / ".comfyui" / "comfyui"))
+BASE = Path(os.environ.get("LINEARIZE_BASE", ROOT / ".comfyui" / "base"))
+TINY_FLUX = "linearize_tiny_flux.safetensors"
+
+os.environ.setdefault("LINEARIZE_STRICT", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# ComfyUI has a nodes.py; with the checkout on the path its nodes/ folder would be found instead
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+if importlib.util.find_spec("linearize") is None:  # a plain checkout without the editable install
+    spec = importlib.util.spec_from_file_location(
+        "linearize", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    assert spec is not None and spec.loader is not None
+    sys.modules["linearize"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["linearize"])
+
+import torch  # noqa: E402
+
+# error against float64, as the Frobenius norm of the difference over that of the truth
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+@pytest.fixture(scope="session")
+def tolerance():
+    """Relative errors that are accepted, by dtype."""
+    return TOLERANCE
+
+
+@pytest.fixture(scope="session")
+def relative_error():
+    """A function: relative Frobenius error of a result against the truth."""
+
+    def measure(result, truth):
+        assert result.shape == truth.shape
+        result, truth = result.detach().double(), truth.detach().double()
+        return float((result - truth).norm() / truth.norm().clamp_min(1e-30))
+
+    return measure
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fill fresh memory with NaN, so that an output row nobody wrote fails loudly."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(scope="session")
+def comfy():
+    """ComfyUI in this process with the pack loaded by its own loader: `.nodes`, `.node(id)`, `.module(name)`."""
+    if not (COMFYUI / "nodes.py").exists():
+        pytest.skip("no ComfyUI here; run the tests with: python run.py test")
+    argv, sys.argv = sys.argv, ["main.py", "--cpu", "--use-pytorch-cross-attention", "--base-directory", str(BASE)]
+    sys.path.insert(0, str(COMFYUI))
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import nodes
+
+    sys.argv = argv
+    for folder in (ROOT, ROOT / "demo" / "nodes"):
+        assert asyncio.run(nodes.load_custom_node(str(folder), module_parent="custom_nodes"))
+    tiny = BASE / "models" / "diffusion_models" / TINY_FLUX
+    if not tiny.exists():
+        load_file(ROOT / "demo" / "tiny_flux.py").write_tiny_flux(tiny)
+
+    def node(node_id):
+        """Return a function that runs a node with keyword inputs and gives its outputs, defaults filled in."""
+        cls = nodes.NODE_CLASS_MAPPINGS[node_id]
+        defaults = {i.id: i.default for i in cls.define_schema().inputs if getattr(i, "default", None) is not None}
+        return lambda **inputs: cls.EXECUTE_NORMALIZED(**{**defaults, **inputs})
+
+    def module(name):
+        """Return the pack's module as ComfyUI loaded it."""
+        return importlib.import_module(f"{str(ROOT).replace('.', '_x_')}.{name}")
+
+    return SimpleNamespace(nodes=nodes, node=node, module=module)
+
+
+def load_file(path: Path):
+    """Import a file that is not part of a package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
