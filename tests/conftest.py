@@ -87,7 +87,8 @@ def comfy():
         """Return a function that runs a node with keyword inputs and gives its outputs, defaults filled in."""
         cls = nodes.NODE_CLASS_MAPPINGS[node_id]
         defaults = {i.id: i.default for i in cls.define_schema().inputs if getattr(i, "default", None) is not None}
-        return lambda **inputs: cls.EXECUTE_NORMALIZED(**{**defaults, **inputs})
+        prepared = cls.PREPARE_CLASS_CLONE(None)
+        return lambda **inputs: prepared.EXECUTE_NORMALIZED(**{**defaults, **inputs})
 
     def module(name):
         """Return the pack's module as ComfyUI loaded it."""

@@ -1,0 +1,148 @@
+"""Schemas are for ever; wrong input is one clear sentence before sampling starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# id, display name, category, inputs in order, outputs: changing any of these breaks workflows that people keep
+SCHEMAS = {
+    "LinearizeCLEAR": (
+        "CLEAR Attention", "linearize",
+        ["model", "radius", "weights", "temporal_radius", "down_factor", "proportional", "sites", "start_percent",
+         "end_percent", "min_tokens", "backend"],
+        ["MODEL", "ATTENTION_PLAN"],
+    ),
+    "LinearizeReport": (
+        "Attention Report", "linearize/inspect", ["model", "width", "height", "frames", "after"], ["STRING", "IMAGE"],
+    ),
+}  # fmt: skip
+
+
+def pack_nodes(comfy):
+    return {name: cls for name, cls in comfy.nodes.NODE_CLASS_MAPPINGS.items() if name in SCHEMAS}
+
+
+def test_schemas_are_as_published(comfy):
+    found = {
+        name: (
+            (schema := cls.define_schema()).display_name,
+            schema.category,
+            [each.id for each in schema.inputs],
+            [each.io_type for each in schema.outputs],
+        )
+        for name, cls in pack_nodes(comfy).items()
+    }
+    assert found == SCHEMAS
+
+
+def test_a_newcomer_sees_three_inputs(comfy):
+    inputs = comfy.nodes.NODE_CLASS_MAPPINGS["LinearizeCLEAR"].define_schema().inputs
+    assert [each.id for each in inputs if not each.advanced] == ["model", "radius", "weights"]
+
+
+def test_every_input_and_output_explains_itself(comfy):
+    for cls in pack_nodes(comfy).values():
+        schema = cls.define_schema()
+        assert schema.description
+        for each in (*schema.inputs, *schema.outputs):
+            assert each.tooltip and each.tooltip.endswith("."), each
+
+
+def test_locales_cover_every_node_and_input(comfy):
+    for language in ("en", "zh"):
+        texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+        assert set(texts) == set(SCHEMAS)
+        for name, cls in pack_nodes(comfy).items():
+            schema = cls.define_schema()
+            assert set(texts[name]["inputs"]) == {each.id for each in schema.inputs}
+            assert set(texts[name]["outputs"]) == {str(i) for i in range(len(schema.outputs))}
+            if language == "en":
+                assert texts[name]["display_name"] == schema.display_name
+                assert texts[name]["description"] == schema.description
+                for each in schema.inputs:
+                    assert texts[name]["inputs"][each.id]["tooltip"] == each.tooltip
+
+
+def test_every_node_has_a_help_page():
+    for name in SCHEMAS:
+        for page in (f"{name}.md", f"{name}/zh.md"):
+            assert (ROOT / "web" / "docs" / page).read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"radius": 0}, "radius is a whole number of at least 1"),
+        ({"sites": "middle"}, "'middle' names no site of this model, which has double.0-1, single.0-1"),
+        ({"sites": ""}, "cannot read ''"),
+        ({"start_percent": 0.6, "end_percent": 0.4}, "start_percent must be below end_percent, got 0.6 and 0.4"),
+    ],
+)
+def test_wrong_input(studio, inputs, words):
+    with pytest.raises(ValueError) as error:
+        studio.clear(studio.model, **inputs)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("node", ["LinearizeCLEAR", "LinearizeReport"])
+def test_unknown_models_are_refused(comfy, studio, node):
+    model = studio.model.clone()
+    model.add_object_patch("diffusion_model", torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"does not know this model \(Linear\); it works on: FLUX.1"):
+        comfy.node(node)(model=model)
+
+
+def test_the_plan_that_comes_out(comfy, studio):
+    first, plan = comfy.node("LinearizeCLEAR")(model=studio.model, radius=8).args
+    _, merged = comfy.node("LinearizeCLEAR")(model=first, radius=4, sites="double.1").args
+    assert plan.to_json() == {
+        "format": "linearize/plan/1",
+        "host": "flux",
+        "default": {"kind": "dense"},
+        "sites": {"double.0-1,single.0-1": clear_json(8)},
+    }
+    assert merged.to_json()["sites"] == {"double.0,single.0-1": clear_json(8), "double.1": clear_json(4)}
+
+
+def clear_json(radius):
+    return {"kind": "clear", "radius": radius, "temporal_radius": 0, "down_factor": 1, "proportional": False}
+
+
+def test_report_before_and_after(comfy, studio):
+    plain = comfy.node("LinearizeReport")(model=studio.model, width=1024, height=1024)
+    assert "dense: 4 sites (double.0-1,single.0-1)" in plain[0] and "(100.0%)" in plain[0]
+    patched = studio.clear(studio.model, radius=8, sites="single")
+    before = comfy.node("LinearizeReport")(model=patched, width=1024, height=512)
+    assert "2,304 tokens (256 global), 4 sites" in before[0]
+    assert "clear radius 8: 2 sites (single.0-1)" in before[0] and "in the last sampling" not in before[0]
+    studio.sample(patched)
+    after = comfy.node("LinearizeReport")(model=patched, after=object())
+    assert "in the last sampling:\nclear (torch): 2 sites" in after[0]
+    picture = after[1]
+    assert picture.shape[0] == 1 and picture.shape[3] == 3 and 0 <= float(picture.min()) < float(picture.max()) <= 1
+
+
+def test_report_costs_are_those_of_the_cost_model(comfy, studio):
+    """Dense: 4 sites x 2 heads x 4 D N^2 with N = 4096 + 256."""
+    text = comfy.node("LinearizeReport")(model=studio.model)[0]
+    assert f"{4 * 2 * 4 * 128 * 4352**2 / 1e9:.1f} GFLOP dense" in text
+
+
+def test_the_status_is_shown_on_the_node(studio, comfy, monkeypatch):
+    import types
+
+    import server
+
+    sent = []
+    fake = types.SimpleNamespace(send_progress_text=lambda text, node_id: sent.append((node_id, text)))
+    monkeypatch.setattr(server.PromptServer, "instance", fake, raising=False)
+    settings = studio.runtime.SiteSettings(comfy.module("attention.specs").ClearSpec(2))
+    sites = dict.fromkeys(("double.0", "single.1"), settings)
+    patched, _ = studio.patching.patch_model(studio.model, sites, studio.patching.show_on_node("17"))
+    studio.sample(patched)
+    assert [node for node, _ in sent] == ["17"]
+    assert sent[0][1].startswith("clear (torch): 2 sites\n100% of attention calls linearized")
