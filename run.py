@@ -38,32 +38,10 @@ TEST_TOOLS = (
     "pytest>=9,<10",
     "hypothesis>=6.150,<7",
     "ruff==0.15.22",
-    "pyright[nodejs]>=1.1.400",
+    "pyright[nodejs]==1.1.414",
     "comfy-lint==0.1.0",
     "playwright>=1.60,<2",
 )
-
-# torchvision has no CPU build: its compiled operators fail to load beside a CPU torch. Declaring two schemas before it
-# is imported is enough for the pure Python parts that ComfyUI uses. Installed into .venv only.
-VISION_SHIM = '''import importlib.abc
-import sys
-
-SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-
-
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name == "torchvision":
-            sys.meta_path.remove(self)
-            import torch
-
-            for op in ("torchvision::nms", "torchvision::qnms"):
-                torch.library.define(op, SCHEMA)
-        return None
-
-
-sys.meta_path.insert(0, Finder())
-'''
 
 # stage, minutes it may take on two cores, pytest arguments; `test` prints the minutes it took
 STAGES = (
@@ -76,6 +54,9 @@ STAGES = (
     ("server", 6, ["tests/server"]),
     ("browser", 2, ["tests/browser"]),
 )
+
+COMFY_CLI = "comfy-cli==1.23.0"
+LINT = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pyright"])
 
 
 class Problem(Exception):
@@ -102,9 +83,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Linearize: demo, tests, server and benchmarks.")
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--comfyui", default="", help="folder of an existing ComfyUI, or a version for comfy-cli to fetch")
-    common.add_argument("--torch-index", default="", help="package index to take torch from (default: your pip settings)")
-    demo = commands.add_parser("demo", parents=[common], help="dense and linearized pictures from a real ComfyUI server")
+    common.add_argument(
+        "--comfyui", default="", help="folder of an existing ComfyUI, or a version for comfy-cli to fetch"
+    )
+    common.add_argument(
+        "--torch-index", default="", help="package index to take torch from (default: your pip settings)"
+    )
+    demo = commands.add_parser(
+        "demo", parents=[common], help="dense and linearized pictures from a real ComfyUI server"
+    )
     demo.add_argument("--size", type=int, default=1024, help="pixels per side (default 1024)")
     test = commands.add_parser("test", parents=[common], help="everything that continuous integration runs")
     test.add_argument("--all", action="store_true", help="the long versions of the tests")
@@ -116,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# ---------------------------------------------------------------------------------------------------------------- set-up
+# ---------------------------------------------------------------------------------------------------- set-up
 
 
 def check_python() -> None:
@@ -149,13 +136,18 @@ def install(args: argparse.Namespace, python: Path, comfyui: Path) -> None:
     steps = [
         ("virtual environment", "", lambda: make_venv()),
         ("torch", args.torch_index, lambda: run([*constrained, *torch_index, "torch", "numpy", "setuptools>=77"])),
-        ("torchvision and torchaudio", "", lambda: install_vision(constrained, torch_index, python)),
+        (
+            "torchvision and torchaudio",
+            read("demo/cpu_torchvision_compat.py"),
+            lambda: install_vision(constrained, torch_index, python),
+        ),
         fetch_step(args.comfyui, pip, comfyui),
         ("ComfyUI's requirements", "", lambda: install_requirements(constrained, comfyui)),
         ("this pack, editable", read("pyproject.toml"), lambda: run(editable(pip))),
     ]
     if args.command == "test":
         steps.append(("test tools", " ".join(TEST_TOOLS), lambda: run([*constrained, *TEST_TOOLS])))
+        steps.append(("comfy-cli", COMFY_CLI, install_comfy_cli))
     stamps = HOME / "stamps"
     key, pending = read("constraints.txt") + str(sys.version_info[:2]), []
     for name, inputs, action in steps:
@@ -182,10 +174,12 @@ def announce(pending: list) -> None:
     if "torch" in names:
         free = shutil.disk_usage(ROOT).free / 1e9
         if free < FREE_GB:
-            raise Problem(f"{free:.1f} GB free here; the set-up needs about {FREE_GB} GB. Free some space and run again.")
+            raise Problem(
+                f"{free:.1f} GB free here; the set-up needs about {FREE_GB} GB. Free some space and run again."
+            )
         print(
-            "First run. It downloads into this folder, through pip and your pip settings: torch (0.2 GB for CPU, about"
-            "\n3 GB for CUDA), ComfyUI 0.30.0 (12 MB, GPL-3) and its requirements (about 0.3 GB). It takes some minutes."
+            "First run. It downloads into this folder, through pip and your settings: torch (0.2 GB for CPU, about 3 GB"
+            "\nfor CUDA), ComfyUI 0.30.0 (12 MB, GPL-3) and its requirements (about 0.3 GB). It takes some minutes."
         )
     print(f"Set-up (log: {LOG.relative_to(ROOT)})", flush=True)
 
@@ -203,7 +197,7 @@ def install_vision(constrained: list[str], torch_index: list[str], python: Path)
     build, site = output.split("\n")[:2]
     if build == "cpu":
         packages = Path(site)
-        (packages / "cpu_torchvision_compat.py").write_text(VISION_SHIM, encoding="utf-8")
+        shutil.copy(ROOT / "demo" / "cpu_torchvision_compat.py", packages)
         (packages / "cpu_torchvision_compat.pth").write_text("import cpu_torchvision_compat\n", encoding="utf-8")
         for library in (packages / "torchaudio" / "lib").glob("*.so"):
             library.unlink()  # torchaudio treats a missing extension as none, a CUDA-linked one as an error
@@ -211,7 +205,7 @@ def install_vision(constrained: list[str], torch_index: list[str], python: Path)
 
 def fetch_step(version: str, pip: list[str], comfyui: Path) -> tuple:
     if version:
-        return (f"ComfyUI {version}", "", lambda: fetch_with_comfy_cli(version, pip, comfyui))
+        return (f"ComfyUI {version}", "", lambda: fetch_with_comfy_cli(version, comfyui))
     return ("ComfyUI 0.30.0", COMFYUI_SHA256, lambda: fetch_pinned(pip, comfyui))
 
 
@@ -235,9 +229,17 @@ def fetch_pinned(pip: list[str], comfyui: Path) -> None:
     partial.rename(comfyui)
 
 
-def fetch_with_comfy_cli(version: str, pip: list[str], comfyui: Path) -> None:
-    run([*pip, "install", "comfy-cli"])
-    comfy = Path(pip[0]).with_name("comfy.exe" if WINDOWS else "comfy")
+def install_comfy_cli() -> None:
+    """In an environment of its own: its many requirements must not decide versions in ours."""
+    folder = HOME / "cli"
+    shutil.rmtree(folder, ignore_errors=True)
+    run([sys.executable, "-m", "venv", str(folder)])
+    run([str(venv_python(folder)), "-m", "pip", "--disable-pip-version-check", "install", COMFY_CLI])
+
+
+def fetch_with_comfy_cli(version: str, comfyui: Path) -> None:
+    install_comfy_cli()
+    comfy = venv_python(HOME / "cli").with_name("comfy.exe" if WINDOWS else "comfy")
     run([str(comfy), "--skip-prompt", "--workspace", str(comfyui), "install", "--version", version, "--skip-manager",
          "--skip-torch-or-directml"])  # fmt: skip
 
@@ -294,7 +296,9 @@ def own_python(comfyui: Path) -> Path:
     for python in places:
         if python.exists() and subprocess.run([str(python), "-c", "import torch"], capture_output=True).returncode == 0:
             return python
-    raise Problem(f"No Python with torch found for {comfyui}; activate the environment you start ComfyUI with, then run.")
+    raise Problem(
+        f"No Python with torch found for {comfyui}; activate the environment you start ComfyUI with, then run."
+    )
 
 
 def venv_python(folder: Path) -> Path:
@@ -320,28 +324,29 @@ def run(command: list[str]) -> None:
         raise Problem("The disk is full. Free some space and run the same command again; finished steps are kept.")
     if re.search(r"NewConnectionError|Temporary failure|Network is unreachable|ConnectTimeout|ProxyError", tail):
         raise Problem("The package index could not be reached. Check the network or pip's settings and run again.")
-    raise Problem(f"A set-up step failed (its output: {LOG}). Run the same command again; finished steps are kept.\n{tail[-1500:]}")
+    raise Problem(
+        f"A set-up step failed. Run the same command again; finished steps are kept. The end of {LOG}:\n{tail[-1500:]}"
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- commands
+# -------------------------------------------------------------------------------------------------- commands
 
 
-def call(python: Path, comfyui: Path, *command: str, **extra: str) -> int:
+def call(comfyui: Path, *command: str | Path, **extra: str) -> int:
     environment = {**os.environ, "LINEARIZE_COMFYUI": str(comfyui), "LINEARIZE_BASE": str(BASE), **extra}
-    environment.setdefault("PYTHONUNBUFFERED", "1")
-    return subprocess.run([str(python), *command], cwd=ROOT, env=environment).returncode
+    return subprocess.run([str(part) for part in command], cwd=ROOT, env=environment).returncode
 
 
 def command_demo(args: argparse.Namespace, python: Path, comfyui: Path) -> int:
-    return call(python, comfyui, "demo/run_demo.py", "--size", str(args.size))
+    return call(comfyui, python, "-u", "demo/run_demo.py", "--size", str(args.size))
 
 
 def command_serve(args: argparse.Namespace, python: Path, comfyui: Path) -> int:
-    return call(python, comfyui, "demo/live_server.py", "--port", str(args.port))
+    return call(comfyui, python, "-u", "demo/live_server.py", "--port", str(args.port))
 
 
 def command_bench(args: argparse.Namespace, python: Path, comfyui: Path) -> int:
-    return call(python, comfyui, "benchmarks/run.py", *args.rest)
+    return call(comfyui, python, "-u", "benchmarks/run.py", *args.rest)
 
 
 def command_test(args: argparse.Namespace, python: Path, comfyui: Path) -> int:
@@ -357,10 +362,11 @@ def command_test(args: argparse.Namespace, python: Path, comfyui: Path) -> int:
         print(f"\n== {name}", flush=True)
         start = time.monotonic()
         if paths is None:
-            code = max(call(python, comfyui, "-m", *tool) for tool in LINT)
+            code = max(call(comfyui, python, "-m", *tool) for tool in LINT)
         else:
+            # not `python -m pytest`, which would put this folder, and its nodes/, first on the path
             pytest = python.with_name("pytest.exe" if WINDOWS else "pytest")
-            code = subprocess_pytest(pytest, comfyui, paths, extra)
+            code = call(comfyui, pytest, "-q", *paths, **extra)
         rows.append((name, (time.monotonic() - start) / 60, budget, "ok" if code == 0 else "FAILED"))
         if code:
             failed.append(name)
@@ -369,18 +375,6 @@ def command_test(args: argparse.Namespace, python: Path, comfyui: Path) -> int:
         print(f"{name:12} {minutes:8.1f} {budget:7}  {verdict}")
     print(f"{len(rows) - len(failed)} passed, {len(failed)} failed")
     return 1 if failed else 0
-
-
-LINT = (
-    ["ruff", "check", "."],
-    ["ruff", "format", "--check", "."],
-    ["pyright"],
-)
-
-
-def subprocess_pytest(pytest: Path, comfyui: Path, paths: list[str], extra: dict[str, str]) -> int:
-    environment = {**os.environ, "LINEARIZE_COMFYUI": str(comfyui), "LINEARIZE_BASE": str(BASE), **extra}
-    return subprocess.run([str(pytest), "-q", *paths], cwd=ROOT, env=environment).returncode
 
 
 COMMANDS = {"demo": command_demo, "test": command_test, "serve": command_serve, "bench": command_bench}

@@ -70,21 +70,25 @@ class TorchBackend:
     name = "torch"
 
     def can_run(self, call: Call) -> Reason | None:  # noqa: D102
-        return _wrong_input(call) or _kinds_other_than(call, ClearSpec, "torch")
+        return _wrong_input(call) or _kinds_other_than(call, (ClearSpec,), "torch")
 
     def run(self, query, key, value, call, *, scale, pool_weight, memory):  # noqa: ANN001, ANN201, D102
-        groups = groups_of(call.spec, query.shape[1])
-        options = {"scale": scale, "pool_weight": pool_weight, "memory": memory}
-        if len(groups) == 1:
-            return clear_attention(query, key, value, call.layout, groups[0].spec, **options)
-        order, parts = [], []
-        for group in groups:
-            heads = torch.tensor(group.heads, device=query.device)
-            chosen = (tensor.index_select(1, heads) for tensor in (query, key, value))
-            parts.append(clear_attention(*chosen, call.layout, group.spec, **options))
+        order: list[int] = []
+        parts: list[Tensor] = []
+        for group in groups_of(call.spec, query.shape[1]):
+            assert isinstance(group.spec, ClearSpec)
+            every_head = len(group.heads) == query.shape[1]
+            q, k, v = (query, key, value) if every_head else (_heads(t, group.heads) for t in (query, key, value))
+            options = {"scale": scale, "pool_weight": pool_weight, "memory": memory}
+            parts.append(clear_attention(q, k, v, call.layout, group.spec, **options))
             order += group.heads
-        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=query.device)
-        return torch.cat(parts, dim=1).index_select(1, back)
+        if len(parts) == 1:
+            return parts[0]
+        return _heads(torch.cat(parts, dim=1), sorted(range(len(order)), key=order.__getitem__))
+
+
+def _heads(tensor: Tensor, heads: Sequence[int]) -> Tensor:
+    return tensor.index_select(1, torch.tensor(heads, device=tensor.device))
 
 
 class ReferenceBackend:
@@ -96,12 +100,10 @@ class ReferenceBackend:
         if call.layout.num_tokens > MAX_TOKENS:
             text = f"the reference holds every pair of tokens and stops at {MAX_TOKENS}, this call has {call.shape[2]}"
             return Reason("tokens", text)
-        return _wrong_input(call) or _kinds_other_than(call, DenseSpec | ClearSpec, "reference")
+        return _wrong_input(call) or _kinds_other_than(call, (DenseSpec, ClearSpec), "reference")
 
     def run(self, query, key, value, call, *, scale, pool_weight, memory):  # noqa: ANN001, ANN201, D102
-        result = reference_attention(
-            query, key, value, call.layout, call.spec, scale=scale, pool_weight=pool_weight
-        )
+        result = reference_attention(query, key, value, call.layout, call.spec, scale=scale, pool_weight=pool_weight)
         return result.to(query.dtype)
 
 
@@ -183,7 +185,7 @@ def _wrong_input(call: Call) -> Reason | None:
     return call.layout.mismatch(call.shape[2])
 
 
-def _kinds_other_than(call: Call, supported: type, backend: str) -> Reason | None:
+def _kinds_other_than(call: Call, supported: tuple[type, ...], backend: str) -> Reason | None:
     for group in groups_of(call.spec, call.shape[1]):
         if not isinstance(group.spec, supported):
             return Reason("kind", f"backend {backend} does not run kind {group.spec.kind}")

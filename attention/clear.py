@@ -106,8 +106,8 @@ class _Chunk:
 def _forward(query: Tensor, key: Tensor, value: Tensor, plan: _Plan) -> Tensor:
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     for chunk in _chunks(query, plan):
-        parts = _gather(query, key, value, chunk)
-        output.index_copy_(2, chunk.queries, _attend(*parts, chunk, plan.scale))
+        q, k, v = _gather(query, key, value, chunk)
+        output.index_copy_(2, chunk.queries, _attend(q, k, v, chunk, plan.scale))
     return output
 
 
@@ -135,15 +135,15 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # noqa: D102
-        inputs: tuple[Tensor, ...] = ctx.saved_tensors
+        query, key, value = inputs = ctx.saved_tensors
         plan: _Plan = ctx.plan
         # keys are shared between chunks, so their gradients add up; fp32 keeps many small terms
         totals = [torch.zeros(t.shape, dtype=_accumulator(t.dtype), device=t.device) for t in inputs]
-        for chunk in _chunks(inputs[0], plan):
+        for chunk in _chunks(query, plan):
             with torch.enable_grad():
-                parts = [part.detach().requires_grad_() for part in _gather(*inputs, chunk)]
-                output = _attend(*parts, chunk, plan.scale)
-            found = torch.autograd.grad(output, parts, grad.index_select(2, chunk.queries))
+                q, k, v = (part.detach().requires_grad_() for part in _gather(query, key, value, chunk))
+                output = _attend(q, k, v, chunk, plan.scale)
+            found = torch.autograd.grad(output, (q, k, v), grad.index_select(2, chunk.queries))
             for total, part, index in zip(totals, found, (chunk.queries, chunk.keys, chunk.keys), strict=True):
                 if isinstance(index, slice):
                     total[:, :, index] += part
@@ -199,8 +199,8 @@ def _tile_chunks(lists: KeyLists, origins: Tensor, shared: Tensor, head_dim: int
 def _lists_on(tile_class: TileClass, device: torch.device, memory: LongLived) -> tuple[KeyLists, Tensor]:
     def make() -> tuple[KeyLists, Tensor]:
         lists = tile_class.lists()
-        moved = (tensor.to(device) for tensor in (lists.queries, lists.keys, lists.visible))
-        return KeyLists(*moved, num_full=lists.num_full), tile_class.origins().to(device)
+        queries, keys, visible = (tensor.to(device) for tensor in (lists.queries, lists.keys, lists.visible))
+        return KeyLists(queries, keys, visible, lists.num_full), tile_class.origins().to(device)
 
     return memory.get(("clear", tile_class, device), make, lambda made: made[0].num_bytes + 8 * len(made[1]))
 

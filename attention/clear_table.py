@@ -116,9 +116,7 @@ def tile_classes(grid: Grid, radius: int, temporal_radius: int = 0, tile: Tile |
         for candidate in candidates
     ]
     frames, rows, columns = min(choices, key=_computed_pairs)
-    return tuple(
-        TileClass(grid, radius, temporal_radius, axes) for axes in itertools.product(frames, rows, columns)
-    )
+    return tuple(TileClass(grid, radius, temporal_radius, axes) for axes in itertools.product(frames, rows, columns))
 
 
 def _axis_classes(size: int, step: int, reach: int) -> tuple[AxisClass, ...]:

@@ -135,7 +135,9 @@ class Plan:
         try:
             return cls.from_json(json.loads(text))
         except json.JSONDecodeError as error:
-            raise ValueError(f"the plan is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+            raise ValueError(
+                f"the plan is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+            ) from None
 
 
 def _named(where: str, data: object) -> SiteSpec:

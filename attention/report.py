@@ -25,9 +25,7 @@ def site_costs(sites: Sequence[Site], specs: Mapping[str, SiteSpec], layout: Tok
     rows = []
     for site in sites:
         spec = specs.get(site.id, DenseSpec())
-        dense, planned = (
-            attention_cost(each, layout, site.num_heads, site.head_dim) for each in (DenseSpec(), spec)
-        )
+        dense, planned = (attention_cost(each, layout, site.num_heads, site.head_dim) for each in (DenseSpec(), spec))
         rows.append(SiteCost(site, spec, dense, planned))
     return tuple(rows)
 
@@ -38,9 +36,7 @@ def describe_spec(spec: SiteSpec) -> str:
         return " + ".join(f"{len(group.heads)} heads {describe_spec(group.spec)}" for group in spec.groups)
     shown = {"radius", "rate", "chunk_frames"}
     default = asdict(type(spec)())
-    words = [
-        f"{name} {value}" for name, value in asdict(spec).items() if name in shown or value != default[name]
-    ]
+    words = [f"{name} {value}" for name, value in asdict(spec).items() if name in shown or value != default[name]]
     return " ".join([spec.kind, *words])
 
 

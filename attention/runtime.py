@@ -85,9 +85,7 @@ class Runtime:
 
     def copy(self) -> "Runtime":
         """Return a runtime with the same settings and no shared state."""
-        return replace(
-            self, memory=LongLived(self.memory.pause, self.memory.max_bytes), record=RunRecord(), _finite={}
-        )
+        return replace(self, memory=LongLived(self.memory.pause, self.memory.max_bytes), record=RunRecord(), _finite={})
 
     def merged_over(self, earlier: "Runtime") -> "Runtime":
         """Return the runtime of two nodes in a row: this one's sites, and the earlier one's where it has none.
@@ -165,7 +163,9 @@ class AttentionOverride:
             options = {"mask": mask, "attn_precision": attn_precision, **flags, **kwargs}
             if CALL_KEY in (kwargs.get("transformer_options") or {}):
                 # an earlier override of ours further down the chain must not decide the same call again
-                options["transformer_options"] = {k: v for k, v in kwargs["transformer_options"].items() if k != CALL_KEY}
+                options["transformer_options"] = {
+                    k: v for k, v in kwargs["transformer_options"].items() if k != CALL_KEY
+                }
             if self.previous is not None:
                 return self.previous(func, q, k, v, heads, **options)
             return func(q, k, v, heads, **options)

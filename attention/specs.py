@@ -6,7 +6,7 @@ Nothing here computes attention; `attention/clear.py` and its siblings do.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Union
+from typing import Any, ClassVar
 
 FEATURE_MAPS = ("elu1", "relu", "favor", "hedgehog", "polynomial", "linfusion")
 STABILIZERS = ("max", "lse")
@@ -170,7 +170,7 @@ class HeadSplit:
         return "+".join(sorted({group.spec.kind for group in self.groups}))
 
 
-SiteSpec = Union[DenseSpec, ClearSpec, LinearSpec, HybridSpec, ChunkedSpec, HeadSplit]
+SiteSpec = Spec | HeadSplit
 
 
 def groups_of(spec: SiteSpec, num_heads: int) -> tuple[HeadGroup, ...]:

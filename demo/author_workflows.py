@@ -18,6 +18,15 @@ from playwright.sync_api import Page, sync_playwright
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 READY = "window.app?.graph && app.extensionManager?.workflow?.activeWorkflow"
+OVERLAYS = (".p-toast", "[data-testid=error-overlay]", ".minimap-main-container")
+BOUNDS = """() => {
+    const boxes = app.graph.nodes.map(node => node.getBounding()), ds = app.canvas.ds;
+    const edge = app.canvas.canvas.getBoundingClientRect();
+    const x = value => (value + ds.offset[0]) * ds.scale + edge.left;
+    const y = value => (value + ds.offset[1]) * ds.scale + edge.top;
+    return [x(Math.min(...boxes.map(b => b[0]))), y(Math.min(...boxes.map(b => b[1]))),
+            x(Math.max(...boxes.map(b => b[0] + b[2]))), y(Math.max(...boxes.map(b => b[1] + b[3])))];
+}"""
 OURS = "Linearize"
 VERSION = "0.1.0"
 HUGGINGFACE = "https://huggingface.co"
@@ -42,18 +51,18 @@ H100 at 1.0x dense speed at 1024, 1.2x at 2048, 1.8x at 4096 and 5.1x at 8192 pi
 
 # columns from left to right: (node id, width, height); None keeps the size that the frontend chose
 DEMO = [
-    [("1", 320, None), ("2", 320, 220), ("3", 320, None)],
-    [("4", 320, None)],
-    [("5", 320, None)],
-    [("6", 300, None), ("7", 300, 330)],
-    [("8", 460, 560)],
+    [("1", 300, None), ("2", 300, None), ("3", 300, None)],
+    [("4", 400, 380)],
+    [("5", 300, 500)],
+    [("6", 300, None), ("7", 300, 376)],
+    [("8", 500, 620)],
 ]
 FLUX = [
-    [("1", 340, None), ("2", 340, None), ("3", 340, None), ("note", 340, 400)],
-    [("4", 340, None), ("5", 340, 200)],
+    [("1", 340, None), ("2", 340, None), ("3", 340, None), ("note", 340, 320)],
+    [("4", 400, 350), ("5", 400, 200)],
     [("6", 280, None), ("8", 280, None), ("9", 280, None), ("10", 280, None), ("11", 280, None), ("7", 280, None)],
     [("12", 280, None), ("13", 280, None)],
-    [("14", 460, 400), ("15", 460, 420)],
+    [("14", 500, 320), ("15", 500, 600)],
 ]
 GAP, TITLE = 60, 46  # pixels between columns; between nodes of a column, where the title bar sits
 
@@ -61,9 +70,21 @@ GAP, TITLE = 60, 46  # pixels between columns; between nodes of a column, where 
 def open_frontend(browser: Any, url: str) -> Page:
     """Return a page with ComfyUI's frontend ready."""
     page = browser.new_page()
+    page.route("**/api/object_info", pretend_files)
     page.goto(url)
     page.wait_for_function(READY, timeout=60000)
     return page
+
+
+def pretend_files(route: Any) -> None:
+    """Answer the frontend's question for nodes as if the models were there, so that no loader is drawn in red."""
+    answer = route.fetch()
+    nodes = answer.json()
+    for kind in ("UNETLoader", "DualCLIPLoader", "VAELoader"):
+        for name, (choices, *_) in nodes[kind]["input"]["required"].items():
+            if "_name" in name:
+                choices += MODELS
+    route.fulfill(response=answer, json=nodes)
 
 
 def convert(page: Page, api: dict[str, Any], name: str) -> dict[str, Any]:
@@ -137,19 +158,21 @@ def write_workflows(server: LiveServer, browser: Any) -> None:
         picture = screenshot(page)
         picture.save(ROOT / "demo" / "output" / f"{name}.png")
         if folder == "workflows":
-            picture.convert("RGB").resize((640, 364)).save(ROOT / folder / f"{name}.jpg", quality=82, optimize=True)
+            picture.thumbnail((800, 800))
+            picture.convert("RGB").save(ROOT / folder / f"{name}.jpg", quality=85, optimize=True)
         page.close()
 
 
 def screenshot(page: Page) -> Image.Image:
-    """Return a picture of the whole graph."""
+    """Return a picture of the whole graph, without what the interface lays over it."""
+    page.add_style_tag(content=f"{', '.join(OVERLAYS)} {{ display: none !important; }}")
     page.wait_for_timeout(1500)
-    page.keyboard.press("Escape")
-    page.wait_for_timeout(500)
     page.evaluate("app.canvas.canvas.focus()")
     page.keyboard.press(".")
     page.wait_for_timeout(1500)
-    return Image.open(BytesIO(page.screenshot()))
+    left, top, right, bottom = page.evaluate(BOUNDS)
+    clip = {"x": left - 30, "y": top - 30, "width": right - left + 60, "height": bottom - top + 60}
+    return Image.open(BytesIO(page.screenshot(clip=clip)))
 
 
 def main() -> int:

@@ -24,16 +24,24 @@ class LinearizeCLEAR(io.ComfyNode):
             category=CATEGORY,
             description="Lets each image token see only the tokens inside a disc around it, and all of the text. "
             "Time and memory of attention grow with the number of pixels instead of its square.",
-            search_aliases=["linear attention", "local attention", "window attention", "faster flux", "high resolution"],
+            search_aliases=[
+                "linear attention",
+                "local attention",
+                "window attention",
+                "faster flux",
+                "high resolution",
+            ],
             inputs=[
-                io.Model.Input("model", tooltip="A loaded diffusion transformer. It is not changed; a patched copy comes out."),
+                io.Model.Input(
+                    "model", tooltip="A loaded diffusion transformer. It is not changed; a patched copy comes out."
+                ),
                 io.Int.Input(
                     "radius",
                     default=DEFAULTS.radius,
                     min=1,
                     max=1024,
-                    tooltip="Radius of the disc in tokens; one FLUX token is 16 pixels. Smaller is faster and keeps less. "
-                    "CLEAR publishes weights for 8, 16 and 32.",
+                    tooltip="Radius of the disc in tokens; one FLUX token is 16 pixels. Smaller is faster and keeps "
+                    "less. CLEAR publishes weights for 8, 16 and 32.",
                 ),
                 io.Combo.Input(
                     "weights",
@@ -63,7 +71,8 @@ class LinearizeCLEAR(io.ComfyNode):
                     "proportional",
                     default=DEFAULTS.proportional,
                     advanced=True,
-                    tooltip="Sharpens attention for pictures above 1024 x 1024, as CLEAR's high-resolution recipe does.",
+                    tooltip="Sharpens attention for pictures above 1024 x 1024, as CLEAR's high-resolution recipe "
+                    "does.",
                 ),
                 io.String.Input(
                     "sites",

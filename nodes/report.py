@@ -18,14 +18,18 @@ class LinearizeReport(io.ComfyNode):
             node_id="LinearizeReport",
             display_name="Attention Report",
             category=CATEGORY_INSPECT,
-            description="Says what the attention of a model costs at a size, site by site. Connect something that comes "
-            "from the sampler to after, and it also says what really ran.",
+            description="Says what the attention of a model costs at a size, site by site. Connect something that "
+            "comes from the sampler to after, and it also says what really ran.",
             search_aliases=["attention cost", "flops", "profile attention"],
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The same model that goes into the sampler, patched or not."),
-                io.Int.Input("width", default=1024, min=16, max=32768, step=8, tooltip="Width of the picture in pixels."),
-                io.Int.Input("height", default=1024, min=16, max=32768, step=8, tooltip="Height of the picture in pixels."),
+                io.Int.Input(
+                    "width", default=1024, min=16, max=32768, step=8, tooltip="Width of the picture in pixels."
+                ),
+                io.Int.Input(
+                    "height", default=1024, min=16, max=32768, step=8, tooltip="Height of the picture in pixels."
+                ),
                 io.Int.Input(
                     "frames",
                     default=1,
@@ -37,14 +41,17 @@ class LinearizeReport(io.ComfyNode):
                 io.AnyType.Input(
                     "after",
                     optional=True,
-                    tooltip="Anything that comes out of the sampler, such as its latent. The report then waits for it and "
-                    "adds what ran in that sampling.",
+                    tooltip="Anything that comes out of the sampler, such as its latent. The report then waits for it "
+                    "and adds what ran in that sampling.",
                 ),
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="The report."),
-                io.Image.Output(display_name="plan_map", tooltip="One row per site, coloured by kind, as long as its cost."),
+                io.Image.Output(
+                    display_name="plan_map", tooltip="One row per site, coloured by kind, as long as its cost."
+                ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -59,5 +66,8 @@ class LinearizeReport(io.ComfyNode):
         text = describe_costs(host.title, size, layout, rows)
         if after is not None:
             text += "\n\nin the last sampling:\n" + (runtime.record.summary() if runtime else "no Linearize node ran")
+        patching.show_on_node(cls.hidden.unique_id)(text)  # the interface shows ui.text of its own nodes only
         picture = draw_plan(f"{host.title}, {size}", rows)
-        return io.NodeOutput(text, picture, ui={**ui.PreviewText(text).as_dict(), **ui.PreviewImage(picture, cls=cls).as_dict()})
+        return io.NodeOutput(
+            text, picture, ui={**ui.PreviewText(text).as_dict(), **ui.PreviewImage(picture, cls=cls).as_dict()}
+        )

@@ -30,6 +30,9 @@ if importlib.util.find_spec("linearize") is None:  # a plain checkout without th
 
 import torch  # noqa: E402
 
+if os.environ.get("LINEARIZE_TEST_DEVICE"):  # the oracle tests on a card: see benchmarks/gpu.md
+    torch.set_default_device(os.environ["LINEARIZE_TEST_DEVICE"])
+
 # error against float64, as the Frobenius norm of the difference over that of the truth
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 

@@ -41,7 +41,9 @@ class FluxHost:
         if not isinstance(module.patch_size, int):
             return Reason("structure", f"{self.title} models have one patch size for height and width")
         if missing_attributes(module, ("double_stream_modulation_img",)) == ():
-            return Reason("structure", f"{self.title} models modulate each block, this one shares a modulation (FLUX.2)")
+            return Reason(
+                "structure", f"{self.title} models modulate each block, this one shares a modulation (FLUX.2)"
+            )
         return None
 
     def sites(self, module: Any) -> tuple[Site, ...]:

@@ -13,9 +13,9 @@ from linearize.attention.specs import ClearSpec
 
 
 def random_qkv(layout, heads=2, head_dim=16, batch=1, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
     shape = (batch, heads, layout.num_tokens, head_dim)
-    return tuple(torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    return tuple(torch.randn(shape).to(dtype) for _ in range(3))
 
 
 def flux(rows, columns, text):
@@ -123,8 +123,9 @@ def test_views_of_a_fused_projection(relative_error, tolerance):
     fused = torch.randn(2, layout.num_tokens, 3 * heads * head_dim + 40)
     parts = fused[..., : 3 * heads * head_dim].view(2, layout.num_tokens, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
     before = fused.clone()
-    assert relative_error(clear_attention(*parts, layout, spec), reference_attention(*parts, layout, spec)) < (
-        tolerance[torch.float32]
+    assert (
+        relative_error(clear_attention(*parts, layout, spec), reference_attention(*parts, layout, spec))
+        < (tolerance[torch.float32])
     )
     assert torch.equal(fused, before), "q, k or v was written into"
 

@@ -1,8 +1,7 @@
 """Key lists: every pair once, nothing else, and little of it."""
 
-import torch
-
 import pytest
+import torch
 
 from linearize.attention.clear_table import TILES, covers_grid, tile_classes
 from linearize.attention.cost import disc_pairs
@@ -65,5 +64,7 @@ def test_covers_grid():
     assert covers_grid((1, 3, 4), 4) and not covers_grid((1, 4, 5), 5)
     assert covers_grid((7, 3, 4), 4) and covers_grid((2, 3, 4), 4, 9) and not covers_grid((3, 3, 4), 4, 3)
     for grid, radius, temporal in [((3, 3, 4), 4, 3), ((2, 3, 4), 4, 9), ((1, 4, 5), 6, 0), ((4, 2, 2), 2, 4)]:
-        mask = clear_mask(TokenLayout.of((Segment("text", 0), grid_segment("main", *grid))), ClearSpec(radius, temporal))
+        mask = clear_mask(
+            TokenLayout.of((Segment("text", 0), grid_segment("main", *grid))), ClearSpec(radius, temporal)
+        )
         assert covers_grid(grid, radius, temporal) == bool(mask.all())

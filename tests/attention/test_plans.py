@@ -82,7 +82,8 @@ def test_group_sites_is_the_inverse_of_resolve():
         ('{"format": "linearize/plan/1", "host": "flux", "sites": []}', "sites as an object"),
         ('{"format": "linearize/plan/1", "host": "flux", "sites": {"double": {"kind": "clear", "r": 8}}}',
          "in the plan, double: kind clear has no parameter 'r'"),
-        ('{"format": "linearize/plan/1", "host": "flux", "default": {"kind": "none"}}', "in the plan, default: kind is"),
+        ('{"format": "linearize/plan/1", "host": "flux", "default": {"kind": "none"}}',
+         "in the plan, default: kind is"),
     ],
 )  # fmt: skip
 def test_wrong_plans_are_refused_by_name(text, words):

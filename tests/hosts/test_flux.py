@@ -111,10 +111,7 @@ def test_a_token_reaches_only_those_that_may_see_it(radius, cell, watch):
         outputs.append(watch(runtime, each, text(tokens), override=override)[1][0].output)
         assert {(r.site, r.kind, r.backend) for r in runtime.record.ran} == {(s, "clear", "torch") for s in SITES}
     seen = set(range(tokens)) | {
-        tokens + b * columns + a
-        for b in range(rows)
-        for a in range(columns)
-        if (b - y) ** 2 + (a - x) ** 2 < radius**2
+        tokens + b * columns + a for b in range(rows) for a in range(columns) if (b - y) ** 2 + (a - x) ** 2 < radius**2
     }
     reshaped = [output.unflatten(-1, (2, 128)).transpose(1, 2) for output in outputs]
     assert changed_tokens(*reshaped) == seen

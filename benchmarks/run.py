@@ -1,0 +1,212 @@
+"""Measure and append rows to results.csv: `python run.py bench`, or `python benchmarks/run.py --suite NAME`.
+
+Contenders of a case take turns in one process, because a shared or hot machine changes speed from minute to minute;
+only ratios of one run are claimed. Peak memory is measured in a process of its own per contender. Every result is
+checked against the float64 reference on a small case before anything is timed.
+"""
+
+import argparse
+import csv
+import datetime
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parents[1]]
+from registry import SUITES, Shape, contenders, declined_calls  # noqa: E402
+
+from linearize.attention import ClearSpec, clear_attention, reference_attention  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results.csv"
+COLUMNS = (
+    "date", "commit", "machine", "torch", "suite", "pixels", "text", "heads", "head_dim", "dtype", "contender",
+    "median_ms", "p20_ms", "p80_ms", "times_dense", "peak_mib",
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure attention and append rows to benchmarks/results.csv.")
+    parser.add_argument("--suite", default="", help=f"one of {', '.join(SUITES)}, declined; default: what suits here")
+    parser.add_argument("--rounds", type=int, default=7, help="turns that every contender takes")
+    parser.add_argument("--dry-run", action="store_true", help="print the rows, store nothing")
+    parser.add_argument("--peak", nargs=3, metavar=("SUITE", "CASE", "CONTENDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.peak:
+        print(peak_mib(*args.peak, device))
+        return 0
+    suites = [args.suite] if args.suite else [f"clear-{'gpu' if device == 'cuda' else 'cpu'}", "declined"]
+    if unknown := [suite for suite in suites if suite not in (*SUITES, "declined")]:
+        print(f"no suite {unknown[0]}; there are {', '.join([*SUITES, 'declined'])}", file=sys.stderr)
+        return 1
+    check(device)
+    rows = []
+    for suite in suites:
+        rows += declined_rows(args.rounds) if suite == "declined" else suite_rows(suite, args.rounds, device)
+    if not args.dry_run:
+        append(rows)
+    return 0
+
+
+def check(device: str) -> None:
+    """Refuse to time what is not right."""
+    shape = Shape(400, text=5, heads=2, head_dim=16)
+    inputs, spec = shape.inputs(device), ClearSpec(6)
+    output = clear_attention(*inputs, shape.layout, spec).cpu()
+    truth = reference_attention(*(tensor.cpu() for tensor in inputs), shape.layout, spec)
+    if float((output - truth).norm() / truth.norm()) > 1e-3:
+        raise SystemExit("clear_attention differs from the reference on this machine; nothing was timed")
+
+
+def suite_rows(suite: str, rounds: int, device: str) -> list[dict[str, object]]:
+    """Return one row per shape and contender."""
+    shapes, radii = SUITES[suite]
+    rows = []
+    for number, shape in enumerate(shapes):
+        times = interleaved(contenders(shape, radii, device), rounds, device)
+        dense = statistics.median(times["dense"])
+        for name, samples in times.items():
+            row = {**about(suite), **facts(shape), **summary(name, samples)}
+            row["times_dense"] = f"{dense / statistics.median(samples):.3f}"
+            row["peak_mib"] = peak_in_own_process(suite, number, name)
+            rows.append(row)
+            print(
+                " ".join(
+                    f"{row[key]}" for key in ("suite", "pixels", "contender", "median_ms", "times_dense", "peak_mib")
+                )
+            )
+    return rows
+
+
+def declined_rows(rounds: int) -> list[dict[str, object]]:
+    """Return rows in which median_ms is the time of one call; the difference to "host alone" is what a call adds."""
+    repeats = 2000
+    functions = {name: _repeat(function, repeats) for name, function in declined_calls().items()}
+    times = interleaved(functions, rounds, "cpu")
+    rows = []
+    for name, samples in times.items():
+        row = {**about("declined"), **summary(name, [sample / repeats for sample in samples], digits=5)}
+        rows.append(row)
+        print(f"declined {name}: {row['median_ms']} ms a call")
+    return rows
+
+
+def _repeat(function: Callable[[], object], repeats: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(repeats):
+            function()
+
+    return run
+
+
+def interleaved(functions: dict, rounds: int, device: str) -> dict[str, list[float]]:
+    """Return milliseconds per contender, taken in turns after one warm-up each."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds + 1):
+        for name, function in functions.items():
+            _wait(device)
+            start = time.perf_counter()
+            function()
+            _wait(device)
+            if turn:
+                times[name].append((time.perf_counter() - start) * 1000)
+    return times
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_in_own_process(suite: str, number: int, name: str) -> str:
+    """Return the peak memory of a contender beyond its inputs, measured by a fresh process."""
+    command = [sys.executable, __file__, "--peak", suite, str(number), name]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def peak_mib(suite: str, number: str, name: str, device: str) -> str:
+    """Return MiB that one call needs beyond its inputs, output included; empty where the platform cannot tell."""
+    shapes, radii = SUITES[suite]
+    small = {**contenders(Shape(256), radii, device)}
+    small[name]()  # libraries allocate their work space on first use
+    function = contenders(shapes[int(number)], radii, device)[name]
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.0f}"
+    if not _reset_peak():
+        return ""
+    before = _peak_rss()
+    function()
+    return f"{(_peak_rss() - before) / 2**20:.0f}"
+
+
+def _reset_peak() -> bool:
+    """Make the kernel forget the peak of this process so far; Linux only."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak_rss() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def about(suite: str) -> dict[str, object]:
+    """Return the columns that say when, where and with what."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return {"date": day, "commit": commit, "machine": machine(), "torch": torch.__version__, "suite": suite}
+
+
+def machine() -> str:
+    """Return the name of the card, or of the processor with its number of threads in use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = names[0] if names else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def facts(shape: Shape) -> dict[str, object]:
+    """Return the columns of a shape."""
+    return {name: getattr(shape, name) for name in ("pixels", "text", "heads", "head_dim", "dtype")}
+
+
+def summary(name: str, samples: list[float], digits: int = 2) -> dict[str, object]:
+    """Return the columns of a contender's times."""
+    p20, p80 = (statistics.quantiles(samples, n=5)[i] for i in (0, 3))
+    times = {"median_ms": statistics.median(samples), "p20_ms": p20, "p80_ms": p80}
+    return {"contender": name, **{key: f"{value:.{digits}f}" for key, value in times.items()}}
+
+
+def append(rows: list[dict[str, object]]) -> None:
+    """Append rows to results.csv."""
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Write README's tables from stored results: `python benchmarks/tables.py`.
+
+A table is the newest run of each case in results.csv; the demo's is `docs/demo.json`, which `--demo` takes over from
+the last `run.py demo`. No number enters README by hand.
+"""
+
+import csv
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+DEMO = ROOT / "docs" / "demo.json"
+
+
+def newest(suite: str) -> list[dict[str, str]]:
+    """Return the newest row of each case of a suite, in stored order."""
+    with (ROOT / "benchmarks" / "results.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["suite"] == suite]
+    cases = {(row["pixels"], row["text"], row["heads"], row["dtype"], row["contender"]): row for row in rows}
+    return list(cases.values())
+
+
+def clear_cpu_table() -> str:
+    """Return time and memory of CLEAR against dense attention on a CPU."""
+    rows = newest("clear-cpu")
+    lines = ["| pixels a side | attention | ms a call | times dense | peak MiB |", "|---:|---|---:|---:|---:|"]
+    for row in rows:
+        ratio = "" if row["contender"] == "dense" else f"{float(row['times_dense']):.1f}"
+        lines.append(f"| {row['pixels']} | {row['contender']} | {row['median_ms']} | {ratio} | {row['peak_mib']} |")
+    first = rows[0]
+    lines += [
+        "",
+        f"One head of {first['head_dim']}, {first['text']} text tokens, {first['dtype']}, forward, on a shared machine:",
+        f"{first['machine']}, torch {first['torch']}, {first['date']}, commit {first['commit']}.",
+        "Median of interleaved turns; only the ratios mean something. Peak memory is beyond the inputs.",
+        declined_sentence(),
+    ]
+    return "\n".join(lines)
+
+
+def declined_sentence() -> str:
+    """Return what a call costs that the override leaves to the host."""
+    times = {row["contender"]: float(row["median_ms"]) * 1000 for row in newest("declined")}
+    added = times["left to host"] - times["host alone"]
+    passed = times["other call"] - times["host alone"]
+    return (
+        f"A call that is left to dense attention costs {added:.1f} microseconds more, one that no plan"
+        f"\nnames {passed:.1f} (same machine, median)."
+    )
+
+
+def demo_table() -> str:
+    """Return the demo's own table."""
+    data = json.loads(DEMO.read_text(encoding="utf-8"))
+    lines = ["| attention | s a step | pairs kept | memory of the server, MiB |", "|---|---:|---:|---:|"]
+    for row in data["rows"]:
+        name = row["variant"].replace("_", ", radius ")
+        lines.append(f"| {name} | {row['seconds_per_step']:.2f} | {row['pairs_kept']:.1%} | {row['memory_mib']:.0f} |")
+    lines += [
+        "",
+        f"{data['size']} x {data['size']} pixels, {data['steps']} steps, {data['weights']} weights,"
+        f" {data['machine']}, ComfyUI on the CPU.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {"clear-cpu": clear_cpu_table, "demo": demo_table}
+
+
+def with_tables(text: str) -> str:
+    """Return README's text with every marked table made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no place for table {name}")
+        table = make()
+        text = pattern.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+    return text
+
+
+def main() -> None:
+    if "--demo" in sys.argv:
+        shutil.copy(ROOT / "demo" / "output" / "table.json", DEMO)
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The real frontend in Chromium: templates, both forms of each shipped workflow, a run by its button, help pages."""
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+import urllib.error
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PICTURE = ROOT / "demo" / "output" / "browser.png"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+READY = "window.app?.graph && app.extensionManager?.workflow?.activeWorkflow"
+HAS_OURS = "window.app?.graph?.nodes.some(node => node.type === 'LinearizeCLEAR')"
+MILLISECONDS = 60_000  # the longest that one step may take
+WORKFLOWS = ("demo/clear_demo.json", "workflows/flux_dev_clear.json")
+STATUS = "$$node-text-preview"  # the frontend's own widget for a node's status text
+CHANGE_AND_LISTEN = """() => {
+    const clear = app.graph.nodes.find(node => node.type === 'LinearizeCLEAR');
+    const widget = clear.widgets.find(widget => widget.name === 'radius');
+    widget.value = 8;
+    widget.callback?.(8);
+    for (const name of ['execution_success', 'execution_error'])
+        app.api.addEventListener(name, event => window.ended = [name, event.detail.exception_message ?? '']);
+}"""
+
+
+def api_form(path: str) -> dict:
+    """Return the API form that lies beside a workflow in the interface's form."""
+    file = ROOT / path
+    workflow = json.loads((file.parent / "api" / file.name).read_text(encoding="utf-8"))
+    return {key: {name: node[name] for name in ("class_type", "inputs")} for key, node in workflow.items()}
+
+
+def prompt_of(page) -> dict:
+    """Return what the frontend would queue now, without titles."""
+    output = page.evaluate("async () => (await app.graphToPrompt()).output")
+    return {key: {name: node[name] for name in ("class_type", "inputs")} for key, node in output.items()}
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A live server in strict mode: a fall-back to dense fails the run."""
+    spec = importlib.util.spec_from_file_location("live_server", ROOT / "demo" / "live_server.py")
+    live_server = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = live_server
+    spec.loader.exec_module(live_server)
+    if not (live_server.COMFYUI / "main.py").exists():
+        pytest.skip("no ComfyUI here; run the tests with: python run.py test")
+    with live_server.live_server(environment={"LINEARIZE_STRICT": "1"}) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        pytest.skip(f"no browser on the path (looked for {', '.join(BROWSERS)})")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=executable, headless=True, args=FLAGS)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser):
+    """An empty page that knows nothing of the other tests' pages."""
+    context = browser.new_context(viewport={"width": 1920, "height": 1000})
+    context.set_default_timeout(MILLISECONDS)
+    yield context.new_page()
+    context.close()
+
+
+@pytest.fixture
+def frontend(page, server):
+    """The frontend, ready, with the graph that it opens by itself."""
+    page.goto(server.url)
+    page.wait_for_function(READY)
+    return page
+
+
+def open_workflow(page, path: str) -> None:
+    """Open a workflow file as the user's own."""
+    page.evaluate("workflow => app.loadGraphData(workflow)", json.loads((ROOT / path).read_text(encoding="utf-8")))
+    page.wait_for_function(HAS_OURS)
+
+
+def test_the_template_is_listed_with_its_picture(server):
+    assert "flux_dev_clear" in server.get("/api/workflow_templates")["linearize"]
+    assert server.bytes("/api/workflow_templates/linearize/flux_dev_clear.jpg")[:3] == b"\xff\xd8\xff"
+
+
+def test_the_template_opens_by_its_address(page, server):
+    page.goto(f"{server.url}/?template=flux_dev_clear&source=linearize")
+    page.wait_for_function(HAS_OURS)
+    assert prompt_of(page) == api_form("workflows/flux_dev_clear.json")
+
+
+@pytest.mark.parametrize("path", WORKFLOWS)
+def test_both_forms_of_a_workflow_say_the_same(frontend, path):
+    open_workflow(frontend, path)
+    assert prompt_of(frontend) == api_form(path)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS)
+def test_the_layout_has_no_overlaps(frontend, path):
+    open_workflow(frontend, path)
+    boxes = frontend.evaluate("app.graph.nodes.map(node => [node.type, ...node.getBounding()])")
+    for index, (name, left, top, width, height) in enumerate(boxes):
+        for other, x, y, w, h in boxes[index + 1 :]:
+            apart = left + width <= x or x + w <= left or top + height <= y or y + h <= top
+            assert apart, f"{name} lies on {other}"
+
+
+def status_of(page, kind: str) -> str:
+    """Return the status text that the first node of a type shows, empty if it shows none."""
+    script = "([kind, name]) => app.graph.nodes.find(n => n.type === kind).widgets.find(w => w.name === name)?.value"
+    return page.evaluate(script, [kind, STATUS]) or ""
+
+
+def take_picture(page, path: Path) -> None:
+    """Save a picture of the whole graph, without what the interface lays over it."""
+    page.add_style_tag(content=".p-toast, .minimap-main-container { display: none !important; }")
+    page.wait_for_timeout(1000)  # pictures arrive
+    page.evaluate("app.canvas.canvas.focus()")
+    page.keyboard.press(".")  # fit the view
+    page.wait_for_timeout(1500)
+    path.parent.mkdir(exist_ok=True)
+    page.screenshot(path=path)
+
+
+def test_the_demo_runs_and_the_nodes_say_what_ran(frontend):
+    open_workflow(frontend, "demo/clear_demo.json")
+    frontend.evaluate(CHANGE_AND_LISTEN)
+    assert prompt_of(frontend)["4"]["inputs"]["radius"] == 8
+    frontend.get_by_test_id("queue-button").click()
+    frontend.wait_for_function("window.ended")
+    ended, why = frontend.evaluate("window.ended")
+    assert ended == "execution_success", why
+    take_picture(frontend, PICTURE)
+    clear, report = status_of(frontend, "LinearizeCLEAR"), status_of(frontend, "LinearizeReport")
+    assert re.match(r"clear \((torch|triton)\): 4 sites\n100% linearized", clear), clear
+    assert "clear radius 8: 4 sites" in report, report or "the Attention Report shows no text on its node"
+    assert clear in report.partition("in the last sampling:")[2], report
+
+
+def help_page(server, name: str) -> str:
+    """Return a node's help page, looked for where the frontend does: by language, then without one."""
+    for path in (f"{name}/en.md", f"{name}.md"):
+        try:
+            return server.bytes(f"/extensions/linearize/docs/{path}").decode()
+        except urllib.error.HTTPError:
+            continue
+    return ""
+
+
+def test_every_node_has_a_help_page(server):
+    nodes = server.get("/object_info")
+    ours = [name for name, node in nodes.items() if node["python_module"] == "custom_nodes.linearize"]
+    assert "LinearizeCLEAR" in ours
+    assert [name for name in ours if not help_page(server, name).strip()] == []

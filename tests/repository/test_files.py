@@ -1,0 +1,77 @@
+"""What is tracked: small, without secrets, places or forbidden calls; the two requirement lists agree."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+FORBIDDEN_CODE = re.compile(r"(?<![\w.])(eval|exec)\(|\bpickle\.|\btorch\.(load|save)\(|make_block_ptr")
+TEXT = {".py", ".md", ".toml", ".json", ".yml", ".yaml", ".txt", ".csv", ".cfg", ""}
+
+
+def tracked():
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / line for line in listing.splitlines() if (ROOT / line).is_file()]
+
+
+def test_everything_together_is_under_40_mb():
+    assert sum(path.stat().st_size for path in tracked()) < 40 * 10**6
+
+
+def test_no_forbidden_calls():
+    own = Path(__file__).name
+    bad = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in tracked()
+        if path.suffix == ".py" and path.name != own
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if FORBIDDEN_CODE.search(line)
+    ]
+    assert bad == []
+
+
+def test_nothing_names_a_place_of_a_machine_or_a_token():
+    pattern = re.compile(
+        r"/(home|root|Users|work)/[\w.]|hf_[A-Za-z0-9]{20,}|files\.pythonhosted|pypi\.org|registry\.npm"
+    )
+    bad = [
+        f"{path.relative_to(ROOT)}: {match.group(0)}"
+        for path in tracked()
+        if path.suffix in TEXT and path.name not in (Path(__file__).name, "LICENSE")
+        for match in pattern.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert bad == []
+
+
+def test_modules_are_short_enough_to_read():
+    long = {
+        path.relative_to(ROOT).as_posix(): count
+        for path in tracked()
+        if path.suffix == ".py" and (count := len(path.read_text(encoding="utf-8").splitlines())) > 400
+    }
+    assert long == {}
+
+
+def test_requirement_lists_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    assert project["project"]["dependencies"] == listed
+    assert not [name for name in listed if re.match(r"(torch|triton|xformers|flash)", name)]
+
+
+def test_every_package_is_mapped():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    found = {
+        "linearize." + path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for layer in ("kernels", "attention", "training", "nodes")
+        for path in (ROOT / layer).rglob("__init__.py")
+    }
+    assert set(project["tool"]["setuptools"]["packages"]) == {"linearize", *found}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", ".comfyignore"])
+def test_pages_are_there(name):
+    assert len((ROOT / name).read_text(encoding="utf-8")) > 40

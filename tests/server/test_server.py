@@ -1,0 +1,170 @@
+"""The pack in a real ComfyUI server on the CPU, driven over HTTP as any client would."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def live():
+    """The module that starts servers."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("live_server", ROOT / "demo" / "live_server.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def server(live):
+    """One server for all tests of this folder, strict about declines."""
+    with live.live_server(environment={"LINEARIZE_STRICT": "1"}) as running:
+        yield running
+
+
+def demo(**changes):
+    """Return the shipped demo workflow in API form, with inputs of the CLEAR node changed, small and quick."""
+    workflow = json.loads((ROOT / "demo" / "api" / "clear_demo.json").read_text(encoding="utf-8"))
+    for node in workflow.values():
+        if node["class_type"] == "LinearizeCLEAR":
+            node["inputs"].update(changes)
+        if node["class_type"] == "EmptySD3LatentImage":
+            node["inputs"].update(width=272, height=208)
+        if node["class_type"] == "KSampler":
+            node["inputs"].update(steps=2)
+    return workflow
+
+
+def node_id(workflow, class_type):
+    return next(name for name, node in workflow.items() if node["class_type"] == class_type)
+
+
+def without_clear(workflow):
+    """Return the workflow with the CLEAR node taken out."""
+    clear = node_id(workflow, "LinearizeCLEAR")
+    source = workflow[clear]["inputs"]["model"]
+    rest = {name: node for name, node in workflow.items() if name != clear}
+    for node in rest.values():
+        for name, value in node["inputs"].items():
+            if value == [clear, 0]:
+                node["inputs"][name] = source
+    return rest
+
+
+def picture(server, workflow, outputs):
+    saved = outputs[node_id(workflow, "SaveImage")]["images"][0]
+    return np.asarray(Image.open(io.BytesIO(server.image(saved))).convert("RGB"), dtype=np.int16)
+
+
+def report(workflow, outputs):
+    return outputs[node_id(workflow, "LinearizeReport")]["text"][0]
+
+
+def test_the_shipped_workflow_paints_a_picture_on_clear(server):
+    workflow = demo(radius=4)
+    outputs = server.run(workflow)
+    assert picture(server, workflow, outputs).std() > 1
+    text = report(workflow, outputs)
+    assert "in the last sampling:\nclear (torch): 4 sites\n100% linearized" in text
+    assert "dense" not in text.split("in the last sampling:")[1]
+    assert outputs[node_id(workflow, "LinearizeReport")]["images"], "the report shows its map"
+
+
+def test_a_radius_over_everything_paints_the_untouched_model(server):
+    plain, covered, small = without_clear(demo()), demo(radius=1000), demo(radius=2)
+    pictures = {}
+    for name, workflow in (("plain", plain), ("covered", covered), ("small", small)):
+        outputs = server.run(workflow)
+        pictures[name] = picture(server, workflow, outputs)
+        expected = "no Linearize node ran" if name == "plain" else "clear (torch): 4 sites"
+        assert expected in report(workflow, outputs)
+    assert np.abs(pictures["covered"] - pictures["plain"]).max() <= 1
+    assert np.abs(pictures["small"] - pictures["plain"]).max() > 10
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"sites": "middle"}, "'middle' names no site of this model, which has double.0-1, single.0-1"),
+        ({"start_percent": 0.9, "end_percent": 0.1}, "start_percent must be below end_percent"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_the_server_goes_on(server, live, inputs, words):
+    with pytest.raises(live.ServerProblem) as problem:
+        server.run(demo(**inputs))
+    assert words in str(problem.value) and "LinearizeCLEAR" in str(problem.value)
+    workflow = demo(radius=3, min_tokens=1)
+    assert "clear (torch)" in report(workflow, server.run(workflow))
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"radius": 0}, {"weights": "clear_local_8"}, {"backend": "flex"}, {"model": ["2", 7]}]
+)
+def test_the_schema_refuses_what_no_node_would_take(server, live, inputs):
+    with pytest.raises(live.ServerProblem) as problem:
+        server.queue(demo(**inputs))
+    assert next(iter(inputs)) in str(problem.value)
+
+
+def test_a_taken_port_is_one_sentence(server, live):
+    port = int(server.url.rsplit(":", 1)[1])
+    with pytest.raises(live.ServerProblem, match=f"port {port} is in use"), live.live_server(port):
+        pass
+
+
+def test_help_pages_locales_and_template_are_served(server):
+    for name in ("LinearizeCLEAR", "LinearizeReport"):
+        for page in (f"{name}.md", f"{name}/zh.md"):
+            assert server.bytes(f"/extensions/linearize/docs/{page}").startswith(b"# ")
+    texts = server.get("/i18n")
+    for language in ("en", "zh"):
+        assert "LinearizeCLEAR" in texts[language]["nodeDefs"]
+    assert "flux_dev_clear" in server.get("/workflow_templates")["linearize"]
+    assert server.bytes("/api/workflow_templates/linearize/flux_dev_clear.jpg")[:2] == b"\xff\xd8"
+
+
+@pytest.mark.parametrize("path", ["workflows/api/flux_dev_clear.json", "demo/api/clear_demo.json"])
+def test_api_workflows_fit_object_info(server, path, tmp_path):
+    """Every node exists, every input is known, every link has the type its socket wants; comfy-lint agrees."""
+    workflow = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    known = server.get("/object_info")
+    for name, node in workflow.items():
+        info = known[node["class_type"]]
+        sockets = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        assert set(node["inputs"]) <= set(sockets), (name, node["class_type"])
+        assert set(info["input"].get("required", {})) <= set(node["inputs"]), (name, node["class_type"])
+        for each, value in node["inputs"].items():
+            if isinstance(value, list):
+                given = known[workflow[value[0]]["class_type"]]["output"][value[1]]
+                assert sockets[each][0] in (given, "*"), (name, each)
+    # the model files of the template are not on this machine, so their names are made known to the linter
+    for node in workflow.values():
+        sockets = known[node["class_type"]]["input"].get("required", {})
+        for each, value in node["inputs"].items():
+            if each in sockets and isinstance(value, str) and value.endswith(".safetensors"):
+                _allow(sockets[each], value)
+    info_file = tmp_path / "object_info.json"
+    info_file.write_text(json.dumps(known), encoding="utf-8")
+    lint = Path(sys.executable).with_name("comfy-lint")
+    if not lint.exists():
+        lint = Path(shutil.which("comfy-lint") or lint)
+    command = [str(lint), str(ROOT / path), "--schema-cache", str(info_file)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def _allow(socket, value):
+    options = socket[0] if isinstance(socket[0], list) else socket[1]["options"]
+    if value not in options:
+        options.append(value)
