@@ -19,7 +19,7 @@ from .memory import LongLived
 from .specs import ClearSpec
 
 # values of gathered keys held at once, found best on two CPU cores and generous enough for a GPU
-CHUNK_VALUES = {"cpu": 2**21}
+CHUNK_VALUES = {"cpu": 2**20}
 CHUNK_VALUES_GPU = 2**25
 
 
@@ -94,13 +94,13 @@ class _Chunk:
     Args:
         queries: (tiles * Q,) token indices.
         keys: (tiles * K,) token indices, or a slice where they follow each other.
-        visible: (Q, K) bool, or None where every query sees every key.
+        bias: (Q, K) added to the scores, 0 where the query sees the key and -inf where not; None where all are seen.
     """
 
     tiles: int
     queries: Tensor
     keys: Tensor | slice
-    visible: Tensor | None
+    bias: Tensor | None
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, plan: _Plan) -> Tensor:
@@ -121,7 +121,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, chunk: _Chunk, scale: flo
     """Return (B, H, tiles * Q, D) from the gathered (B, H, tiles * Q, D) and (B, H, tiles * K, D)."""
     shape, batch = query.shape, query.shape[0] * query.shape[1] * chunk.tiles
     q, k, v = (tensor.reshape(batch, 1, -1, shape[-1]) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=chunk.visible, scale=scale).reshape(shape)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=chunk.bias, scale=scale).reshape(shape)
 
 
 class _Recompute(torch.autograd.Function):
@@ -163,37 +163,39 @@ def _chunks(query: Tensor, plan: _Plan) -> Iterator[_Chunk]:
     budget = CHUNK_VALUES.get(device.type, CHUNK_VALUES_GPU) // copies
     if layout.num_global:
         global_queries = _indices(layout.global_ranges, device)
-        yield from _dense_chunks(global_queries, slice(0, layout.num_tokens), head_dim, budget)
+        yield from _dense_chunks(global_queries, slice(0, layout.num_tokens), budget // head_dim)
     for number, (start, grid) in enumerate(layout.grids):
         shared_ranges = layout.global_ranges + plan.pooled[number : number + 1]
         if covers_grid(grid, plan.spec.radius, plan.spec.temporal_radius):
             tokens = (start, start + math.prod(grid))
             seen = _joined((*shared_ranges, tokens))
             keys = slice(*seen[0]) if len(seen) == 1 else _indices(seen, device)
-            yield from _dense_chunks(_indices((tokens,), device), keys, head_dim, budget)
+            yield from _dense_chunks(_indices((tokens,), device), keys, budget // head_dim)
             continue
         shared = _indices(shared_ranges, device)
         for tile_class in tile_classes(grid, plan.spec.radius, plan.spec.temporal_radius):
             lists, origins = _lists_on(tile_class, device, plan.memory)
-            yield from _tile_chunks(lists, origins + start, shared, head_dim, budget)
+            yield from _tile_chunks(lists, origins + start, shared, query.dtype, budget // head_dim)
 
 
-def _dense_chunks(queries: Tensor, keys: Tensor | slice, head_dim: int, budget: int) -> Iterator[_Chunk]:
+def _dense_chunks(queries: Tensor, keys: Tensor | slice, max_queries: int) -> Iterator[_Chunk]:
     """Yield chunks of queries that see all of `keys`; the fused kernels of PyTorch need no budget for scores."""
-    rows = max(128, budget // head_dim)
-    for part in queries.split(rows):
+    for part in queries.split(max(128, max_queries)):
         yield _Chunk(1, part, keys, None)
 
 
-def _tile_chunks(lists: KeyLists, origins: Tensor, shared: Tensor, head_dim: int, budget: int) -> Iterator[_Chunk]:
+def _tile_chunks(
+    lists: KeyLists, origins: Tensor, shared: Tensor, dtype: torch.dtype, max_keys: int
+) -> Iterator[_Chunk]:
     num_queries, num_listed = lists.visible.shape
-    visible = torch.cat([lists.visible.new_ones(num_queries, len(shared)), lists.visible], dim=1)
-    num_keys = len(shared) + num_listed
-    for part in origins.split(max(1, budget // (num_keys * head_dim))):
+    bias = None
+    if lists.num_full < num_listed:
+        bias = torch.zeros(num_queries, len(shared) + num_listed, dtype=dtype, device=origins.device)
+        bias[:, len(shared) :].masked_fill_(~lists.visible, float("-inf"))
+    for part in origins.split(max(1, max_keys // (len(shared) + num_listed))):
         queries = part[:, None] + lists.queries
         keys = torch.cat([shared.expand(len(part), -1), part[:, None] + lists.keys], dim=1)
-        mask = None if lists.num_full == num_listed else visible
-        yield _Chunk(len(part), queries.flatten(), keys.flatten(), mask)
+        yield _Chunk(len(part), queries.flatten(), keys.flatten(), bias)
 
 
 def _lists_on(tile_class: TileClass, device: torch.device, memory: LongLived) -> tuple[KeyLists, Tensor]:

@@ -112,11 +112,28 @@ class Runtime:
             self.status(self.record.summary())
 
     def begin_call(self, call: ModelCall, options: dict[str, Any]) -> dict[str, Any]:
-        """Return a copy of the transformer options in which the override finds this forward's layout."""
-        sigma = None
+        """Return a copy of the transformer options in which the override finds this forward's layout.
+
+        Raises:
+            ValueError: a node asked for one backend, by name, that cannot run this forward.
+        """
+        layout, sigma = self.host.layout(call), None
+        if isinstance(layout, TokenLayout):
+            self._refuse_wishes(call, layout)
         if any(settings.sigma_range for settings in self.sites.values()) and options.get("sigmas") is not None:
             sigma = float(options["sigmas"].max())
-        return {**options, CALL_KEY: CallFacts(self.host.layout(call), sigma)}
+        return {**options, CALL_KEY: CallFacts(layout, sigma)}
+
+    def _refuse_wishes(self, call: ModelCall, layout: TokenLayout) -> None:
+        """Stop before anything is computed where a wished backend cannot run, rather than ignore the wish."""
+        wishes = {each for each in self.sites.values() if each.backend != AUTO and layout.num_tokens >= each.min_tokens}
+        latent = call.args[0]
+        sizes = self.host.sites(call.module)[0]
+        for wish in wishes:
+            shape = (latent.shape[0], sizes.num_heads, layout.num_tokens, sizes.head_dim)
+            backend, reasons = choose_backend(Call(wish.spec, layout, shape, latent.dtype, latent.device), wish.backend)
+            if backend is None and not isinstance(wish.spec, DenseSpec):
+                raise ValueError(f"backend {wish.backend} cannot run here: {reasons[0].text}; choose backend {AUTO}")
 
     def note_output(self, site: str, output: Tensor) -> None:
         """Accumulate on the device whether outputs were finite; read once, when the run ends."""

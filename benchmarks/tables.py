@@ -34,7 +34,7 @@ def clear_cpu_table() -> str:
     first = rows[0]
     lines += [
         "",
-        f"One head of {first['head_dim']}, {first['text']} text tokens, {first['dtype']}, forward, on a shared machine:",
+        f"One head of {first['head_dim']}, {first['text']} text tokens, {first['dtype']}, forward. A shared machine:",
         f"{first['machine']}, torch {first['torch']}, {first['date']}, commit {first['commit']}.",
         "Median of interleaved turns; only the ratios mean something. Peak memory is beyond the inputs.",
         declined_sentence(),

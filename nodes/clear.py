@@ -41,7 +41,7 @@ class LinearizeCLEAR(io.ComfyNode):
                     min=1,
                     max=1024,
                     tooltip="Radius of the disc in tokens; one FLUX token is 16 pixels. Smaller is faster and keeps "
-                    "less. CLEAR publishes weights for 8, 16 and 32.",
+                    "less.",
                 ),
                 io.Combo.Input(
                     "weights",

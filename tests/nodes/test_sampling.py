@@ -128,6 +128,13 @@ def test_a_failing_backend_falls_back_to_dense(studio, monkeypatch):
     assert "backend torch failed: out of memory" in studio.record(patched).summary()
 
 
+def test_a_wished_backend_that_cannot_run_is_an_error_before_anything_is_computed(studio):
+    patched = studio.clear(studio.model, radius=2, backend="reference")
+    with pytest.raises(ValueError, match="backend reference cannot run here: .* stops at 4608, this call has 4912"):
+        studio.sample(patched, size=(140, 140))
+    assert studio.ran(patched) == {}
+
+
 def test_an_earlier_override_runs_what_we_leave_to_the_host(studio):
     calls = []
 
