@@ -5,6 +5,8 @@ seconds. Only the standard library is used here, so any Python 3.11 to 3.13 can 
 `demo/`, `tests/` and `benchmarks/` and run inside `.venv`.
 """
 
+from __future__ import annotations  # so that older Pythons reach the sentence that says which one is needed
+
 import argparse
 import hashlib
 import os
@@ -322,7 +324,9 @@ def run(command: list[str]) -> None:
     tail = LOG.read_bytes()[start:].decode("utf-8", "replace")
     if "No space left" in tail:
         raise Problem("The disk is full. Free some space and run the same command again; finished steps are kept.")
-    if re.search(r"NewConnectionError|Temporary failure|Network is unreachable|ConnectTimeout|ProxyError", tail):
+    if re.search(
+        r"ConnectionError|Connection aborted|Temporary failure|unreachable|Timeout|ProxyError|from versions: none", tail
+    ):
         raise Problem("The package index could not be reached. Check the network or pip's settings and run again.")
     raise Problem(
         f"A set-up step failed. Run the same command again; finished steps are kept. The end of {LOG}:\n{tail[-1500:]}"
@@ -354,6 +358,12 @@ def command_test(args: argparse.Namespace, python: Path, comfyui: Path) -> int:
     unknown = sorted(set(wanted) - {name for name, _, _ in STAGES})
     if unknown:
         raise Problem(f"No test stage {', '.join(unknown)}; the stages are {', '.join(s[0] for s in STAGES)}.")
+    pytest = python.with_name("pytest.exe" if WINDOWS else "pytest")
+    if not pytest.exists():
+        tools = " ".join(f'"{tool}"' for tool in TEST_TOOLS)
+        raise Problem(
+            f"The Python of that ComfyUI has no test tools; install them first: {python} -m pip install {tools}"
+        )
     extra = {"LINEARIZE_STRICT": "1", "LINEARIZE_TEST_ALL": "1" if args.all else ""}
     failed, rows = [], []
     for name, budget, paths in STAGES:
@@ -365,7 +375,6 @@ def command_test(args: argparse.Namespace, python: Path, comfyui: Path) -> int:
             code = max(call(comfyui, python, "-m", *tool) for tool in LINT)
         else:
             # not `python -m pytest`, which would put this folder, and its nodes/, first on the path
-            pytest = python.with_name("pytest.exe" if WINDOWS else "pytest")
             code = call(comfyui, pytest, "-q", *paths, **extra)
         rows.append((name, (time.monotonic() - start) / 60, budget, "ok" if code == 0 else "FAILED"))
         if code:

@@ -1,0 +1,139 @@
+"""run.py's errors: each is one sentence that says what to do, and nothing half-made stays behind."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run.py as a module, in a copy of the checkout's few files that the set-up reads."""
+    for name in ("run.py", "constraints.txt", "requirements.txt", "pyproject.toml", "demo/cpu_torchvision_compat.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    spec = importlib.util.spec_from_file_location("run_in_copy", tmp_path / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert tmp_path == module.ROOT
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        return module.main()
+
+    module.with_arguments = main
+    return module
+
+
+def test_wrong_python(run, monkeypatch, capsys):
+    monkeypatch.setattr(run, "sys", SimpleNamespace(version_info=(3, 10, 4), stderr=sys.stderr))
+    assert run.with_arguments("demo") == 1
+    assert "This is Python 3.10; run.py needs 3.11, 3.12 or 3.13" in capsys.readouterr().err
+
+
+def test_full_disk(run, monkeypatch, capsys):
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: SimpleNamespace(free=1.5e9))
+    assert run.with_arguments("demo") == 1
+    assert "1.5 GB free here; the set-up needs about 6 GB" in capsys.readouterr().err
+    assert not (run.ROOT / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("OSError: [Errno 28] No space left on device", "The disk is full"),
+        ("NewConnectionError: Failed to establish a new connection", "The package index could not be reached"),
+        ("error: something else", "finished steps are kept"),
+    ],
+)
+def test_a_failed_step_is_explained(run, output, words):
+    run.HOME.mkdir()
+    with pytest.raises(run.Problem, match=words):
+        run.run([sys.executable, "-c", f"print({output!r}); raise SystemExit(1)"])
+
+
+def test_no_network_then_again(run, monkeypatch, capsys):
+    """An index that drops connections: one sentence; the step is tried anew, finished ones are not."""
+
+    class Drop(BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            self.connection.close()
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Drop)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in [name for name in os.environ if name.startswith("PIP_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_address[1]}/simple")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    made = []
+    monkeypatch.setattr(run, "make_venv", lambda make=run.make_venv: made.append(True) or make())
+    for _ in range(2):
+        assert run.with_arguments("demo") == 1
+        assert "could not be reached" in capsys.readouterr().err
+    server.shutdown()
+    assert made == [True], "the virtual environment was made twice"
+
+
+def test_a_half_made_environment_is_made_again(run):
+    run.HOME.mkdir()
+    (run.VENV / "bin").mkdir(parents=True)
+    (run.VENV / "bin" / "leftover").touch()
+    run.make_venv()
+    assert run.venv_python(run.VENV).exists() and not (run.VENV / "bin" / "leftover").exists()
+
+
+def test_existing_comfyui_is_checked(run, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert run.with_arguments("demo", "--comfyui", str(empty)) == 1
+    assert "holds no ComfyUI" in capsys.readouterr().err
+    (empty / "comfyui_version.py").write_text('__version__ = "0.3.64"\n')
+    assert run.with_arguments("demo", "--comfyui", str(empty)) == 1
+    error = capsys.readouterr().err
+    assert "ComfyUI 0.3.64" in error and "is too old: Linearize needs 0.30.0 or newer" in error
+    (empty / "comfyui_version.py").write_text('__version__ = "0.30.0"\n')
+    run.check_comfyui(empty)
+
+
+def test_unknown_stage(run, monkeypatch, capsys):
+    monkeypatch.setattr(run, "prepare", lambda args: (Path(sys.executable), Path()))
+    assert run.with_arguments("test", "--only", "unit,fast") == 1
+    assert "No test stage fast; the stages are lint, unit" in capsys.readouterr().err
+
+
+def test_links_survive_a_second_call_and_point_here(run):
+    run.link_packs()
+    run.link_packs()
+    link = run.BASE / "custom_nodes" / "linearize"
+    assert link.resolve() == run.ROOT
+
+
+def test_stages_name_folders_that_exist(run):
+    folders = {path for _, _, paths in run.STAGES if paths for path in paths}
+    assert folders == {
+        f"tests/{path.name}" for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] != "_"
+    }
+
+
+def test_every_test_command_of_the_readme_is_one_of_ours(run):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for command in ("demo", "test", "serve", "bench"):
+        assert f"python run.py {command}" in text and command in run.COMMANDS
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "run.py test" in ci
+    assert subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")]).returncode == 0
