@@ -21,6 +21,21 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightTarget:
+    """Where a tensor in the diffusers naming belongs in a host's own, possibly fused, parameter.
+
+    Args:
+        key: the host's parameter, counted from the diffusion model, such as `double_blocks.0.img_attn.qkv.weight`.
+        start: first row of the parameter that the tensor stands for.
+        shape: of the tensor; it takes `shape[0]` rows.
+    """
+
+    key: str
+    start: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCall:
     """One forward of the diffusion model as the host application calls it."""
 
@@ -54,6 +69,14 @@ class Host(Protocol):
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
         """Return the layout for a picture or clip of this many pixels and frames, before anything runs."""
+        ...
+
+    def diffusers_targets(self, module: Any) -> dict[str, WeightTarget]:
+        """Return, by diffusers name, where the projections of the sites lie; empty if nobody publishes any."""
+        ...
+
+    def norm_parameters(self, module: Any) -> tuple[str, ...]:
+        """Return the names of norm weights, in the order of the sites, that tell one base model from another."""
         ...
 
     def site_of(self, options: Mapping[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..layout import Reason, Segment, TokenLayout, grid_segment
-from .base import ModelCall, Site, missing_attributes
+from .base import ModelCall, Site, WeightTarget, missing_attributes
 
 PIXELS_PER_LATENT = 8
 STRUCTURE = (
@@ -70,6 +70,34 @@ class FluxHost:
         side = PIXELS_PER_LATENT * module.patch_size
         main = grid_segment("main", 1, math.ceil(height / side), math.ceil(width / side))
         return TokenLayout.of((Segment("text", text_tokens), main))
+
+    def diffusers_targets(self, module: Any) -> dict[str, WeightTarget]:
+        """Return the image-stream projections that CLEAR trains, weights and biases.
+
+        q, k and v are rows of one fused parameter in ComfyUI, in this order; the rest of a single block's `linear1` is
+        its MLP.
+
+        Source: key names of diffusers 0.31, and `flux_to_diffusers` of ComfyUI 0.30.
+        """
+        width = module.hidden_size
+        targets = {}
+        for end, shape in (("weight", (width, width)), ("bias", (width,))):
+            for i in range(len(module.double_blocks)):
+                name, block = f"transformer_blocks.{i}.attn", f"double_blocks.{i}.img_attn"
+                for row, part in enumerate(("to_q", "to_k", "to_v")):
+                    targets[f"{name}.{part}.{end}"] = WeightTarget(f"{block}.qkv.{end}", row * width, shape)
+                targets[f"{name}.to_out.0.{end}"] = WeightTarget(f"{block}.proj.{end}", 0, shape)
+            for i in range(len(module.single_blocks)):
+                name, block = f"single_transformer_blocks.{i}.attn", f"single_blocks.{i}"
+                for row, part in enumerate(("to_q", "to_k", "to_v")):
+                    targets[f"{name}.{part}.{end}"] = WeightTarget(f"{block}.linear1.{end}", row * width, shape)
+        return targets
+
+    def norm_parameters(self, module: Any) -> tuple[str, ...]:
+        """See `Host.norm_parameters`: the query norms of every block."""
+        double = [f"double_blocks.{i}.img_attn.norm.query_norm" for i in range(len(module.double_blocks))]
+        single = [f"single_blocks.{i}.norm.query_norm" for i in range(len(module.single_blocks))]
+        return tuple(f"{name}.weight" for name in double + single)
 
     def site_of(self, options: Mapping[str, Any]) -> str | None:
         """See `Host.site_of`."""
