@@ -25,6 +25,7 @@ from .layout import Reason, TokenLayout
 from .memory import LongLived
 from .record import Ran, RunRecord, once
 from .specs import DenseSpec, SiteSpec
+from .student import StudentParameters
 
 RUNTIME_KEY = "linearize_runtime"
 CALL_KEY = "linearize_call"
@@ -56,12 +57,15 @@ class SiteSettings:
         backend: `auto` or a name.
         sigma_range: (highest, lowest) noise level at which the spec runs, in the host's own units; None is always.
         min_tokens: calls with fewer tokens stay dense.
+        trained: the site's weights were distilled for the spec, so it ignores `sigma_range` and `min_tokens`, and a
+            fall-back to dense is named as such.
     """
 
     spec: SiteSpec
     backend: str = AUTO
     sigma_range: tuple[float, float] | None = None
     min_tokens: int = 0
+    trained: bool = False
 
 
 @dataclass(slots=True)
@@ -72,6 +76,7 @@ class Runtime:
         host: the model's architecture.
         sites: settings per site id; sites that are not named stay dense.
         memory: what outlives a call.
+        parameters: what was learned for the sites; shared between clones, never written.
         record: counts of the run in progress, or of the last one.
         status: told the summary when a run ends.
     """
@@ -79,6 +84,7 @@ class Runtime:
     host: Host
     sites: Mapping[str, SiteSettings]
     memory: LongLived
+    parameters: StudentParameters = field(default_factory=lambda: StudentParameters({}))
     status: Callable[[str], None] | None = None
     record: RunRecord = field(default_factory=RunRecord)
     _finite: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
@@ -95,7 +101,8 @@ class Runtime:
         """
         if self.host.name != earlier.host.name:
             raise ValueError(f"settings for {self.host.title} cannot follow settings for {earlier.host.title}")
-        return replace(self.copy(), sites={**earlier.sites, **self.sites})
+        pools = earlier.parameters.without(set(self.sites)).pools() | self.parameters.pools()
+        return replace(self.copy(), sites={**earlier.sites, **self.sites}, parameters=StudentParameters(pools))
 
     def start_run(self) -> None:
         """Forget the last run."""
@@ -213,8 +220,9 @@ class AttentionOverride:
         backend, call = decision
         query, key, value = (_to_bhnd(t, heads, skip_reshape) for t in (q, k, v))
         try:
+            pool_weight = runtime.parameters.pool_weight(site, query.device)
             output = backend.run(
-                query, key, value, call, scale=kwargs.get("scale"), pool_weight=None, memory=runtime.memory
+                query, key, value, call, scale=kwargs.get("scale"), pool_weight=pool_weight, memory=runtime.memory
             )
         except RuntimeError as error:  # out of memory and unsupported operations of a device end here
             reason = Reason("failed", f"backend {backend.name} failed: {str(error).splitlines()[0]}")
@@ -230,6 +238,8 @@ class AttentionOverride:
 
 def left_to_host(settings: SiteSettings, facts: CallFacts, num_tokens: int) -> Reason | None:
     """Return the user's own setting that keeps this call dense, if one does."""
+    if settings.trained:
+        return None
     if settings.sigma_range is not None and facts.sigma is not None:
         highest, lowest = settings.sigma_range
         if not lowest <= facts.sigma <= highest:
@@ -268,6 +278,8 @@ def decline(runtime: Runtime, site: str, settings: SiteSettings, dense_pairs: in
     """Count and log a fall-back to dense; raise it where tests ask for that."""
     if os.environ.get("LINEARIZE_STRICT") == "1" and reason.code not in _expected.get():
         raise UnexpectedDecline(f"{site}: {reason.text}")
+    if settings.trained:
+        reason = Reason(reason.code, f"trained weights on dense attention: {reason.text}")
     runtime.record.count_host(site, settings.spec.kind, dense_pairs, reason, chosen=False)
     once.warning(f"Linearize: dense attention where the plan says {settings.spec.kind}: {reason.text}")
 

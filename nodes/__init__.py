@@ -3,7 +3,10 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .clear import LinearizeCLEAR
+from .model_files import register_folder
 from .report import LinearizeReport
+
+register_folder()
 
 
 class LinearizeExtension(ComfyExtension):

@@ -2,11 +2,12 @@
 
 from comfy_api.latest import io
 
-from ..attention.backends import AUTO, BACKENDS
+from ..attention.backends import BACKENDS
 from ..attention.plans import Plan, group_sites, select_sites
 from ..attention.runtime import SiteSettings
 from ..attention.specs import ClearSpec
 from . import patching
+from .clear_source import AUTO, choices, clear_source
 from .sockets import CATEGORY, AttentionPlan
 
 DEFAULTS = ClearSpec()
@@ -45,10 +46,11 @@ class LinearizeCLEAR(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weights",
-                    options=["none"],
-                    default="none",
-                    tooltip="Attention weights distilled for these windows. none uses the model's own weights, which "
-                    "were never trained for windows.",
+                    options=choices(),
+                    default=AUTO,
+                    tooltip="Attention weights distilled for these windows. auto takes CLEAR's published file for "
+                    "FLUX.1 where one fits and is there; choosing one that is not there downloads it (3.6 GB). none "
+                    "uses the model's own weights, which were never trained for windows.",
                 ),
                 io.Int.Input(
                     "temporal_radius",
@@ -137,15 +139,19 @@ class LinearizeCLEAR(io.ComfyNode):
         backend: str,
     ) -> io.NodeOutput:
         """Return the patched model and its plan."""
-        settings = SiteSettings(
-            ClearSpec(radius, temporal_radius, down_factor, proportional),
-            backend,
-            patching.sigma_range(model, start_percent, end_percent),
-            min_tokens,
+        host, module = patching.host_of(model)
+        sigma_range = patching.sigma_range(model, start_percent, end_percent)
+        chosen = select_sites(sites, [site.id for site in host.sites(module)])
+        spec = ClearSpec(radius, temporal_radius, down_factor, proportional)
+        source = clear_source(weights, spec, host, module)
+        settings = SiteSettings(source.spec, backend, sigma_range, min_tokens, trained=source.weights is not None)
+        patched, runtime = patching.patch_model(
+            model,
+            dict.fromkeys(chosen, settings),
+            patching.show_on_node(cls.hidden.unique_id, source.notes),
+            projections=source.weights.projections(chosen) if source.weights else (),
+            pools=source.weights.pool_weights(chosen) if source.weights else None,
         )
-        chosen = select_sites(sites, [site.id for site in patching.sites_of(model)])
-        status = patching.show_on_node(cls.hidden.unique_id)
-        patched, runtime = patching.patch_model(model, dict.fromkeys(chosen, settings), status)
         plan = Plan(
             runtime.host.name, rules=group_sites({site: settings.spec for site, settings in runtime.sites.items()})
         )

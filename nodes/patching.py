@@ -5,13 +5,22 @@ options of the model they are called for, so a clone of the model needs nothing 
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+import copy
+import re
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import comfy.lora
 import comfy.memory_management
+import comfy.model_management
+import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from torch import Tensor
 
-from ..attention.hosts import Host, Site, find_host
+from ..attention.high_res import with_proportional_scale
+from ..attention.hosts import Host, Site, WeightTarget, find_host
 from ..attention.memory import LongLived
 from ..attention.runtime import (
     OVERRIDE_KEY,
@@ -21,8 +30,13 @@ from ..attention.runtime import (
     SiteSettings,
     model_call_wrapper,
 )
+from ..attention.student import StudentParameters
 
 KEY = "linearize"
+PROPORTIONAL_KEY = "linearize_proportional"  # in the transformer options: clear windows use the proportional scale
+ROPE_KEY = "diffusion_model.pe_embedder"
+DELTA_SUFFIX = re.compile(r"(\.)(lora_up|lora_down|lora_A|lora_B|alpha|diff_b|diff|set_weight)(?:\.weight)?$")
+PlacedTensor = tuple[str, WeightTarget, Tensor]  # site, rows of the model's parameter, what replaces them
 
 
 def host_of(model: Any) -> tuple[Host, Any]:
@@ -63,7 +77,13 @@ def sigma_range(model: Any, start_percent: float, end_percent: float) -> tuple[f
 
 
 def patch_model(
-    model: Any, sites: Mapping[str, SiteSettings], status: Callable[[str], None] | None = None
+    model: Any,
+    sites: Mapping[str, SiteSettings],
+    status: Callable[[str], None] | None = None,
+    *,
+    projections: Sequence[PlacedTensor] = (),
+    pools: Mapping[str, Tensor] | None = None,
+    deltas: Mapping[str, Tensor] | None = None,
 ) -> tuple[Any, Runtime]:
     """Return a clone of `model` whose sites run as asked, and the runtime that will record it.
 
@@ -74,15 +94,22 @@ def patch_model(
         model: a model patcher.
         sites: settings per site id.
         status: told the summary when a sampling run ends.
+        projections: distilled weights of `sites`, which replace the model's own below every LoRA.
+        pools: pooling weights by site.
+        deltas: changes of weights under ComfyUI's LoRA keys.
+
+    Raises:
+        ValueError: the model lacks a parameter that a projection or a delta changes.
     """
     host, _ = host_of(model)
-    runtime = Runtime(host, dict(sites), LongLived(pause_recording), status)
+    runtime = Runtime(host, dict(sites), LongLived(pause_recording), StudentParameters(pools or {}), status)
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
     earlier = options.get(RUNTIME_KEY)
     if earlier is not None:
         runtime = runtime.merged_over(earlier)
     options[RUNTIME_KEY] = runtime
+    _scale_windows(options)
     current = options.get(OVERRIDE_KEY)
     if not getattr(current, "linearize_override", False):
         options[OVERRIDE_KEY] = AttentionOverride(previous=current)
@@ -91,7 +118,143 @@ def patch_model(
     for event, callback in CALLBACKS:
         patched.remove_callbacks_with_key(event, KEY)
         patched.add_callback_with_key(event, KEY, callback)
+    replace_projections(patched, sites, projections)
+    add_deltas(patched, deltas or {})
+    patched.remove_additional_models(KEY)
+    if len(runtime.parameters.sites):
+        patched.set_additional_models(KEY, [parameter_patcher(runtime.parameters)])
     return patched, runtime
+
+
+def set_proportional_scale(model: Any) -> Any:
+    """Return a clone whose clear windows use the proportional scale, those of later Linearize nodes too."""
+    patched = model.clone()
+    options = patched.model_options.setdefault("transformer_options", {})
+    options[PROPORTIONAL_KEY] = True
+    _scale_windows(options)
+    return patched
+
+
+def _scale_windows(options: dict[str, Any]) -> None:
+    """Replace the clear specs of a clone's own runtime, where a node asked for the proportional scale."""
+    runtime = options.get(RUNTIME_KEY)
+    if runtime is not None and options.get(PROPORTIONAL_KEY):
+        runtime.sites = {
+            site: replace(settings, spec=with_proportional_scale(settings.spec))
+            for site, settings in runtime.sites.items()
+        }
+
+
+def rope_base_of(model: Any) -> float:
+    """Return the base of the model's rotary embedding as patched so far.
+
+    Raises:
+        ValueError: another node put in an embedding that has no base.
+    """
+    base = getattr(model.get_model_object(ROPE_KEY), "theta", None)
+    if base is None:
+        raise ValueError("the model's position embedding has no base to stretch; take out the node that replaced it")
+    return float(base)
+
+
+def set_rope_base(model: Any, factor: float) -> Any:
+    """Return a clone whose rotary embedding has `factor` times the base of the one that `model` has.
+
+    Raises:
+        ValueError: another node put in an embedding that has no base.
+    """
+    base = rope_base_of(model)
+    embedder = copy.copy(model.get_model_object(ROPE_KEY))  # it has no parameters, so a shallow copy is its own
+    embedder.theta = base * factor
+    patched = model.clone()
+    patched.add_object_patch(ROPE_KEY, embedder)
+    return patched
+
+
+def replace_projections(patched: Any, sites: Iterable[str], projections: Sequence[PlacedTensor]) -> None:
+    """Put whole projections under all other patches of a clone, so that LoRAs before and after add to them.
+
+    What an earlier Linearize node put there for the same sites is taken away first.
+
+    Raises:
+        ValueError: the model lacks a parameter.
+    """
+    earlier: dict[str, list[tuple[str, Any]]] = dict(patched.get_attachment(KEY) or {})
+    for site in sites:
+        for key, entry in earlier.pop(site, []):
+            patched.patches[key] = [each for each in patched.patches[key] if each is not entry]
+            if not patched.patches[key]:
+                del patched.patches[key]
+    wanted = {
+        (f"diffusion_model.{target.key}", (0, target.start, target.shape[0])): (site, ("set", (tensor,)))
+        for site, target, tensor in projections
+    }
+    accepted = patched.add_patches({place: value for place, (_, value) in wanted.items()})
+    if len(accepted) != len(wanted):
+        missing = sorted(key for key, _ in set(wanted) - set(accepted))
+        raise ValueError(f"this model has no parameter {missing[0]} to put distilled weights into")
+    for (key, _), (site, value) in wanted.items():
+        entry = next(each for each in patched.patches[key] if each[1] is value)
+        patched.patches[key] = [entry, *(each for each in patched.patches[key] if each is not entry)]
+        earlier[site] = [*earlier.get(site, []), (key, entry)]
+    patched.patches_uuid = uuid.uuid4()
+    patched.set_attachments(KEY, earlier)
+
+
+def add_deltas(patched: Any, deltas: Mapping[str, Tensor]) -> None:
+    """Add weight deltas to a clone through ComfyUI's own LoRA loader.
+
+    Raises:
+        ValueError: a delta belongs to no parameter of this model.
+    """
+    if not deltas:
+        return
+    keys = comfy.lora.model_lora_keys_unet(patched.model, {})
+    shapes = {name: tuple(value.shape) for name, value in patched.model_state_dict().items()}
+    for name, tensor in deltas.items():
+        stem, _, suffix = DELTA_SUFFIX.split(name)[:3] if DELTA_SUFFIX.search(name) else (name, "", "")
+        key = keys.get(stem)
+        if key is None:
+            raise ValueError(f"the student changes {name}, which this model does not have")
+        _check_delta(name, suffix, tuple(tensor.shape), shapes[key])
+    patched.add_patches(comfy.lora.load_lora(dict(deltas), keys))
+
+
+def _check_delta(name: str, suffix: str, found: tuple[int, ...], needed: tuple[int, ...]) -> None:
+    fits = {
+        "lora_up": found[:1] == needed[:1],
+        "lora_B": found[:1] == needed[:1],
+        "lora_down": found[1:] == needed[1:],
+        "lora_A": found[1:] == needed[1:],
+        "diff": found == needed,
+        "set_weight": found == needed,
+        "diff_b": found == needed[:1],
+    }
+    if not fits.get(suffix, True):
+        raise ValueError(f"the student's {name} has shape {found}, which does not fit this model's {needed}")
+
+
+def parameter(model: Any, name: str) -> Tensor:
+    """Return a parameter of the diffusion model, on the CPU and without any patch."""
+    backup = model.backup.get(f"diffusion_model.{name}")
+    value = backup.weight if backup is not None else model.model_state_dict()[f"diffusion_model.{name}"]
+    return value.detach().cpu().clone()
+
+
+def parameter_patcher(parameters: StudentParameters) -> Any:
+    """Return learned parameters as a model that ComfyUI loads, counts and offloads beside the one they belong to."""
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        parameters,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    # deep clones for several GPUs are made from this
+    patcher.cached_patcher_init = (_new_parameter_patcher, (parameters.pools(),))
+    return patcher
+
+
+def _new_parameter_patcher(pools: Mapping[str, Tensor], disable_dynamic: bool = False) -> Any:
+    return parameter_patcher(StudentParameters(pools))
 
 
 def pause_recording() -> contextlib.AbstractContextManager[Any]:
@@ -100,15 +263,15 @@ def pause_recording() -> contextlib.AbstractContextManager[Any]:
     return pause()
 
 
-def show_on_node(node_id: str | None) -> Callable[[str], None]:
-    """Return a function that shows a text on a node of the open workflow."""
+def show_on_node(node_id: str | None, notes: Sequence[str] = ()) -> Callable[[str], None]:
+    """Return a function that shows a text, and `notes` below it, on a node of the open workflow."""
 
     def show(text: str) -> None:
         from server import PromptServer
 
         server = getattr(PromptServer, "instance", None)
         if server is not None and node_id is not None:
-            server.send_progress_text(text, node_id)
+            server.send_progress_text("\n".join([text, *notes]), node_id)
 
     return show
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from .base import Host, ModelCall, Site
+from .base import Host, ModelCall, Site, WeightTarget
 from .flux import FluxHost
 
 HOSTS: tuple[Host, ...] = (FluxHost(),)
 
-__all__ = ["HOSTS", "Host", "ModelCall", "Site", "find_host"]
+__all__ = ["HOSTS", "Host", "ModelCall", "Site", "WeightTarget", "find_host"]
 
 
 def find_host(module: Any) -> Host:

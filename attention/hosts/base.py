@@ -75,6 +75,10 @@ class Host(Protocol):
         """Return, by diffusers name, where the projections of the sites lie; empty if nobody publishes any."""
         ...
 
+    def diffusers_sites(self, module: Any) -> dict[str, str]:
+        """Return the site of each attention module, by its diffusers name such as `transformer_blocks.3.attn`."""
+        ...
+
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
         """Return the names of norm weights, in the order of the sites, that tell one base model from another."""
         ...

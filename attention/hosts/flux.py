@@ -93,6 +93,12 @@ class FluxHost:
                     targets[f"{name}.{part}.{end}"] = WeightTarget(f"{block}.linear1.{end}", row * width, shape)
         return targets
 
+    def diffusers_sites(self, module: Any) -> dict[str, str]:
+        """See `Host.diffusers_sites`."""
+        sites = {f"transformer_blocks.{i}.attn": f"double.{i}" for i in range(len(module.double_blocks))}
+        single = {f"single_transformer_blocks.{i}.attn": f"single.{i}" for i in range(len(module.single_blocks))}
+        return sites | single
+
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
         """See `Host.norm_parameters`: the query norms of every block."""
         double = [f"double_blocks.{i}.img_attn.norm.query_norm" for i in range(len(module.double_blocks))]

@@ -1,0 +1,160 @@
+"""CLEAR's published files: whole attention projections in the diffusers naming, and pooling weights.
+
+Reads a file's header, checks that it has what a model needs, and says where each tensor belongs in the model's own
+parameters. It does not touch a model; `nodes/patching.py` does. Names may carry prefixes and the file may hold more
+than is needed; what is needed must be there in the right shape.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .hosts import Host
+from .hosts.base import WeightTarget
+from .tensor_file import FileProblem, TensorFile
+
+PREFIXES = ("transformer.", "module.")
+POOL_SUFFIX = ".processor.spatial_weight"
+NAMED_RADIUS = re.compile(r"clear_local_(\d+)(?:_down_(\d+))?(?=\D|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A tensor of the file and where it belongs.
+
+    Args:
+        name: of the tensor in the file.
+        site: whose projection it is.
+        target: the rows of the model's parameter that it replaces.
+    """
+
+    name: str
+    site: str
+    target: WeightTarget
+
+
+@dataclass(frozen=True, slots=True)
+class ClearWeights:
+    """What a CLEAR file holds for one model.
+
+    Args:
+        file: the checked file.
+        radius: it was distilled for, from its name or metadata; None if neither tells.
+        down_factor: of its pooling weights, 1 if it has none.
+        placed: every projection.
+        pools: name of the pooling weight per site; empty without pooled tokens.
+        ignored: tensors that no site needs.
+    """
+
+    file: TensorFile
+    radius: int | None
+    down_factor: int
+    placed: tuple[Placed, ...]
+    pools: Mapping[str, str]
+    ignored: tuple[str, ...]
+
+    def projections(self, sites: Sequence[str]) -> list[tuple[str, WeightTarget, Tensor]]:
+        """Return (site, rows, tensor) for the projections of `sites`, read now.
+
+        Raises:
+            FileProblem: a tensor holds an infinity or a NaN.
+        """
+        wanted = [each for each in self.placed if each.site in set(sites)]
+        tensors = self.file.load([each.name for each in wanted])
+        return [(each.site, each.target, tensors[each.name]) for each in wanted]
+
+    def pool_weights(self, sites: Sequence[str]) -> dict[str, Tensor]:
+        """Return the (d, d) pooling weight of each of `sites`, empty without pooled tokens."""
+        wanted = {site: self.pools[site] for site in sites if site in self.pools}
+        tensors = self.file.load(wanted.values())
+        d = self.down_factor
+        return {site: tensors[name].reshape(d, d).float() for site, name in wanted.items()}
+
+
+def clear_weights(file: TensorFile, host: Host, module: Any) -> ClearWeights:
+    """Return what a CLEAR file holds for a model, judged by its header alone.
+
+    Args:
+        file: an opened file.
+        host, module: the architecture and the diffusion model that shall receive the weights.
+
+    Raises:
+        FileProblem: nobody publishes such weights for this host, or a needed tensor is missing or has another shape;
+            the sentence counts them and names the first.
+
+    Source: files of Huage001/CLEAR on the Hub, after the names that its training script saves.
+    """
+    targets, sites = host.diffusers_targets(module), host.diffusers_sites(module)
+    if not targets:
+        raise FileProblem(f"{file.path.name}: there are no CLEAR weights for {host.title}; choose weights none")
+    names = {_without_prefix(name): name for name in file.tensors}
+    _check_projections(file, names, targets, host)
+    placed = tuple(Placed(names[key], _site(key, sites), target) for key, target in targets.items())
+    pools = {site: names[key] for attn, site in sites.items() if (key := attn + POOL_SUFFIX) in names}
+    down_factor = _down_factor(file, pools, len(sites))
+    used = {each.name for each in placed} | set(pools.values())
+    radius = _named_radius(file)
+    return ClearWeights(file, radius, down_factor, placed, pools, tuple(sorted(set(file.tensors) - used)))
+
+
+def published_radius(file_name: str) -> tuple[int, int] | None:
+    """Return (radius, down_factor) that a published file's name tells, such as `clear_local_8_down_4.safetensors`."""
+    found = NAMED_RADIUS.search(file_name)
+    return (int(found[1]), int(found[2] or 1)) if found else None
+
+
+def _named_radius(file: TensorFile) -> int | None:
+    for key in ("radius", "window_size"):
+        if str(file.metadata.get(key, "")).isdigit():
+            return int(file.metadata[key])
+    named = published_radius(file.path.name)
+    return named[0] if named else None
+
+
+def _without_prefix(name: str) -> str:
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            return _without_prefix(name[len(prefix) :])
+    return name
+
+
+def _site(key: str, sites: Mapping[str, str]) -> str:
+    return next(site for attn, site in sites.items() if key.startswith(attn + "."))
+
+
+def _check_projections(
+    file: TensorFile, names: Mapping[str, str], targets: Mapping[str, WeightTarget], host: Host
+) -> None:
+    missing = [key for key in targets if key not in names]
+    if missing:
+        raise FileProblem(
+            f"{file.path.name} holds {len(targets) - len(missing)} of the {len(targets)} attention tensors that this"
+            f" {host.title} needs, the first missing one is {missing[0]}; it belongs to another model"
+        )
+    for key, target in targets.items():
+        found = file.tensors[names[key]]
+        if found.shape != target.shape:
+            raise FileProblem(
+                f"{file.path.name} belongs to another model: {names[key]} has shape {found.shape} where this"
+                f" {host.title} needs {target.shape}"
+            )
+        if not found.dtype.is_floating_point:
+            raise FileProblem(f"{file.path.name}: {names[key]} holds {found.dtype}, not floating point numbers")
+
+
+def _down_factor(file: TensorFile, pools: Mapping[str, str], num_sites: int) -> int:
+    if not pools:
+        return 1
+    if len(pools) != num_sites:
+        raise FileProblem(f"{file.path.name} holds pooling weights for {len(pools)} of {num_sites} sites")
+    shapes = {file.tensors[name].shape for name in pools.values()}
+    shape = next(iter(shapes))
+    sides = [size for size in shape if size != 1] or [1, 1]
+    if len(shapes) > 1 or len(sides) != 2 or sides[0] != sides[1] or sides[0] < 2:
+        raise FileProblem(
+            f"{file.path.name}: pooling weights have the shapes {sorted(shapes)}, where (1, 1, 1, d, 1, d, 1) is known"
+        )
+    return sides[0]

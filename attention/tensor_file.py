@@ -1,0 +1,299 @@
+"""Safetensors files that nobody vouches for: checked before anything is loaded, written so that none is ever half there.
+
+What the tensors mean is not known here; `attention/student_file.py` and its siblings know.
+"""
+
+import contextlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+MAX_DIMS = 64  # of a PyTorch tensor that can be computed with
+FINITE_CHUNK = 2**22  # values looked at together, so that the check needs little memory
+LONGEST_QUOTE = 80
+
+
+class FileProblem(ValueError):
+    """A file that cannot be used; the message is one sentence that names it."""
+
+
+def problem(path: Path, text: str) -> FileProblem:
+    """Return the FileProblem that says `text`, a predicate such as "is empty", of the file at `path`."""
+    return FileProblem(f"{path.name if path.name.isprintable() else repr(path.name)} {text}")
+
+
+def quote(value: object) -> str:
+    """Return `value` from a file as quoted text on one line, cut where it is long."""
+    text = repr(value[: LONGEST_QUOTE + 1] if isinstance(value, (str, bytes, list)) else value)
+    return text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "..."
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What the header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """A safetensors file whose header was checked and whose tensors were not read yet.
+
+    Args:
+        path: of the file.
+        metadata: the texts of its header.
+        tensors: what it holds, by name.
+    """
+
+    path: Path
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+
+    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the named tensors on the CPU, in memory of their own (the file may be replaced meanwhile).
+
+        Raises:
+            FileProblem: a name is not there, a float tensor holds NaN or infinity, or the file changed since it was
+                opened.
+        """
+        loaded: dict[str, Tensor] = {}
+        try:
+            with safe_open(self.path, framework="pt", device="cpu") as file:
+                for name in names:
+                    if name not in self.tensors:
+                        raise problem(self.path, f"has no tensor {quote(name)}")
+                    loaded[name] = file.get_tensor(name).clone()
+        except (OSError, SafetensorError) as error:
+            raise problem(self.path, f"cannot be read: {_one_line(error)}") from None
+        for name, tensor in loaded.items():
+            if TensorInfo(tensor.dtype, tuple(tensor.shape)) != self.tensors[name]:
+                raise problem(self.path, f"changed while it was read, {quote(name)} has another shape; load it again")
+            if not is_finite(tensor):
+                raise problem(self.path, f"holds NaN or infinity in {quote(name)}; it is damaged, download it again")
+        return loaded
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no value is NaN or infinite; true of tensors of whole numbers."""
+    if not tensor.is_floating_point():
+        return True
+    # float8 has no isfinite of its own
+    return all(bool(chunk.double().isfinite().all()) for chunk in tensor.reshape(-1).split(FINITE_CHUNK))
+
+
+def open_tensor_file(path: Path, *, max_header_bytes: int = 64 * 2**20) -> TensorFile:
+    """Return the file at `path`, its header checked in full; no tensor is read and no memory taken for one.
+
+    Args:
+        path: of a safetensors file: 8 bytes with the length of the header, the header in JSON, the tensors' bytes.
+        max_header_bytes: longest header that is read.
+
+    Raises:
+        FileProblem: there is no such file, it is another kind of file (pickle checkpoints by name), it is truncated or
+            has bytes too many, or its header contradicts itself or the bytes that follow.
+
+    Source: the format's description, github.com/huggingface/safetensors.
+    """
+    path = Path(path)
+    text, data_bytes = _read_header(path, max_header_bytes)
+    header = _parse_header(path, text)
+    metadata = _metadata(path, header.pop("__metadata__", {}))
+    entries = {name: _entry(path, name, entry) for name, entry in header.items()}
+    _check_extents(path, entries, data_bytes)
+    return TensorFile(path, metadata, {name: info for name, (info, _, _) in entries.items()})
+
+
+def _read_header(path: Path, max_header_bytes: int) -> tuple[bytes, int]:
+    """Return the header's bytes and how many bytes follow it."""
+    try:
+        if not path.is_file():
+            raise problem(path, "is a folder, not a file" if path.is_dir() else f"does not exist in {path.parent}")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(9)
+            length = int.from_bytes(start[:8], "little")
+            _check_start(path, start, size, length, max_header_bytes)
+            file.seek(8)
+            return file.read(length), size - 8 - length
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        if isinstance(error, FileProblem):
+            raise
+        raise problem(path, f"cannot be read: {_one_line(error)}") from None
+
+
+def _check_start(path: Path, start: bytes, size: int, length: int, max_header_bytes: int) -> None:
+    # a header of 640 or 19280 bytes also starts like a pickle or a zip archive, but then { follows
+    if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
+        raise problem(path, "is a pickle file, which can run code; convert it to safetensors")
+    if size < 8:
+        raise problem(path, f"is not a safetensors file: it has {size} bytes, the length of its header alone takes 8")
+    if length == 0:
+        raise problem(path, "is not a safetensors file: it says that its header is empty")
+    if length > max_header_bytes and start[8:] == b"{":
+        raise problem(path, f"says that its header has {length} bytes, at most {max_header_bytes} are read")
+    if start[8:] not in (b"{", b""):
+        raise problem(path, "is not a safetensors file: its header does not begin with {")
+    if length > size - 8:
+        raise problem(path, f"is truncated in its header: {length} bytes are announced and {size - 8} are there")
+
+
+def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in names:
+                raise problem(path, f"has {quote(name)} twice in its header")
+            names[name] = value
+        return names
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except FileProblem:
+        raise
+    except UnicodeDecodeError:
+        raise problem(path, "has a header that is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of thousands of digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else _one_line(error)
+        raise problem(path, f"has a header that is not JSON: {reason}") from None
+    if not isinstance(header, dict):
+        raise problem(path, "has a header that is not a JSON object")
+    return header
+
+
+def _metadata(path: Path, metadata: object) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        raise problem(path, f"has metadata that is not an object of texts, got {quote(metadata)}")
+    for name, value in metadata.items():
+        if not (_is_text(name) and _is_text(value)):
+            raise problem(path, f"has metadata {quote(name)} that is not a text, got {quote(value)}")
+    return metadata
+
+
+def _entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]:
+    """Return what the header says of one tensor, and its first and last byte (exclusive) after the header."""
+    if not _is_text(name):
+        raise problem(path, f"has a tensor whose name is not a text, got {quote(name)}")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise problem(path, f"describes tensor {quote(name)} by other things than dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise problem(path, f"has tensor {quote(name)} of dtype {quote(dtype)}; known are {', '.join(DTYPES)}")
+    if not _are_counts(shape) or len(shape) > MAX_DIMS:
+        raise problem(path, f"has tensor {quote(name)} whose shape is not a list of at most {MAX_DIMS} sizes")
+    if not _are_counts(offsets) or len(offsets) != 2:
+        raise problem(path, f"has tensor {quote(name)} whose data_offsets are not a start and a stop")
+    info, (start, stop) = TensorInfo(DTYPES[dtype], tuple(shape)), offsets
+    # also of empty tensors, whose strides PyTorch computes all the same
+    if math.prod(size or 1 for size in shape) >= 2**62:
+        raise problem(path, f"has tensor {quote(name)} of an impossible size, shape {quote(shape)}")
+    if stop - start != info.num_bytes:
+        raise problem(
+            path,
+            f"gives tensor {quote(name)} {quote(stop - start)} bytes where {dtype} of shape {quote(shape)} takes"
+            f" {info.num_bytes}",
+        )
+    return info, start, stop
+
+
+def _check_extents(path: Path, entries: Mapping[str, tuple[TensorInfo, int, int]], data_bytes: int) -> None:
+    """Check that the tensors fill the bytes after the header, without hole or overlap."""
+    end = 0
+    for name, (_, start, stop) in sorted(entries.items(), key=lambda item: item[1][1:]):
+        if start != end:
+            fault = "overlaps the tensor before it" if start < end else "leaves a hole before it"
+            raise problem(path, f"has tensor {quote(name)} at byte {quote(start)}, which {fault} (it ends at {end})")
+        end = stop
+    if end > data_bytes:
+        raise problem(path, f"is truncated: its tensors take {end} bytes and {data_bytes} are there; download it again")
+    if end < data_bytes:
+        raise problem(path, f"has {data_bytes - end} bytes too many after its tensors; download it again")
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _is_text(value: object) -> bool:
+    """Return whether `value` is text that UTF-8 can hold; JSON escapes can spell half a character."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _one_line(error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) else None
+    return " ".join((reason or str(error) or type(error).__name__).split())[: 2 * LONGEST_QUOTE]
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file so that `path` holds the whole of it or what it held before, whatever happens.
+
+    Args:
+        path: of the file, in a folder that exists; a file there is replaced.
+        tensors: by name, of any device and stride; dtypes as in DTYPES.
+        metadata: texts for the header.
+
+    Raises:
+        FileProblem: a value is NaN or infinite, a dtype or name cannot be stored, or the disk refuses.
+    """
+    path = Path(path)
+    for name, value in metadata.items():
+        if not (_is_text(name) and _is_text(value)):
+            raise problem(path, f"cannot be written: metadata {quote(name)} is not a text, got {quote(value)}")
+    stored = _storable(path, tensors)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        save_file(stored, temporary, dict(metadata))
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise problem(path, f"cannot be written: {_one_line(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _storable(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on the CPU, contiguous, no two in the same memory (which safetensors refuses)."""
+    stored: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        if not _is_text(name) or name == "__metadata__":
+            raise problem(path, f"cannot be written: {quote(name)} is no name for a tensor")
+        if tensor.dtype not in DTYPES.values():
+            raise problem(path, f"cannot be written: {quote(name)} is {tensor.dtype}; known are {', '.join(DTYPES)}")
+        tensor = tensor.detach().cpu().contiguous()
+        if not is_finite(tensor):
+            raise problem(path, f"was not written: {quote(name)} holds NaN or infinity")
+        where = tensor.untyped_storage().data_ptr()
+        stored[name] = tensor.clone() if where in memory else tensor
+        memory.add(where)
+    return stored

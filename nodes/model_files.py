@@ -1,0 +1,82 @@
+"""Files of learned attention in ComfyUI's `models/linearize` folder, and CLEAR's published ones by name.
+
+Choosing a published file that is not there yet is the click that permits its download; nothing else is ever fetched.
+"""
+
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+
+from ..attention import hub
+
+FOLDER = "linearize"
+EXTENSION = ".safetensors"
+
+
+def register_folder() -> None:
+    """Make `models/linearize` known to ComfyUI, so that extra model paths reach it too."""
+    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, {EXTENSION})
+
+
+def local_files() -> list[str]:
+    """Return the names of the files that are there."""
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def published_files() -> list[str]:
+    """Return the names of CLEAR's files, there or not."""
+    return [known.file.file for known in hub.CLEAR_FILES.values()]
+
+
+def find(name: str) -> Path | None:
+    """Return the path of a file that is there, None if it is not."""
+    path = folder_paths.get_full_path(FOLDER, name)
+    return Path(path) if path else None
+
+
+def fetch(name: str) -> Path:
+    """Return the path of a file by name; download it if it is one of CLEAR's and not there.
+
+    Raises:
+        ValueError: there is no such file, or it could not be downloaded; one sentence.
+    """
+    path = find(name)
+    if path is not None:
+        return path
+    known = next((known for known in hub.CLEAR_FILES.values() if known.file.file == name), None)
+    if known is None:
+        raise ValueError(f"there is no {name} in {_folder()}; put it there, or choose another file")
+    return _download(known.file, allow_download=True)
+
+
+def student_path(name: str, hub_file: str, allow_download: bool) -> Path:
+    """Return the path of a student by its local name, or by `owner/repo/file[@revision]` on the Hub.
+
+    Raises:
+        ValueError: neither or both are given, or the file cannot be had; one sentence.
+    """
+    if bool(name) == bool(hub_file):
+        raise ValueError(
+            f"choose a student in {_folder()}, or write hub_file as owner/repo/file.safetensors; one of both"
+        )
+    return fetch(name) if name else _download(hub.parse_hub_file(hub_file), allow_download)
+
+
+def _folder() -> Path:
+    return Path(folder_paths.get_folder_paths(FOLDER)[0])
+
+
+def _download(file: hub.HubFile, allow_download: bool) -> Path:
+    bar: comfy.utils.ProgressBar | None = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        bar = bar or comfy.utils.ProgressBar(total)
+        bar.update_absolute(done, total)
+
+    stop = comfy.model_management.throw_exception_if_processing_interrupted
+    return hub.download(file, _folder(), allow_download=allow_download, progress=progress, should_stop=stop).path
