@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .clear_table import KeyLists, TileClass, covers_grid, tile_classes
 from .layout import Grid, TokenLayout
@@ -54,7 +55,7 @@ def clear_attention(
         The output in the dtype of `query`.
 
     Raises:
-        ValueError: the layout has another number of tokens than the tensors.
+        ValueError: the layout has another number of tokens than the tensors, or pool_weight another shape.
 
     Notes:
         Gradients for query, key, value and pool_weight, once differentiable; the backward pass recomputes each chunk.
@@ -62,9 +63,10 @@ def clear_attention(
 
     Source: CLEAR (arXiv 2412.16112), section 3; github.com/Huage001/CLEAR.
     """
-    mismatch = layout.mismatch(query.shape[2])
-    if mismatch:
-        raise ValueError(str(mismatch))
+    for tensor in (query, key, value):
+        mismatch = layout.mismatch(tensor.shape[2])
+        if mismatch:
+            raise ValueError(str(mismatch))
     if scale is None:
         scale = spec.scale(query.shape[-1], layout.num_tokens)
     pooled: list[tuple[int, int]] = []
@@ -107,7 +109,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, plan: _Plan) -> Tensor:
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     for chunk in _chunks(query, plan):
         q, k, v = _gather(query, key, value, chunk)
-        output.index_copy_(2, chunk.queries, _attend(q, k, v, chunk, plan.scale))
+        output.index_copy_(2, chunk.queries, _attend(q, k, v, chunk, plan.scale).to(output.dtype))
     return output
 
 
@@ -134,6 +136,7 @@ class _Recompute(torch.autograd.Function):
         return _forward(query, key, value, plan)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):  # noqa: D102
         query, key, value = inputs = ctx.saved_tensors
         plan: _Plan = ctx.plan
@@ -251,6 +254,8 @@ def pool_tokens(tokens: Tensor, grid: Grid, down_factor: int, weight: Tensor | N
     frames, height, width = grid
     d = down_factor
     accumulator = _accumulator(tokens.dtype)
+    if weight is not None and tuple(weight.shape) != (d, d):
+        raise ValueError(f"pooling weights are ({d}, {d}) for down_factor {d}, got {tuple(weight.shape)}")
     if weight is None:
         weight = torch.full((d, d), 1 / d**2, dtype=accumulator)
     planes = tokens.to(accumulator).reshape(batch * heads * frames, height, width, head_dim)

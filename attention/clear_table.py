@@ -77,8 +77,8 @@ class TileClass:
 
     def lists(self) -> KeyLists:
         """Return the key lists of these tiles, on the CPU."""
-        queries = [torch.arange(axis.extent, dtype=torch.int32) for axis in self.axes]
-        keys = [torch.arange(-axis.before, axis.extent + axis.after, dtype=torch.int32) for axis in self.axes]
+        queries = [torch.arange(axis.extent) for axis in self.axes]
+        keys = [torch.arange(-axis.before, axis.extent + axis.after) for axis in self.axes]
         squared = [(q[:, None] - k[None, :]).square() for q, k in zip(queries, keys, strict=True)]
         # whole numbers throughout: dt^2 r^2 + (dy^2 + dx^2) rt^2 < r^2 rt^2, with rt = 1 where every frame is seen
         t = squared[0] * (self.radius**2 if self.temporal_radius else 0)

@@ -22,7 +22,7 @@ class HighResRecipe:
     Args:
         strength: part of the steps that run, above 0 and up to 1; more redraws more of the enlarged picture.
         steps: steps of a whole sampling, of which the last `strength` run.
-        shift: moves the noise levels up, at least above 0; 1 leaves them evenly spaced.
+        shift: moves the noise levels up, above 0; 1 leaves them evenly spaced.
         ntk_factor: multiplies the base of the rotary embedding, above 0; 1 leaves it.
 
     Source: CLEAR, inference_t2i_highres of github.com/Huage001/CLEAR.
@@ -88,13 +88,12 @@ def describe_recipe(
         f"{len(sigmas) - 1} of {recipe.steps} steps, from sigma {sigmas[0]:.3f}",
         f"RoPE base {rope_base:,.0f}",
     ]
-    clear = {spec for spec in specs.values() if "clear" in spec.kind}
-    if not clear:
+    factors = sorted({each.scale(1, num_tokens) for spec in specs.values() for each in _clear_specs(spec)})
+    if not factors:
         return [*lines, "no site runs on clear, so attention keeps its scale; connect CLEAR Attention before this node"]
     if num_tokens <= TRAINING_TOKENS:
         note = f"{num_tokens:,} tokens: the proportional scale sharpens only above {TRAINING_TOKENS:,}"
         return [*lines, f"{note}, make the picture larger"]
-    factors = sorted({each.scale(1, num_tokens) for spec in clear for each in _clear_specs(spec)})
     return [*lines, f"proportional scale x {', '.join(f'{factor:.3f}' for factor in factors)}"]
 
 

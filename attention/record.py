@@ -30,6 +30,7 @@ class RunRecord:
         ran: calls per site, kind and backend.
         declined: calls per site and reason that ran on the host's attention although the plan said otherwise.
         skipped: calls per site and reason that the user's own settings left to the host.
+        sampled: whether a sampling run began with this record.
         non_finite: sites whose output held an infinity or a NaN.
         layouts: the distinct token layouts seen.
     """
@@ -37,6 +38,7 @@ class RunRecord:
     ran: Counter[Ran] = field(default_factory=Counter)
     declined: Counter[tuple[str, Reason]] = field(default_factory=Counter)
     skipped: Counter[tuple[str, Reason]] = field(default_factory=Counter)
+    sampled: bool = False
     non_finite: tuple[str, ...] = ()
     layouts: set[TokenLayout] = field(default_factory=set)
     pairs: int = 0
@@ -83,6 +85,8 @@ class RunRecord:
 
     def summary(self) -> str:
         """Return the status text that nodes show, a line per fact."""
+        if not self.sampled:
+            return "this copy of the model was not sampled; connect the model that goes into the sampler"
         if not self.ran:
             return "no attention call reached this node; another node may have replaced the model's attention"
         lines = []

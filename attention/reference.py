@@ -80,7 +80,7 @@ def _clear(
     if spec.down_factor > 1:
         keys, values, masks = [key], [value], [mask]
         for start, grid in layout.grids:
-            matrix = pooling_matrix(grid, spec.down_factor, pool_weight)
+            matrix = pooling_matrix(grid, spec.down_factor, pool_weight).to(key.device)
             stop = start + matrix.shape[1]
             keys.append(matrix @ key[:, :, start:stop])
             values.append(matrix @ value[:, :, start:stop])
@@ -100,7 +100,7 @@ def pooling_matrix(grid: Grid, down_factor: int, weight: Tensor | None = None) -
     """
     frames, height, width = grid
     d = down_factor
-    weight = torch.full((d, d), 1 / d**2, dtype=torch.float64) if weight is None else weight
+    weight = torch.full((d, d), 1 / d**2, dtype=torch.float64) if weight is None else weight.cpu()
     rows = []
     for t in range(frames):
         for top in range(0, height, d):

@@ -45,10 +45,11 @@ def describe_costs(title: str, size: str, layout: TokenLayout, rows: Sequence[Si
     dense, planned = (sum(getattr(row, name).flops for row in rows) for name in ("dense", "planned"))
     specs = group_sites({row.site.id: row.spec for row in rows})
     counts = {spec: sum(row.spec == spec for row in rows) for _, spec in specs}
+    sites = {spec: f"{count} site" if count == 1 else f"{count} sites" for spec, count in counts.items()}
     lines = [
         f"{title}, {size}: {layout.num_tokens:,} tokens ({layout.num_global:,} global),"
         f" {len(rows)} sites: {describe_sites([row.site.id for row in rows])}",
-        *(f"{describe_spec(spec)}: {counts[spec]} sites ({expression})" for expression, spec in specs),
+        *(f"{describe_spec(spec)}: {sites[spec]} ({expression})" for expression, spec in specs),
         f"attention per forward: {_flops(dense)} dense, {_flops(planned)} as planned ({planned / dense:.1%})",
         f"q, k, v and output of one site in 16 bits: {rows[0].dense.moved_bytes / 2**20:,.0f} MiB",
     ]

@@ -93,6 +93,9 @@ class Runtime:
         """Return a runtime with the same settings and no shared state."""
         return replace(self, memory=LongLived(self.memory.pause, self.memory.max_bytes), record=RunRecord(), _finite={})
 
+    def __deepcopy__(self, _: dict[int, Any]) -> "Runtime":
+        return self.copy()
+
     def merged_over(self, earlier: "Runtime") -> "Runtime":
         """Return the runtime of two nodes in a row: this one's sites, and the earlier one's where it has none.
 
@@ -102,11 +105,18 @@ class Runtime:
         if self.host.name != earlier.host.name:
             raise ValueError(f"settings for {self.host.title} cannot follow settings for {earlier.host.title}")
         pools = earlier.parameters.without(set(self.sites)).pools() | self.parameters.pools()
-        return replace(self.copy(), sites={**earlier.sites, **self.sites}, parameters=StudentParameters(pools))
+        statuses = [status for status in (earlier.status, self.status) if status is not None]
+
+        def status(text: str) -> None:
+            for each in statuses:
+                each(text)
+
+        sites = {**earlier.sites, **self.sites}
+        return replace(self.copy(), sites=sites, parameters=StudentParameters(pools), status=status)
 
     def start_run(self) -> None:
         """Forget the last run."""
-        self.record = RunRecord()
+        self.record = RunRecord(sampled=True)
         self._finite.clear()
 
     def finish_run(self) -> None:
@@ -116,7 +126,10 @@ class Runtime:
         self._finite.clear()
         self.memory.clear()
         if self.status is not None:
-            self.status(self.record.summary())
+            try:
+                self.status(self.record.summary())
+            except Exception as error:  # a closed connection must not cost the finished latent
+                once.warning(f"Linearize: the status could not be shown: {error}")
 
     def begin_call(self, call: ModelCall, options: dict[str, Any]) -> dict[str, Any]:
         """Return a copy of the transformer options in which the override finds this forward's layout.
@@ -125,18 +138,22 @@ class Runtime:
             ValueError: a node asked for one backend, by name, that cannot run this forward.
         """
         layout, sigma = self.host.layout(call), None
-        if isinstance(layout, TokenLayout):
-            self._refuse_wishes(call, layout)
         if any(settings.sigma_range for settings in self.sites.values()) and options.get("sigmas") is not None:
             sigma = float(options["sigmas"].max())
+        if isinstance(layout, TokenLayout):
+            self._refuse_wishes(call, layout, sigma)
         return {**options, CALL_KEY: CallFacts(layout, sigma)}
 
-    def _refuse_wishes(self, call: ModelCall, layout: TokenLayout) -> None:
-        """Stop before anything is computed where a wished backend cannot run, rather than ignore the wish."""
-        wishes = {each for each in self.sites.values() if each.backend != AUTO and layout.num_tokens >= each.min_tokens}
-        latent = call.args[0]
-        sizes = self.host.sites(call.module)[0]
+    def _refuse_wishes(self, call: ModelCall, layout: TokenLayout, sigma: float | None) -> None:
+        """Stop before a forward computes anything where a wished backend cannot run, rather than ignore the wish."""
+        facts = CallFacts(layout, sigma)
+        wishes = {each for each in self.sites.values() if each.backend != AUTO}
+        if not wishes:
+            return
+        latent, sizes = call.argument(0, "x"), self.host.sites(call.module)[0]
         for wish in wishes:
+            if left_to_host(wish, facts, layout.num_tokens) is not None:
+                continue
             shape = (latent.shape[0], sizes.num_heads, layout.num_tokens, sizes.head_dim)
             backend, reasons = choose_backend(Call(wish.spec, layout, shape, latent.dtype, latent.device), wish.backend)
             if backend is None and not isinstance(wish.spec, DenseSpec):
@@ -144,12 +161,10 @@ class Runtime:
 
     def note_output(self, site: str, output: Tensor) -> None:
         """Accumulate on the device whether outputs were finite; read once, when the run ends."""
-        finite = torch.isfinite(output.detach().sum(dtype=torch.float32))
         key = (site, output.device)
-        if key not in self._finite:
-            with self.memory.pause():
-                self._finite[key] = torch.ones((), dtype=torch.bool, device=output.device)
-        self._finite[key].logical_and_(finite)
+        with self.memory.pause():
+            finite = torch.isfinite(output.detach()).all()
+            self._finite[key] = finite & self._finite[key] if key in self._finite else finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,15 +233,17 @@ class AttentionOverride:
             return host_attention()
 
         backend, call = decision
-        query, key, value = (_to_bhnd(t, heads, skip_reshape) for t in (q, k, v))
+        output, failure = q, None
         try:
+            query, key, value = (_to_bhnd(t, heads, skip_reshape) for t in (q, k, v))
             pool_weight = runtime.parameters.pool_weight(site, query.device)
             output = backend.run(
                 query, key, value, call, scale=kwargs.get("scale"), pool_weight=pool_weight, memory=runtime.memory
             )
-        except RuntimeError as error:  # out of memory and unsupported operations of a device end here
-            reason = Reason("failed", f"backend {backend.name} failed: {str(error).splitlines()[0]}")
-            decline(runtime, site, settings, dense_pairs, reason)
+        except Exception as error:  # whatever a device or driver throws must not cost the user a picture
+            failure = why_failed(backend.name, error)
+        if failure is not None:  # outside the handler, whose traceback would keep the failed attempt's tensors alive
+            decline(runtime, site, settings, dense_pairs, failure)
             return host_attention()
         cost = attention_cost(settings.spec, call.layout, shape[1], shape[3])
         runtime.record.count_run(Ran(site, settings.spec.kind, backend.name), call.layout, cost.pairs, dense_pairs)
@@ -284,6 +301,14 @@ def decline(runtime: Runtime, site: str, settings: SiteSettings, dense_pairs: in
     once.warning(f"Linearize: dense attention where the plan says {settings.spec.kind}: {reason.text}")
 
 
+def why_failed(backend: str, error: Exception) -> Reason:
+    """Return one sentence for a failure, without the numbers that would make each one look new."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return Reason("failed", f"backend {backend} ran out of memory")
+    first = next(iter(str(error).splitlines()), "")
+    return Reason("failed", f"backend {backend} failed: {type(error).__name__}: {first}"[:200])
+
+
 def find_options(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | str, dict[str, Any]] | None:
     """Return where a model call carries its transformer options (position or name), and the options."""
     candidates: list[tuple[int | str, Any]] = [*kwargs.items(), *enumerate(args)]
@@ -311,7 +336,7 @@ def _bhnd_shape(query: Tensor, heads: int, skip_reshape: bool) -> tuple[int, int
     if skip_reshape:
         batch, num_heads, tokens, head_dim = query.shape
         return batch, num_heads, tokens, head_dim
-    return query.shape[0], heads, query.shape[1], query[0, 0].numel() // heads
+    return query.shape[0], heads, query.shape[1], query.shape[2:].numel() // heads
 
 
 def _to_bhnd(tensor: Tensor, heads: int, skip_reshape: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Safetensors files that nobody vouches for: checked before anything is loaded, written so that none is ever half there.
+"""Safetensors files that nobody vouches for: checked before anything is loaded, and never left half written.
 
 What the tensors mean is not known here; `attention/student_file.py` and its siblings know.
 """
@@ -270,7 +270,11 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     stored = _storable(path, tensors)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(stored, temporary, dict(metadata))
+        # safetensors leaves files that nobody but their owner may read
+        temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -59,11 +59,16 @@ class LinearizeReport(io.ComfyNode):
         """Return the report as text and picture."""
         host, module = patching.host_of(model)
         runtime = patching.runtime_of(model)
-        specs = {site: settings.spec for site, settings in runtime.sites.items()} if runtime else {}
         layout = host.planned_layout(module, width, height, frames, host.default_text_tokens)
+        settings = runtime.sites if runtime else {}
+        specs = {
+            site: each.spec for site, each in settings.items() if each.trained or layout.num_tokens >= each.min_tokens
+        }
         rows = site_costs(host.sites(module), specs, layout)
         size = f"{width} x {height}" + (f" x {frames}" if frames > 1 else "")
         text = describe_costs(host.title, size, layout, rows)
+        if any(each.sigma_range and not each.trained for each in settings.values()):
+            text += "\nin the part of sampling from start_percent to end_percent; dense in the rest"
         if after is not None:
             text += "\n\nin the last sampling:\n" + (runtime.record.summary() if runtime else "no Linearize node ran")
         patching.show_on_node(cls.hidden.unique_id)(text)  # the interface shows ui.text of its own nodes only

@@ -189,7 +189,7 @@ def test_wrong_number_of_tokens_is_refused():
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_memory_grows_linearly(backward):
-    """Twice the tokens take about twice the memory beyond the inputs, not four times."""
+    """Four times the tokens: the largest tensor grows at most so, and is far below N x N."""
     peaks = []
     for side in (48, 96):
         layout, spec = flux(side, side, 64), ClearSpec(5)
@@ -214,3 +214,32 @@ class _LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.values = max(self.values, tensor.untyped_storage().nbytes() // tensor.element_size())
         return result
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    layout, spec = flux(4, 4, 2), ClearSpec(2)
+    inputs = [tensor.requires_grad_() for tensor in random_qkv(layout)]
+    (first,) = torch.autograd.grad(clear_attention(*inputs, layout, spec).sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError):
+        first.sum().backward()
+
+
+def test_autocast_runs_and_keeps_the_dtype_of_the_query():
+    layout, spec = flux(9, 9, 4), ClearSpec(3)
+    inputs = [tensor.requires_grad_() for tensor in random_qkv(layout)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = clear_attention(*inputs, layout, spec)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, reference_attention(*inputs, layout, spec).float(), atol=5e-2, rtol=5e-2)
+    output.sum().backward()
+
+
+@pytest.mark.parametrize("wrong", ["key", "value", "pool_weight"])
+def test_shapes_that_do_not_belong_together_are_refused(wrong):
+    layout, spec = flux(4, 4, 2), ClearSpec(2, down_factor=2)
+    inputs = dict(zip(("query", "key", "value"), random_qkv(layout), strict=True))
+    weight = torch.ones(1, 1) if wrong == "pool_weight" else None
+    if wrong != "pool_weight":
+        inputs[wrong] = torch.cat([inputs[wrong], inputs[wrong]], 2)
+    with pytest.raises(ValueError, match="36 tokens" if weight is None else r"pooling weights are \(2, 2\)"):
+        clear_attention(**inputs, layout=layout, spec=spec, pool_weight=weight)

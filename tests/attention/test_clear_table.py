@@ -29,7 +29,9 @@ def seen_pairs(grid, radius, temporal_radius, tile=None):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize(("radius", "temporal"), [(1, 0), (3, 0), (4, 2), (6, 9), (50, 0), (50, 1)])
+@pytest.mark.parametrize(
+    ("radius", "temporal"), [(1, 0), (3, 0), (4, 2), (6, 9), (50, 0), (50, 1), (7, 1024), (1024, 1024)]
+)
 def test_lists_hold_every_pair_once(grid, radius, temporal):
     layout = TokenLayout.of((grid_segment("main", *grid),))
     expected = clear_mask(layout, ClearSpec(radius, temporal))

@@ -114,18 +114,26 @@ def test_an_unexpected_decline_is_an_error_under_strict(studio, monkeypatch):
     studio.sample(patched, positive=positive)
 
 
-def test_a_failing_backend_falls_back_to_dense(studio, monkeypatch):
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (RuntimeError, "backend torch failed: RuntimeError: out of memory"),
+        (torch.OutOfMemoryError, "backend torch ran out of memory"),
+        (TypeError, "backend torch failed: TypeError: out of memory"),
+    ],
+)
+def test_a_failing_backend_falls_back_to_dense(studio, monkeypatch, failure, words):
     backends = studio.runtime.__dict__["choose_backend"].__globals__
 
     def fail(*args, **kwargs):
-        raise RuntimeError("out of memory\nsecond line")
+        raise failure("out of memory\nsecond line")
 
     monkeypatch.setitem(backends, "clear_attention", fail)
     dense = studio.sample(studio.model)
     patched = studio.clear(studio.model, radius=2)
     with studio.runtime.expect_declines("failed"):
         assert torch.equal(studio.sample(patched), dense)
-    assert "backend torch failed: out of memory" in studio.record(patched).summary()
+    assert words in studio.record(patched).summary()
 
 
 def test_a_wished_backend_that_cannot_run_is_an_error_before_anything_is_computed(studio):

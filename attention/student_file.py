@@ -1,0 +1,293 @@
+"""Student files, format `linearize/1`: a plan, the learned parameters of its sites and weight deltas in one safetensors.
+
+A file holds one spec per site. Nothing here touches a model; `check_student` says whether a student fits one.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .fingerprint import LENGTH
+from .hosts.base import Site
+from .plans import Plan, describe_sites
+from .specs import ClearSpec, DenseSpec, SiteSpec, groups_of
+from .tensor_file import FileProblem, TensorFile, open_tensor_file, problem, quote, write_tensor_file
+
+STUDENT_FORMAT = "linearize/1"
+FORMAT_NAME = re.compile(r"linearize/(\d{1,9})")
+ROLES = ("high", "low", "all")
+TEXTS = ("host", "role", "pair_id", "base_model", "licence")
+METADATA = ("format", *TEXTS, "plan", "recipe", "site_errors")
+FINGERPRINT = "fingerprint"
+CHECKSUM = "sha256"
+
+PARAMETER = re.compile(r"(?P<site>\w+(?:\.\w+)*?)\.(?P<part>pool|phi_[qk](?:\.\w+)+)", re.ASCII)
+DELTA = re.compile(
+    r"(?P<target>diffusion_model(?:\.\w+)+)\.(?P<part>alpha|diff|diff_b|set_weight|lora_\w+\.weight)", re.ASCII
+)
+HALVES = {
+    "lora_up.weight": "lora_down.weight",
+    "lora_down.weight": "lora_up.weight",
+    "lora_A.weight": "lora_B.weight",
+    "lora_B.weight": "lora_A.weight",
+}
+
+Role = Literal["high", "low", "all"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StudentFile:
+    """A distilled student as one file holds it.
+
+    Args:
+        host: the architecture, such as "flux"; its plan names the same.
+        plan: the spec of every site.
+        role: "high" or "low" for one half of a model that is split by noise level, else "all".
+        pair_id: what the two halves of such a pair have in common; else empty.
+        base_model: name of the model it was distilled from, or empty.
+        recipe: how it was trained, values that JSON can hold.
+        site_errors: relative error of each site on held-out samples, 0 or more.
+        licence: of the weights, or empty.
+        fingerprint: (256,) fp32 of the base model, see `attention/fingerprint.py`; None if it is not known.
+        parameters: `<site>.pool` of shape (d, d), `<site>.phi_q.*` and `<site>.phi_k.*`.
+        deltas: changes to weights under LoRA keys, `diffusion_model.<path>.lora_up.weight` and its like.
+
+    Raises:
+        ValueError: a value contradicts the above; the sentence names it.
+    """
+
+    host: str
+    plan: Plan
+    role: Role = "all"
+    pair_id: str = ""
+    base_model: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    site_errors: Mapping[str, float] = field(default_factory=dict)
+    licence: str = ""
+    fingerprint: Tensor | None = None
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    deltas: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in TEXTS:
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} of a student is a text, got {quote(getattr(self, name))}")
+        if self.role not in ROLES:
+            raise ValueError(f"role of a student is one of {', '.join(ROLES)}, got {quote(self.role)}")
+        if self.plan.host != self.host:
+            raise ValueError(f"the student is for host {quote(self.host)}, its plan for {quote(self.plan.host)}")
+        _check_site_errors(self.site_errors)
+        taken = self.fingerprint
+        if taken is not None and (tuple(taken.shape) != (LENGTH,) or taken.dtype != torch.float32):
+            raise ValueError(f"a fingerprint is {LENGTH} values in fp32, got {tuple(taken.shape)} in {taken.dtype}")
+        for name, tensor in self.parameters.items():
+            _check_parameter(name, tensor)
+        for name, tensor in self.deltas.items():
+            _check_delta(name, tensor, self.deltas)
+
+
+def _check_site_errors(errors: Mapping[str, float]) -> None:
+    for site, error in errors.items():
+        if type(error) not in (int, float) or not 0 <= error < math.inf:
+            raise ValueError(f"site_errors are numbers of 0 or more by site, got {quote(site)}: {quote(error)}")
+
+
+def _check_parameter(name: str, tensor: Tensor) -> None:
+    found = PARAMETER.fullmatch(name)
+    if found is None or _is_delta(name):
+        raise ValueError(f"a learned parameter is called <site>.pool, .phi_q.* or .phi_k.*, got {quote(name)}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"learned parameters are floating point numbers, {quote(name)} holds {tensor.dtype}")
+    if found["part"] == "pool" and (tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1]):
+        raise ValueError(f"a pooling weight has as many rows as columns, {quote(name)} has {tuple(tensor.shape)}")
+
+
+def _check_delta(name: str, tensor: Tensor, deltas: Mapping[str, Tensor]) -> None:
+    found = DELTA.fullmatch(name)
+    if found is None or not _is_delta(name):
+        raise ValueError(
+            f"a weight delta is called diffusion_model.<path> with a LoRA ending ({', '.join(HALVES)}, alpha, diff,"
+            f" diff_b or set_weight), got {quote(name)}"
+        )
+    if not tensor.is_floating_point():
+        raise ValueError(f"weight deltas are floating point numbers, {quote(name)} holds {tensor.dtype}")
+    target, part = found["target"], found["part"]
+    if part == "alpha":
+        if tensor.numel() != 1 or not any(f"{target}.{half}" in deltas for half in HALVES):
+            raise ValueError(f"an alpha is one number beside the halves of a LoRA, {quote(name)} is not")
+    elif part in HALVES:
+        other = f"{target}.{HALVES[part]}"
+        if other not in deltas:
+            raise ValueError(f"a LoRA has two halves, {quote(name)} comes without {quote(other)}")
+        ranks = (tensor, deltas[other]) if part in ("lora_up.weight", "lora_B.weight") else (deltas[other], tensor)
+        if min(tensor.ndim, deltas[other].ndim) < 2 or ranks[0].shape[1] != ranks[1].shape[0]:
+            raise ValueError(f"the halves of a LoRA have one rank, {quote(name)} and {quote(other)} do not")
+
+
+def _is_delta(name: str) -> bool:
+    found = DELTA.fullmatch(name)
+    return found is not None and (not found["part"].startswith("lora_") or found["part"] in HALVES)
+
+
+def save_student(path: Path, student: StudentFile) -> None:
+    """Write a student; `path` holds the whole of it or what it held before.
+
+    Raises:
+        ValueError: the recipe is not JSON, a tensor holds NaN or infinity, or the file cannot be written.
+    """
+    metadata = {"format": STUDENT_FORMAT, **{name: getattr(student, name) for name in TEXTS}}
+    metadata["plan"] = json.dumps(student.plan.to_json())
+    metadata["site_errors"] = json.dumps(dict(student.site_errors))
+    try:
+        metadata["recipe"] = json.dumps(dict(student.recipe), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the recipe of a student holds what JSON can hold: {error}") from None
+    tensors = {**student.parameters, **student.deltas}
+    if student.fingerprint is not None:
+        tensors[FINGERPRINT] = student.fingerprint
+    write_tensor_file(path, tensors, {**metadata, CHECKSUM: _checksum(metadata, tensors)})
+
+
+def load_student(path: Path) -> StudentFile:
+    """Return the student in a file.
+
+    Raises:
+        FileProblem: see `open_tensor_file` and `student_of`.
+    """
+    return student_of(open_tensor_file(path))
+
+
+def student_of(file: TensorFile) -> StudentFile:
+    """Return the student in a file that was opened; metadata that the format does not name is ignored.
+
+    Raises:
+        FileProblem: it is no student or one of a newer format, a tensor is none of a student's, a value is out of
+            range, or contents changed after it was saved (tensors swapped, a bit flipped, metadata edited).
+    """
+    _check_format(file)
+    missing = [name for name in (*METADATA, CHECKSUM) if name not in file.metadata]
+    if missing:
+        raise problem(file.path, f"is not a whole student file: its metadata lacks {', '.join(missing)}")
+    strange = [name for name in file.tensors if not (name == FINGERPRINT or _is_delta(name) or _is_parameter(name))]
+    if strange:
+        raise problem(file.path, f"holds {_some(strange)}, which no student of format {STUDENT_FORMAT} has")
+    tensors = file.load(file.tensors)
+    if _checksum(file.metadata, tensors) != file.metadata[CHECKSUM]:
+        raise problem(file.path, "changed after it was saved, its checksum does not agree; download it again")
+    try:
+        return _student(file.metadata, tensors)
+    except (ValueError, RecursionError) as error:
+        reason = "its metadata is nested too deeply" if isinstance(error, RecursionError) else error
+        raise problem(file.path, f"cannot be used: {reason}") from None
+
+
+def _check_format(file: TensorFile) -> None:
+    version = file.metadata.get("format")
+    found = FORMAT_NAME.fullmatch(version or "")
+    if found is None:
+        told = "its metadata names no format" if version is None else f"its format is {quote(version)}"
+        raise problem(file.path, f"is not a Linearize student, which has format {STUDENT_FORMAT}: {told}")
+    if version != STUDENT_FORMAT:
+        raise problem(
+            file.path,
+            f"is a student of format {version} and this Linearize reads {STUDENT_FORMAT}; install a newer one",
+        )
+
+
+def _student(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> StudentFile:
+    return StudentFile(
+        plan=Plan.from_text(metadata["plan"]),
+        recipe=_json_object("recipe", metadata["recipe"]),
+        site_errors=_json_object("site_errors", metadata["site_errors"]),
+        fingerprint=tensors.get(FINGERPRINT),
+        parameters={name: tensor for name, tensor in tensors.items() if _is_parameter(name)},
+        deltas={name: tensor for name, tensor in tensors.items() if _is_delta(name)},
+        **{name: metadata[name] for name in TEXTS},  # pyright: ignore[reportArgumentType]  # role is checked
+    )
+
+
+def _is_parameter(name: str) -> bool:
+    return PARAMETER.fullmatch(name) is not None and not _is_delta(name)
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"its {name} is not JSON, {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"its {name} is not a JSON object, got {quote(value)}")
+    return value
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of what the student is, whatever the order of the file."""
+    digest = hashlib.sha256(json.dumps([metadata[name] for name in METADATA]).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(quote(name) for name in names[:3]) + more
+
+
+def check_student(student: StudentFile, host_name: str, sites: Sequence[Site]) -> dict[str, SiteSpec]:
+    """Return the spec of each site of a model, after checking that the student fits it.
+
+    A site with pooled tokens and no `<site>.pool` averages uniformly.
+
+    Args:
+        student: as loaded.
+        host_name: of the model.
+        sites: of the model.
+
+    Raises:
+        ValueError: the student is for another host, its plan names a site or a number of heads that the model does
+            not have, or a parameter belongs to no site, to a kind without such parameters, or to another down_factor.
+    """
+    if student.host != host_name:
+        raise ValueError(f"the student is for host {quote(student.host)}, this model is {quote(host_name)}")
+    ids = [site.id for site in sites]
+    specs = student.plan.resolve(ids)
+    for site in sites:
+        try:
+            groups_of(specs[site.id], site.num_heads)
+        except ValueError as error:
+            raise ValueError(f"the student does not fit {site.id}: {error}") from None
+    for name, tensor in student.parameters.items():
+        site, part = _split(name, specs)
+        if site is None:
+            raise ValueError(f"the student has {quote(name)}, this model has only {describe_sites(ids)}")
+        _check_part(name, part, tensor, specs[site])
+    return specs
+
+
+def _split(name: str, specs: Mapping[str, SiteSpec]) -> tuple[str | None, str]:
+    found = PARAMETER.fullmatch(name)
+    site, part = (found["site"], found["part"]) if found else ("", name)
+    return (site if site in specs else None), part
+
+
+def _check_part(name: str, part: str, tensor: Tensor, spec: SiteSpec) -> None:
+    # a head split is as wide as its widest head; only the kinds matter here
+    kinds = [group.spec for group in spec.groups] if hasattr(spec, "groups") else [spec]
+    if part == "pool":
+        factors = {kind.down_factor for kind in kinds if isinstance(kind, ClearSpec)} - {1}
+        if not factors:
+            raise ValueError(f"the student has {quote(name)}, its plan pools no tokens at that site")
+        if any(tuple(tensor.shape) != (factor, factor) for factor in factors):
+            wanted = " and ".join(str(factor) for factor in sorted(factors))
+            raise ValueError(f"{quote(name)} has shape {tuple(tensor.shape)}, the plan's down_factor is {wanted}")
+    elif all(isinstance(kind, (ClearSpec, DenseSpec)) for kind in kinds):
+        raise ValueError(f"the student has {quote(name)}, its plan has no feature map at that site")

@@ -1,0 +1,281 @@
+"""The override's contract with its caller, call by call, on a host made for the test."""
+
+import copy
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from linearize.attention import ClearSpec, DenseSpec, Segment, TokenLayout, grid_segment, reference_attention
+from linearize.attention import backends as backends_module
+from linearize.attention.hosts import ModelCall
+from linearize.attention.layout import Reason
+from linearize.attention.memory import LongLived
+from linearize.attention.runtime import (
+    CALL_KEY,
+    RUNTIME_KEY,
+    AttentionOverride,
+    CallFacts,
+    Runtime,
+    SiteSettings,
+    UnexpectedDecline,
+    expect_declines,
+    find_options,
+    model_call_wrapper,
+)
+
+LAYOUT = TokenLayout.of((Segment("text", 3), grid_segment("main", 1, 5, 6)))
+HEADS, HEAD_DIM, TOKENS = 2, 8, LAYOUT.num_tokens
+HOST = SimpleNamespace(name="test", title="Test", site_of=lambda options: options.get("site"))
+
+
+def runtime(spec=None, **settings):
+    return Runtime(HOST, {"a": SiteSettings(spec or ClearSpec(2), **settings)}, LongLived())
+
+
+def qkv(dtype=torch.float32, batch=2):
+    torch.manual_seed(0)
+    return tuple(torch.randn(batch, HEADS, TOKENS, HEAD_DIM, dtype=dtype) for _ in range(3))
+
+
+def host_attention(q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, scale=None, **kwargs):
+    """Attention under the host application's contract, by PyTorch's own function."""
+    if not skip_reshape:
+        q, k, v = (t.reshape(t.shape[0], t.shape[1], heads, -1).transpose(1, 2) for t in (q, k, v))
+    output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return output if skip_output_reshape else output.transpose(1, 2).flatten(2)
+
+
+def call(state, q, k, v, *args, override=None, layout=LAYOUT, sigma=None, site="a", **kwargs):
+    options = {"site": site, RUNTIME_KEY: state, CALL_KEY: CallFacts(layout, sigma)}
+    return (override or AttentionOverride())(
+        host_attention, q, k, v, HEADS, *args, transformer_options=options, **kwargs
+    )
+
+
+def flat(tensor):
+    return tensor.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("skip_reshape", [True, False])
+@pytest.mark.parametrize("skip_output_reshape", [True, False])
+@pytest.mark.parametrize("four_dimensional_v", [True, False])
+def test_every_layout_of_inputs_and_outputs(skip_reshape, skip_output_reshape, four_dimensional_v):
+    q, k, v = qkv()
+    truth = reference_attention(q, k, v, LAYOUT, ClearSpec(2)).float()
+    inputs = (q, k, v) if skip_reshape else (flat(q), flat(k), v.transpose(1, 2) if four_dimensional_v else flat(v))
+    before = [t.clone() for t in inputs]
+    state = runtime()
+    output = call(state, *inputs, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
+    expected = truth if skip_output_reshape else flat(truth)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True)), "q, k or v was written into"
+    assert {(r.site, r.kind, r.backend) for r in state.record.ran} == {("a", "clear", "torch")}
+
+
+def test_scale_is_passed_on():
+    q, k, v = qkv()
+    truth = reference_attention(q, k, v, LAYOUT, ClearSpec(2), scale=0.9).float()
+    torch.testing.assert_close(
+        call(runtime(), q, k, v, skip_reshape=True, scale=0.9), flat(truth), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("positional", [True, False])
+def test_a_mask_goes_to_the_host_unchanged(positional):
+    q, k, v = qkv()
+    mask = torch.randn(TOKENS, TOKENS)
+    state = runtime()
+    with expect_declines("mask"):
+        if positional:
+            output = call(state, q, k, v, mask, skip_reshape=True)
+        else:
+            output = call(state, q, k, v, mask=mask, skip_reshape=True)
+    assert torch.equal(output, flat(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+    assert [reason.code for _, reason in state.record.declined] == ["mask"]
+
+
+def test_fewer_key_heads_go_to_the_host():
+    state = runtime()
+    with expect_declines("gqa"):
+        call(state, *qkv(), skip_reshape=True, enable_gqa=True)
+    assert [reason.code for _, reason in state.record.declined] == ["gqa"]
+
+
+def test_cross_attention_is_not_ours_and_not_counted():
+    q, _, _ = qkv()
+    text = torch.randn(2, HEADS, 7, HEAD_DIM)
+    state = runtime()
+    assert torch.equal(
+        call(state, q, text, text, skip_reshape=True), flat(F.scaled_dot_product_attention(q, text, text))
+    )
+    call(state, flat(q), flat(text), flat(text))
+    assert not state.record.ran
+
+
+@pytest.mark.parametrize("options", [None, {}, {"site": "a"}])
+def test_calls_without_our_options_go_to_the_host(options):
+    q, k, v = qkv()
+    kwargs = {} if options is None else {"transformer_options": options}
+    output = AttentionOverride()(host_attention, q, k, v, HEADS, skip_reshape=True, **kwargs)
+    assert torch.equal(output, flat(F.scaled_dot_product_attention(q, k, v)))
+
+
+def test_sites_that_are_not_planned_and_dense_ones_go_to_what_was_there_before():
+    seen = []
+
+    def previous(func, q, k, v, heads, **kwargs):
+        seen.append(kwargs)
+        return func(q, k, v, heads, **kwargs)
+
+    q, k, v = qkv()
+    override = AttentionOverride(previous)
+    call(runtime(), q, k, v, override=override, site="b", skip_reshape=True, _inside_attn_wrapper=True)
+    call(runtime(DenseSpec()), q, k, v, override=override, skip_reshape=True, _inside_attn_wrapper=True)
+    assert len(seen) == 2
+    for kwargs in seen:
+        assert kwargs["_inside_attn_wrapper"] is True and kwargs["skip_reshape"] is True
+        assert CALL_KEY not in kwargs["transformer_options"] and "site" in kwargs["transformer_options"]
+
+
+@pytest.mark.parametrize(("sigma", "kind"), [(0.9, "dense"), (0.8, "clear"), (0.5, "clear"), (0.2, "dense")])
+def test_part_of_sampling_in_noise_levels(sigma, kind):
+    state = runtime(sigma_range=(0.8, 0.3))
+    call(state, *qkv(), skip_reshape=True, sigma=sigma)
+    assert {r.kind for r in state.record.ran} == {kind} and not state.record.declined
+
+
+def test_trained_sites_ignore_part_of_sampling_and_min_tokens():
+    state = runtime(sigma_range=(0.8, 0.3), min_tokens=1000, trained=True)
+    call(state, *qkv(), skip_reshape=True, sigma=0.99)
+    assert {r.kind for r in state.record.ran} == {"clear"}
+
+
+def test_an_unknown_layout_is_a_decline_and_strict_raises_it():
+    reason = Reason("arguments", "nobody told the grid")
+    with expect_declines("arguments"):
+        output = call(runtime(), *qkv(), skip_reshape=True, layout=reason)
+    assert torch.equal(output, flat(F.scaled_dot_product_attention(*qkv())))
+    with pytest.raises(UnexpectedDecline, match="a: nobody told the grid"), expect_declines("mask"):
+        call(runtime(), *qkv(), skip_reshape=True, layout=reason)
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), NotImplementedError(), TypeError("x"), MemoryError(), IndexError()])
+def test_whatever_a_backend_throws_ends_in_a_picture(error, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(backends_module, "clear_attention", fail)
+    state = runtime()
+    with expect_declines("failed"):
+        output = call(state, *qkv(), skip_reshape=True)
+    assert torch.equal(output, flat(F.scaled_dot_product_attention(*qkv())))
+    assert "backend torch" in state.record.summary() or not state.record.sampled
+
+
+def test_values_of_another_length_are_left_to_the_host():
+    q, k, v = qkv()
+    state = runtime()
+    with expect_declines("failed"):
+        call(state, q, k, v[:, :, :-1], skip_reshape=True)
+    assert {r.kind for r in state.record.ran} == {"dense"}
+    assert "32 tokens where 3 text + 30 main = 33" in next(iter(state.record.declined))[1].text
+
+
+def test_a_failed_attempt_frees_its_tensors_before_the_host_runs(monkeypatch):
+    kept = []
+
+    def fail(query, *args, **kwargs):
+        scratch = torch.zeros(1000)
+        kept.append(weakref.ref(scratch))
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(backends_module, "clear_attention", fail)
+    alive = []
+
+    def previous(func, q, k, v, heads, **kwargs):
+        gc.collect()
+        alive.append(kept[0]() is not None)
+        return func(q, k, v, heads, **kwargs)
+
+    with expect_declines("failed"):
+        call(runtime(), *qkv(), override=AttentionOverride(previous), skip_reshape=True)
+    assert alive == [False]
+
+
+def test_flags_survive_a_change_of_inference_mode_and_large_values():
+    state = runtime()
+    with torch.inference_mode():
+        state.note_output("a", torch.full((4,), 1e38))
+    state.note_output("a", torch.full((4,), 1e38))
+    state.finish_run()
+    assert state.record.non_finite == ()
+    state.note_output("a", torch.tensor([1.0, float("inf")]))
+    state.note_output("a", torch.ones(2))
+    state.finish_run()
+    assert state.record.non_finite == ("a",)
+
+
+def test_copies_share_settings_and_parameters_only():
+    state = runtime()
+    state.start_run()
+    call(state, *qkv(), skip_reshape=True)
+    for other in (state.copy(), copy.deepcopy({"options": state})["options"]):
+        assert other.sites == state.sites and other.parameters is state.parameters
+        assert other.memory is not state.memory and not other.record.ran and not other.record.sampled
+    assert "was not sampled" in state.copy().record.summary()
+
+
+def test_a_status_that_cannot_be_shown_costs_nothing():
+    def broken(text):
+        raise ConnectionError("closed")
+
+    state = Runtime(HOST, {"a": SiteSettings(ClearSpec(2))}, LongLived(), status=broken)
+    state.start_run()
+    state.finish_run()
+
+
+def test_merging_keeps_both_statuses_and_the_later_settings():
+    told = []
+    first = Runtime(HOST, {"a": SiteSettings(ClearSpec(2)), "b": SiteSettings(ClearSpec(3))}, LongLived(),
+                    status=lambda text: told.append("first"))  # fmt: skip
+    second = Runtime(HOST, {"b": SiteSettings(ClearSpec(9))}, LongLived(), status=lambda text: told.append("second"))
+    merged = second.merged_over(first)
+    merged.start_run()
+    merged.finish_run()
+    assert told == ["first", "second"]
+    assert {site: settings.spec.radius for site, settings in merged.sites.items()} == {"a": 2, "b": 9}
+    other = Runtime(SimpleNamespace(name="x", title="X"), {}, LongLived())
+    with pytest.raises(ValueError, match="settings for X cannot follow settings for Test"):
+        other.merged_over(first)
+
+
+def test_options_are_found_by_position_or_name_and_never_changed():
+    state = runtime()
+    state.host = SimpleNamespace(layout=lambda call: LAYOUT)
+    options = {RUNTIME_KEY: state, "sigmas": torch.tensor([0.5])}
+    assert find_options((1, {}, options), {}) == (2, options)
+    assert find_options((1,), {"transformer_options": options}) == ("transformer_options", options)
+    assert find_options((1, {}), {"a": {}}) is None
+
+    def executor(*args, **kwargs):
+        return args, kwargs
+
+    executor.class_obj = None
+    for args, kwargs in (((1, options), {}), ((1,), {"transformer_options": options})):
+        passed_args, passed_kwargs = model_call_wrapper(executor, *args, **kwargs)
+        passed = passed_args[1] if len(passed_args) > 1 else passed_kwargs["transformer_options"]
+        assert passed[CALL_KEY] == CallFacts(LAYOUT, None) and CALL_KEY not in options
+    assert model_call_wrapper(executor, 5) == ((5,), {})
+
+
+def test_the_noise_level_is_read_only_where_a_setting_needs_it():
+    host = SimpleNamespace(layout=lambda call: LAYOUT)
+    options = {"sigmas": torch.tensor([0.25, 0.5])}
+    plain = Runtime(host, {"a": SiteSettings(ClearSpec(2))}, LongLived())
+    timed = Runtime(host, {"a": SiteSettings(ClearSpec(2), sigma_range=(1.0, 0.0))}, LongLived())
+    found = [state.begin_call(ModelCall(None, (), {}), options)[CALL_KEY].sigma for state in (plain, timed)]
+    assert found == [None, 0.5]
