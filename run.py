@@ -45,20 +45,7 @@ TEST_TOOLS = (
     "playwright>=1.60,<2",
 )
 
-# stage, minutes it may take on two cores, pytest arguments; `test` prints the minutes it took
-STAGES = (
-    ("lint", 2, None),
-    ("unit", 4, ["tests/attention", "tests/repository"]),
-    ("fuzz", 4, ["tests/fuzz"]),
-    ("hosts", 3, ["tests/hosts"]),
-    ("nodes", 3, ["tests/nodes"]),
-    ("benchmarks", 3, ["tests/benchmarks"]),
-    ("server", 6, ["tests/server"]),
-    ("browser", 2, ["tests/browser"]),
-)
-
 COMFY_CLI = "comfy-cli==1.23.0"
-LINT = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pyright"])
 
 
 class Problem(Exception):
@@ -97,12 +84,15 @@ def parse_arguments() -> argparse.Namespace:
     demo.add_argument("--size", type=int, default=1024, help="pixels per side (default 1024)")
     test = commands.add_parser("test", parents=[common], help="everything that continuous integration runs")
     test.add_argument("--all", action="store_true", help="the long versions of the tests")
-    test.add_argument("--only", default="", help="comma-separated stages: " + ", ".join(s[0] for s in STAGES))
+    test.add_argument("--only", default="", help="some stages, such as unit,hosts")
     serve = commands.add_parser("serve", parents=[common], help="open ComfyUI with the pack")
     serve.add_argument("--port", type=int, default=8188)
     bench = commands.add_parser("bench", parents=[common], help="measure; rows go to benchmarks/results.csv")
-    bench.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of benchmarks/run.py")
-    return parser.parse_args()
+    bench.epilog = "Other arguments go to benchmarks/run.py, for example --suite declined."
+    args, args.rest = parser.parse_known_args()
+    if args.rest and args.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------- set-up
@@ -122,9 +112,9 @@ def prepare(args: argparse.Namespace) -> tuple[Path, Path]:
         check_comfyui(comfyui)
         python = own_python(comfyui)
     else:
-        comfyui, python = HOME / "comfyui", venv_python(VENV)
-        if args.comfyui:
-            comfyui = HOME / f"comfyui-{args.comfyui}"
+        if args.comfyui and not re.fullmatch(r"v?\d+(\.\d+)*|latest|nightly", args.comfyui):
+            raise Problem(f"There is no folder {args.comfyui}; --comfyui takes a folder or a version such as 0.31.0.")
+        comfyui, python = HOME / (f"comfyui-{args.comfyui}" if args.comfyui else "comfyui"), venv_python(VENV)
         install(args, python, comfyui)
         check_comfyui(comfyui)
     link_packs()
@@ -134,10 +124,13 @@ def prepare(args: argparse.Namespace) -> tuple[Path, Path]:
 def install(args: argparse.Namespace, python: Path, comfyui: Path) -> None:
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input"]
     constrained = [*pip, "install", "-c", str(ROOT / "constraints.txt")]
-    torch_index = ["--index-url", args.torch_index] if args.torch_index else []
+    chosen = HOME / "torch-index"  # a later call without --torch-index keeps the choice
+    index = args.torch_index or (chosen.read_text(encoding="utf-8") if chosen.exists() else "")
+    chosen.write_text(index, encoding="utf-8")
+    torch_index = ["--index-url", index] if index else []
     steps = [
         ("virtual environment", "", lambda: make_venv()),
-        ("torch", args.torch_index, lambda: run([*constrained, *torch_index, "torch", "numpy", "setuptools>=77"])),
+        ("torch", index, lambda: install_torch(constrained, torch_index)),
         (
             "torchvision and torchaudio",
             read("demo/cpu_torchvision_compat.py"),
@@ -155,7 +148,8 @@ def install(args: argparse.Namespace, python: Path, comfyui: Path) -> None:
     for name, inputs, action in steps:
         key = hashlib.sha256(f"{key}|{name}|{inputs}".encode()).hexdigest()
         stamp = stamps / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{key[:16]}"
-        if pending or not stamp.exists():
+        product = {"virtual environment": python, steps[3][0]: comfyui / "main.py"}.get(name, HOME)
+        if pending or not stamp.exists() or not product.exists():
             pending.append((name, action, stamp))
     if not pending:
         return
@@ -192,17 +186,29 @@ def make_venv() -> None:
     run([sys.executable, "-m", "venv", str(VENV)])
 
 
+def install_torch(constrained: list[str], torch_index: list[str]) -> None:
+    if torch_index:  # a build from elsewhere satisfies the version, so it would stay
+        run([*constrained, *torch_index, "--force-reinstall", "--no-deps", "torch"])
+    run([*constrained, "torch", "numpy", "setuptools>=77"])
+
+
 def install_vision(constrained: list[str], torch_index: list[str], python: Path) -> None:
     run([*constrained, *torch_index, "torchvision", "torchaudio"])
-    probe = "import torch, sysconfig; print(torch.version.cuda or 'cpu'); print(sysconfig.get_path('purelib'))"
-    output = subprocess.run([str(python), "-c", probe], capture_output=True, text=True, check=True).stdout
-    build, site = output.split("\n")[:2]
-    if build == "cpu":
-        packages = Path(site)
+    probe = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(
+        subprocess.run([str(python), "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
+    )
+    # only where the packages do not load: beside a build of torch that has their operators the help would do harm
+    if not imports(python, "torchvision.ops"):
         shutil.copy(ROOT / "demo" / "cpu_torchvision_compat.py", packages)
         (packages / "cpu_torchvision_compat.pth").write_text("import cpu_torchvision_compat\n", encoding="utf-8")
+    if not imports(python, "torchaudio"):
         for library in (packages / "torchaudio" / "lib").glob("*.so"):
-            library.unlink()  # torchaudio treats a missing extension as none, a CUDA-linked one as an error
+            library.unlink()  # torchaudio treats a missing extension as none, one that does not load as an error
+
+
+def imports(python: Path, module: str) -> bool:
+    return subprocess.run([str(python), "-c", f"import {module}"], capture_output=True).returncode == 0
 
 
 def fetch_step(version: str, pip: list[str], comfyui: Path) -> tuple:
@@ -282,9 +288,10 @@ def check_comfyui(comfyui: Path) -> None:
     version_file = comfyui / "comfyui_version.py"
     if not version_file.exists():
         raise Problem(f"{comfyui} holds no ComfyUI (no comfyui_version.py there); name the folder that holds main.py.")
-    found = re.search(r'"([\d.]+)"', version_file.read_text(encoding="utf-8"))
-    version = found.group(1) if found else "0"
-    if tuple(map(int, version.split("."))) < MIN_COMFYUI:
+    found = re.search(r'"v?(\d+)\.(\d+)(?:\.(\d+))?', version_file.read_text(encoding="utf-8"))
+    numbers = tuple(int(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    version = ".".join(map(str, numbers))
+    if numbers < MIN_COMFYUI:
         raise Problem(
             f"ComfyUI {version} in {comfyui} is too old: Linearize needs {'.'.join(map(str, MIN_COMFYUI))} or newer."
             " Update it, or leave out --comfyui to use a copy that run.py fetches."
@@ -296,7 +303,7 @@ def own_python(comfyui: Path) -> Path:
     places = [venv_python(comfyui / name) for name in (".venv", "venv")]
     places += [comfyui.parent / "python_embeded" / "python.exe", Path(sys.executable)]
     for python in places:
-        if python.exists() and subprocess.run([str(python), "-c", "import torch"], capture_output=True).returncode == 0:
+        if python.exists() and imports(python, "torch"):
             return python
     raise Problem(
         f"No Python with torch found for {comfyui}; activate the environment you start ComfyUI with, then run."
@@ -354,36 +361,10 @@ def command_bench(args: argparse.Namespace, python: Path, comfyui: Path) -> int:
 
 
 def command_test(args: argparse.Namespace, python: Path, comfyui: Path) -> int:
-    wanted = [name for name in args.only.split(",") if name]
-    unknown = sorted(set(wanted) - {name for name, _, _ in STAGES})
-    if unknown:
-        raise Problem(f"No test stage {', '.join(unknown)}; the stages are {', '.join(s[0] for s in STAGES)}.")
-    pytest = python.with_name("pytest.exe" if WINDOWS else "pytest")
-    if not pytest.exists():
+    if not imports(python, "pytest, hypothesis"):
         tools = " ".join(f'"{tool}"' for tool in TEST_TOOLS)
-        raise Problem(
-            f"The Python of that ComfyUI has no test tools; install them first: {python} -m pip install {tools}"
-        )
-    extra = {"LINEARIZE_STRICT": "1", "LINEARIZE_TEST_ALL": "1" if args.all else ""}
-    failed, rows = [], []
-    for name, budget, paths in STAGES:
-        if wanted and name not in wanted:
-            continue
-        print(f"\n== {name}", flush=True)
-        start = time.monotonic()
-        if paths is None:
-            code = max(call(comfyui, python, "-m", *tool) for tool in LINT)
-        else:
-            # not `python -m pytest`, which would put this folder, and its nodes/, first on the path
-            code = call(comfyui, pytest, "-q", *paths, **extra)
-        rows.append((name, (time.monotonic() - start) / 60, budget, "ok" if code == 0 else "FAILED"))
-        if code:
-            failed.append(name)
-    print("\nstage         minutes  budget")
-    for name, minutes, budget, verdict in rows:
-        print(f"{name:12} {minutes:8.1f} {budget:7}  {verdict}")
-    print(f"{len(rows) - len(failed)} passed, {len(failed)} failed")
-    return 1 if failed else 0
+        raise Problem(f"That ComfyUI's Python has no test tools; install them first: {python} -m pip install {tools}")
+    return call(comfyui, python, "-u", "tests/stages.py", "--only", args.only, *(["--all"] if args.all else []))
 
 
 COMMANDS = {"demo": command_demo, "test": command_test, "serve": command_serve, "bench": command_bench}

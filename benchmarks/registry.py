@@ -10,7 +10,15 @@ from torch import Tensor
 from linearize.attention import ClearSpec, Segment, TokenLayout, clear_attention, grid_segment
 from linearize.attention.hosts.flux import FluxHost
 from linearize.attention.memory import LongLived
-from linearize.attention.runtime import CALL_KEY, RUNTIME_KEY, AttentionOverride, CallFacts, Runtime, SiteSettings
+from linearize.attention.runtime import (
+    CALL_KEY,
+    RUNTIME_KEY,
+    AttentionOverride,
+    CallFacts,
+    Runtime,
+    SiteSettings,
+    expect_declines,
+)
 
 TOKEN_PIXELS = 16
 
@@ -84,10 +92,19 @@ def declined_calls() -> dict[str, Callable[[], object]]:
     def host(*args: object, **kwargs: object) -> Tensor:
         return result
 
+    mask = torch.zeros(16, 16)
     options = {"block_type": "double", "block_index": 0, RUNTIME_KEY: runtime, CALL_KEY: CallFacts(layout, None)}
     other = {**options, "block_type": "refiner"}
+    willing = Runtime(FluxHost(), {"double.0": SiteSettings(ClearSpec(2))}, LongLived())
+    always = {**options, RUNTIME_KEY: willing}
+
+    def masked(*args: object, **kwargs: object) -> object:
+        with expect_declines("mask"):
+            return override(*args, skip_reshape=True, **kwargs)
+
     return {
         "host alone": lambda: host(query, query, query, 1, mask=None, skip_reshape=True, transformer_options=options),
         "other call": lambda: override(host, query, query, query, 1, skip_reshape=True, transformer_options=other),
         "left to host": lambda: override(host, query, query, query, 1, skip_reshape=True, transformer_options=options),
+        "declined": lambda: masked(host, query, query, query, 1, mask=mask, transformer_options=always),
     }

@@ -86,7 +86,11 @@ def test_no_tensor_is_quadratic(benchmarks):
 
 def test_a_declined_call_adds_microseconds(benchmarks):
     times = {row["contender"]: float(row["median_ms"]) for row in stored("declined")}
-    assert 0 < times["left to host"] - times["host alone"] < 0.1
+    assert 0 < times["declined"] - times["host alone"] < 0.1
+    run = benchmarks("run")
+    rows = {row["contender"]: float(row["median_ms"]) for row in run.declined_rows(3)}
+    for name in ("declined", "left to host", "other call"):
+        assert rows[name] - rows["host alone"] < 0.1, f"{name}: {rows[name]} ms a call"
 
 
 def test_suites_run_and_unknown_ones_are_named(benchmarks, monkeypatch, capsys):

@@ -106,14 +106,73 @@ def test_existing_comfyui_is_checked(run, tmp_path, capsys):
     assert run.with_arguments("demo", "--comfyui", str(empty)) == 1
     error = capsys.readouterr().err
     assert "ComfyUI 0.3.64" in error and "is too old: Linearize needs 0.30.0 or newer" in error
-    (empty / "comfyui_version.py").write_text('__version__ = "0.30.0"\n')
-    run.check_comfyui(empty)
+    for version in ("0.30.0", "0.30", "0.31.0rc1", "v0.31", "1.0.0"):
+        (empty / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+        run.check_comfyui(empty)
 
 
-def test_unknown_stage(run, monkeypatch, capsys):
-    monkeypatch.setattr(run, "prepare", lambda args: (Path(sys.executable), Path()))
-    assert run.with_arguments("test", "--only", "unit,fast") == 1
-    assert "No test stage fast; the stages are lint, unit" in capsys.readouterr().err
+def test_a_mistyped_folder_is_not_taken_for_a_version(run, capsys):
+    assert run.with_arguments("demo", "--comfyui", "/no/such/ComfyUl") == 1
+    assert "There is no folder /no/such/ComfyUl; --comfyui takes a folder or a version" in capsys.readouterr().err
+
+
+@pytest.fixture
+def recorded(run, monkeypatch):
+    """The steps of the set-up that ran, as names; nothing is installed."""
+    names = []
+
+    for name in ("run", "install_torch", "install_vision", "install_requirements", "install_comfy_cli"):
+        monkeypatch.setattr(run, name, lambda *args, name=name, **kwargs: names.append(name))
+
+    def make(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    monkeypatch.setattr(run, "make_venv", lambda: (names.append("make_venv"), make(run.venv_python(run.VENV))))
+    monkeypatch.setattr(
+        run, "fetch_pinned", lambda pip, comfyui: (names.append("fetch_pinned"), make(comfyui / "main.py"))
+    )
+    monkeypatch.setattr(run, "check_comfyui", lambda comfyui: None)
+    monkeypatch.setattr(run, "link_packs", lambda: None)
+    monkeypatch.setitem(run.COMMANDS, "demo", lambda *args: 0)
+    return names
+
+
+def test_a_second_call_does_nothing_and_deleted_folders_are_made_again(run, recorded):
+    assert run.with_arguments("demo") == 0
+    assert recorded[0] == "make_venv" and "fetch_pinned" in recorded
+    recorded.clear()
+    assert run.with_arguments("demo") == 0 and recorded == []
+    shutil.rmtree(run.HOME / "comfyui")
+    assert run.with_arguments("demo") == 0 and recorded[0] == "fetch_pinned"
+    recorded.clear()
+    shutil.rmtree(run.VENV)
+    assert run.with_arguments("demo") == 0 and recorded[0] == "make_venv"
+
+
+def test_another_torch_index_reinstalls_and_is_remembered(run, recorded):
+    assert run.with_arguments("demo") == 0
+    recorded.clear()
+    assert run.with_arguments("demo", "--torch-index", "http://127.0.0.1/cu130") == 0
+    assert recorded[0] == "install_torch"
+    recorded.clear()
+    assert run.with_arguments("demo") == 0 and recorded == []
+
+
+def test_bench_passes_other_arguments_on_and_nobody_else_does(run, monkeypatch):
+    monkeypatch.setattr(run, "prepare", lambda args: (Path("python"), Path("comfyui")))
+    called = []
+    monkeypatch.setattr(run, "call", lambda comfyui, *command, **extra: called.append(command) or 0)
+    assert run.with_arguments("bench", "--suite", "declined", "--rounds", "3") == 0
+    assert called[0][-4:] == ("--suite", "declined", "--rounds", "3")
+    with pytest.raises(SystemExit):
+        run.with_arguments("demo", "--suite", "declined")
+
+
+def test_unknown_stage():
+    command = [sys.executable, str(ROOT / "tests" / "stages.py"), "--only", "unit,fast"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "No test stage fast; the stages are lint, unit" in result.stderr
 
 
 def test_links_survive_a_second_call_and_point_here(run):
@@ -123,11 +182,10 @@ def test_links_survive_a_second_call_and_point_here(run):
     assert link.resolve() == run.ROOT
 
 
-def test_stages_name_folders_that_exist(run):
-    folders = {path for _, _, paths in run.STAGES if paths for path in paths}
-    assert folders == {
-        f"tests/{path.name}" for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] != "_"
-    }
+def test_every_folder_of_tests_is_in_a_stage():
+    text = (ROOT / "tests" / "stages.py").read_text(encoding="utf-8")
+    folders = [path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("test_*.py"))]
+    assert folders and all(f'"tests/{name}"' in text for name in folders)
 
 
 def test_every_test_command_of_the_readme_is_one_of_ours(run):
