@@ -30,6 +30,7 @@ class RunRecord:
         ran: calls per site, kind and backend.
         declined: calls per site and reason that ran on the host's attention although the plan said otherwise.
         skipped: calls per site and reason that the user's own settings left to the host.
+        first: what another node put in front of this one's override; it takes the calls it wants.
         sampled: whether a sampling run began with this record.
         non_finite: sites whose output held an infinity or a NaN.
         layouts: the distinct token layouts seen.
@@ -38,6 +39,7 @@ class RunRecord:
     ran: Counter[Ran] = field(default_factory=Counter)
     declined: Counter[tuple[str, Reason]] = field(default_factory=Counter)
     skipped: Counter[tuple[str, Reason]] = field(default_factory=Counter)
+    first: str = ""
     sampled: bool = False
     non_finite: tuple[str, ...] = ()
     layouts: set[TokenLayout] = field(default_factory=set)
@@ -88,7 +90,8 @@ class RunRecord:
         if not self.sampled:
             return "this copy of the model was not sampled; connect the model that goes into the sampler"
         if not self.ran:
-            return "no attention call reached this node; another node may have replaced the model's attention"
+            culprit = f"{self.first} takes every call" if self.first else "the model's attention has been replaced"
+            return f"no attention call reached this node: {culprit}"
         lines = []
         for (kind, backend), sites in sorted(self.sites_by_kind.items()):
             lines.append(f"{kind} ({backend}): {sites} {'site' if sites == 1 else 'sites'}")
@@ -98,6 +101,8 @@ class RunRecord:
             for (_, reason), calls in counts.items():
                 reasons[reason.text] += calls
             lines += [f"{label}, {_calls(calls)}: {text}" for text, calls in reasons.most_common()]
+        if self.first:
+            lines.append(f"{self.first} runs before this node and takes the calls it wants")
         if self.non_finite:
             lines.append(f"infinite or NaN output at {', '.join(self.non_finite)}")
         return "\n".join(lines)

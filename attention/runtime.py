@@ -318,12 +318,22 @@ def find_options(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int 
     return None
 
 
+def describe_override(override: Any) -> str:
+    """Return a name for another node's override, for people: its function or class and the package it is from."""
+    kind = override if hasattr(override, "__qualname__") else type(override)
+    package = str(kind.__module__).replace("\\", "/").rsplit("/", 1)[-1]
+    return f"another override ({kind.__qualname__.split('.')[0]} of {package})"
+
+
 def model_call_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Note the layout of a forward for the override; the host application calls this around its diffusion model."""
     found = find_options(args, kwargs)
     if found is None:
         return executor(*args, **kwargs)
     place, options = found
+    current = options.get(OVERRIDE_KEY)
+    if current is not None and not getattr(current, "linearize_override", False):
+        options[RUNTIME_KEY].record.first = describe_override(current)
     noted = options[RUNTIME_KEY].begin_call(ModelCall(executor.class_obj, args, kwargs), options)
     if isinstance(place, int):
         args = (*args[:place], noted, *args[place + 1 :])

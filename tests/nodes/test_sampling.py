@@ -38,7 +38,10 @@ def test_deleting_the_override_turns_these_tests_red(studio, everywhere):
     assert (studio.sample(patched) - dense).abs().max() < 1e-5
     with pytest.raises(AssertionError):
         assert studio.ran(patched) == everywhere
-    assert "no attention call reached this node" in studio.record(patched).summary()
+    assert (
+        "no attention call reached this node: the model's attention has been replaced"
+        in studio.record(patched).summary()
+    )
 
 
 def test_pooled_and_long_text(studio, everywhere):
