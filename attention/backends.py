@@ -113,6 +113,21 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TORCH, REF
 AUTO_ORDER: tuple[Backend, ...] = (TORCH,)
 
 
+def refused(spec: SiteSpec, num_heads: int) -> Reason | None:
+    """Return why no backend of this version runs a spec at a site of `num_heads` heads, or None if one does.
+
+    Needs no tokens, so that a plan can be refused before sampling starts.
+    """
+    try:
+        kinds = {group.spec.kind for group in groups_of(spec, num_heads)}
+    except ValueError as error:
+        return Reason("heads", str(error))
+    unknown = sorted(kinds - {ClearSpec.kind, DenseSpec.kind})
+    if unknown:
+        return Reason("kind", f"this version of Linearize does not run kind {unknown[0]}; it runs dense and clear")
+    return None
+
+
 def choose_backend(call: Call, wanted: str = AUTO) -> tuple[Backend | None, tuple[Reason, ...]]:
     """Return the backend for a call, and the reasons of those that were passed over.
 

@@ -59,6 +59,7 @@ class SiteSettings:
         min_tokens: calls with fewer tokens stay dense.
         trained: the site's weights were distilled for the spec, so it ignores `sigma_range` and `min_tokens`, and a
             fall-back to dense is named as such.
+        origin: the file those weights are from, for the record.
     """
 
     spec: SiteSpec
@@ -66,6 +67,7 @@ class SiteSettings:
     sigma_range: tuple[float, float] | None = None
     min_tokens: int = 0
     trained: bool = False
+    origin: str = ""
 
 
 @dataclass(slots=True)

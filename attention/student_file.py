@@ -1,4 +1,4 @@
-"""Student files, format `linearize/1`: a plan, the learned parameters of its sites and weight deltas in one safetensors.
+"""Student files, format `linearize/1`: a plan, the learned parameters of its sites and weight deltas in one file.
 
 A file holds one spec per site. Nothing here touches a model; `check_student` says whether a student fits one.
 """
@@ -18,20 +18,24 @@ from torch import Tensor
 from .fingerprint import LENGTH
 from .hosts.base import Site
 from .plans import Plan, describe_sites
-from .specs import ClearSpec, DenseSpec, SiteSpec, groups_of
-from .tensor_file import FileProblem, TensorFile, open_tensor_file, problem, quote, write_tensor_file
+from .specs import ClearSpec, DenseSpec, HeadSplit, SiteSpec, groups_of
+from .tensor_file import TensorFile, open_tensor_file, problem, quote, write_tensor_file
 
 STUDENT_FORMAT = "linearize/1"
-FORMAT_NAME = re.compile(r"linearize/(\d{1,9})")
+FORMAT_NAME = re.compile(r"linearize/[1-9]\d{0,8}", re.ASCII)
 ROLES = ("high", "low", "all")
 TEXTS = ("host", "role", "pair_id", "base_model", "licence")
 METADATA = ("format", *TEXTS, "plan", "recipe", "site_errors")
 FINGERPRINT = "fingerprint"
 CHECKSUM = "sha256"
+MAX_HEADER_BYTES = 2**20  # a thousand tensors take about a tenth; reading one of lies takes 30 times its size
+MAX_METADATA_BYTES = MAX_HEADER_BYTES // 2
+LONGEST_REASON = 500
 
 PARAMETER = re.compile(r"(?P<site>\w+(?:\.\w+)*?)\.(?P<part>pool|phi_[qk](?:\.\w+)+)", re.ASCII)
 DELTA = re.compile(
-    r"(?P<target>diffusion_model(?:\.\w+)+)\.(?P<part>alpha|diff|diff_b|set_weight|lora_\w+\.weight)", re.ASCII
+    r"(?P<target>diffusion_model(?:\.\w+)+)\.(?P<part>lora_(?:up|down|A|B)\.weight|alpha|diff|diff_b|set_weight)",
+    re.ASCII,
 )
 HALVES = {
     "lora_up.weight": "lora_down.weight",
@@ -112,7 +116,7 @@ def _check_parameter(name: str, tensor: Tensor) -> None:
 
 def _check_delta(name: str, tensor: Tensor, deltas: Mapping[str, Tensor]) -> None:
     found = DELTA.fullmatch(name)
-    if found is None or not _is_delta(name):
+    if found is None:
         raise ValueError(
             f"a weight delta is called diffusion_model.<path> with a LoRA ending ({', '.join(HALVES)}, alpha, diff,"
             f" diff_b or set_weight), got {quote(name)}"
@@ -133,15 +137,18 @@ def _check_delta(name: str, tensor: Tensor, deltas: Mapping[str, Tensor]) -> Non
 
 
 def _is_delta(name: str) -> bool:
-    found = DELTA.fullmatch(name)
-    return found is not None and (not found["part"].startswith("lora_") or found["part"] in HALVES)
+    return DELTA.fullmatch(name) is not None
+
+
+def _is_parameter(name: str) -> bool:
+    return PARAMETER.fullmatch(name) is not None and not _is_delta(name)
 
 
 def save_student(path: Path, student: StudentFile) -> None:
     """Write a student; `path` holds the whole of it or what it held before.
 
     Raises:
-        ValueError: the recipe is not JSON, a tensor holds NaN or infinity, or the file cannot be written.
+        ValueError: the recipe is not JSON or too long, a tensor holds NaN or infinity, or the file cannot be written.
     """
     metadata = {"format": STUDENT_FORMAT, **{name: getattr(student, name) for name in TEXTS}}
     metadata["plan"] = json.dumps(student.plan.to_json())
@@ -150,6 +157,8 @@ def save_student(path: Path, student: StudentFile) -> None:
         metadata["recipe"] = json.dumps(dict(student.recipe), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the recipe of a student holds what JSON can hold: {error}") from None
+    if len(json.dumps(metadata)) > MAX_METADATA_BYTES:
+        raise ValueError(f"the texts of a student take at most {MAX_METADATA_BYTES} bytes; shorten its recipe")
     tensors = {**student.parameters, **student.deltas}
     if student.fingerprint is not None:
         tensors[FINGERPRINT] = student.fingerprint
@@ -162,7 +171,7 @@ def load_student(path: Path) -> StudentFile:
     Raises:
         FileProblem: see `open_tensor_file` and `student_of`.
     """
-    return student_of(open_tensor_file(path))
+    return student_of(open_tensor_file(path, max_header_bytes=MAX_HEADER_BYTES))
 
 
 def student_of(file: TensorFile) -> StudentFile:
@@ -185,8 +194,8 @@ def student_of(file: TensorFile) -> StudentFile:
     try:
         return _student(file.metadata, tensors)
     except (ValueError, RecursionError) as error:
-        reason = "its metadata is nested too deeply" if isinstance(error, RecursionError) else error
-        raise problem(file.path, f"cannot be used: {reason}") from None
+        reason = "its metadata is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise problem(file.path, f"cannot be used: {reason[:LONGEST_REASON]}") from None
 
 
 def _check_format(file: TensorFile) -> None:
@@ -214,10 +223,6 @@ def _student(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Stud
     )
 
 
-def _is_parameter(name: str) -> bool:
-    return PARAMETER.fullmatch(name) is not None and not _is_delta(name)
-
-
 def _json_object(name: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -233,7 +238,7 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
     digest = hashlib.sha256(json.dumps([metadata[name] for name in METADATA]).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -266,22 +271,15 @@ def check_student(student: StudentFile, host_name: str, sites: Sequence[Site]) -
         except ValueError as error:
             raise ValueError(f"the student does not fit {site.id}: {error}") from None
     for name, tensor in student.parameters.items():
-        site, part = _split(name, specs)
-        if site is None:
+        found = PARAMETER.fullmatch(name)
+        if found is None or found["site"] not in specs:
             raise ValueError(f"the student has {quote(name)}, this model has only {describe_sites(ids)}")
-        _check_part(name, part, tensor, specs[site])
+        _check_part(name, found["part"], tensor, specs[found["site"]])
     return specs
 
 
-def _split(name: str, specs: Mapping[str, SiteSpec]) -> tuple[str | None, str]:
-    found = PARAMETER.fullmatch(name)
-    site, part = (found["site"], found["part"]) if found else ("", name)
-    return (site if site in specs else None), part
-
-
 def _check_part(name: str, part: str, tensor: Tensor, spec: SiteSpec) -> None:
-    # a head split is as wide as its widest head; only the kinds matter here
-    kinds = [group.spec for group in spec.groups] if hasattr(spec, "groups") else [spec]
+    kinds = [group.spec for group in spec.groups] if isinstance(spec, HeadSplit) else [spec]
     if part == "pool":
         factors = {kind.down_factor for kind in kinds if isinstance(kind, ClearSpec)} - {1}
         if not factors:

@@ -33,6 +33,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 MAX_DIMS = 64  # of a PyTorch tensor that can be computed with
+MAX_NAME = 500  # characters of a tensor's name; real ones have under 100
 FINITE_CHUNK = 2**22  # values looked at together, so that the check needs little memory
 LONGEST_QUOTE = 80
 
@@ -136,7 +137,10 @@ def _read_header(path: Path, max_header_bytes: int) -> tuple[bytes, int]:
     """Return the header's bytes and how many bytes follow it."""
     try:
         if not path.is_file():
-            raise problem(path, "is a folder, not a file" if path.is_dir() else f"does not exist in {path.parent}")
+            missing = not path.exists()
+            raise problem(
+                path, f"does not exist in {path.parent}" if missing else "is a folder or a device, not a file"
+            )
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(9)
@@ -202,6 +206,8 @@ def _entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]:
     """Return what the header says of one tensor, and its first and last byte (exclusive) after the header."""
     if not _is_text(name):
         raise problem(path, f"has a tensor whose name is not a text, got {quote(name)}")
+    if len(name) > MAX_NAME:
+        raise problem(path, f"has a tensor whose name is longer than {MAX_NAME} characters, got {quote(name)}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise problem(path, f"describes tensor {quote(name)} by other things than dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -290,7 +296,7 @@ def _storable(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     memory: set[int] = set()
     for name, tensor in tensors.items():
-        if not _is_text(name) or name == "__metadata__":
+        if not _is_text(name) or name == "__metadata__" or len(name) > MAX_NAME:
             raise problem(path, f"cannot be written: {quote(name)} is no name for a tensor")
         if tensor.dtype not in DTYPES.values():
             raise problem(path, f"cannot be written: {quote(name)} is {tensor.dtype}; known are {', '.join(DTYPES)}")

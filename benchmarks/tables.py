@@ -12,6 +12,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# `python benchmarks/tables.py` needs no checkout on the path, and its nodes/ would hide ComfyUI's nodes.py
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+from linearize.attention import ClearSpec, Segment, TokenLayout, grid_segment  # noqa: E402
+from linearize.attention.cost import clear_pairs  # noqa: E402
+
 README = ROOT / "README.md"
 DEMO = ROOT / "docs" / "demo.json"
 
@@ -61,13 +67,31 @@ def demo_table() -> str:
         lines.append(f"| {name} | {row['seconds_per_step']:.2f} | {row['pairs_kept']:.1%} | {row['memory_mib']:.0f} |")
     lines += [
         "",
-        f"{data['size']} x {data['size']} pixels, {data['steps']} steps, {data['weights']} weights,"
-        f" {data['machine']}, ComfyUI on the CPU.",
+        f"{data['size']} x {data['size']} pixels, {data['steps']} steps, {data['weights']} weights, {data['machine']},",
+        f"ComfyUI on the CPU, torch {data['torch']}, {data['date']}, commit {data['commit']}.",
     ]
     return "\n".join(lines)
 
 
-TABLES = {"clear-cpu": clear_cpu_table, "demo": demo_table}
+def pairs_table() -> str:
+    """Return the share of pairs that CLEAR keeps on FLUX.1, exact counts at 256 and 512 text tokens."""
+    specs = (ClearSpec(8), ClearSpec(16), ClearSpec(32), ClearSpec(8, down_factor=4))
+    lines = [
+        "| pixels a side | tokens (256 text) | radius 8 | radius 16 | radius 32 | radius 8, `down_factor` 4 |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for pixels in (1024, 1536, 2048, 4096, 8192):
+        side = pixels // 16
+        layouts = [TokenLayout.of((Segment("text", t), grid_segment("main", 1, side, side))) for t in (256, 512)]
+        cells = []
+        for spec in specs:
+            shares = [clear_pairs(spec, layout) / layout.num_tokens**2 for layout in layouts]
+            cells.append(" / ".join(f"{share:.1%}".replace("%", " %") for share in shares))
+        lines.append(f"| {pixels} | {layouts[0].num_tokens:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"clear-cpu": clear_cpu_table, "demo": demo_table, "pairs": pairs_table}
 
 
 def with_tables(text: str) -> str:

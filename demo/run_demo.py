@@ -6,6 +6,8 @@ tiny FLUX with random weights, with the same seed: dense, then CLEAR at two radi
 
 import argparse
 import contextlib
+import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -157,8 +159,14 @@ def print_table(rows: list[Row], size: int, steps: int) -> None:
         f"{size} x {size} pixels, {steps} steps; seconds of the whole job, memory of the server at its peak."
         "\nPSNR is against dense. The model's weights are random, so PSNR says nothing about quality here."
     )
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    table = {"size": size, "steps": steps, "weights": "random", "machine": machine, "rows": list(map(asdict, rows))}
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "torch": importlib.metadata.version("torch"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    table = {"size": size, "steps": steps, "weights": "random", **about, "rows": list(map(asdict, rows))}
     (OUTPUT / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 

@@ -3,7 +3,12 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .clear import LinearizeCLEAR
+from .compare import LinearizeCompare
+from .high_res import LinearizeHighRes
+from .load_student import LinearizeLoadStudent
 from .model_files import register_folder
+from .plan import LinearizeApply, LinearizeUniformPlan
+from .receipt import watch_prompts
 from .report import LinearizeReport
 
 register_folder()
@@ -12,6 +17,18 @@ register_folder()
 class LinearizeExtension(ComfyExtension):
     """The pack, in the order of its menu."""
 
+    async def on_load(self) -> None:
+        """Start noting prompts, for the receipts in saved pictures."""
+        watch_prompts()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes."""
-        return [LinearizeCLEAR, LinearizeReport]
+        return [
+            LinearizeCLEAR,
+            LinearizeLoadStudent,
+            LinearizeApply,
+            LinearizeUniformPlan,
+            LinearizeReport,
+            LinearizeCompare,
+            LinearizeHighRes,
+        ]

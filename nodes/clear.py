@@ -6,7 +6,7 @@ from ..attention.backends import BACKENDS
 from ..attention.plans import Plan, group_sites, select_sites
 from ..attention.runtime import SiteSettings
 from ..attention.specs import ClearSpec
-from . import patching
+from . import model_files, patching
 from .clear_source import AUTO, choices, clear_source
 from .sockets import CATEGORY, AttentionPlan
 
@@ -144,7 +144,8 @@ class LinearizeCLEAR(io.ComfyNode):
         chosen = select_sites(sites, [site.id for site in host.sites(module)])
         spec = ClearSpec(radius, temporal_radius, down_factor, proportional)
         source = clear_source(weights, spec, host, module)
-        settings = SiteSettings(source.spec, backend, sigma_range, min_tokens, trained=source.weights is not None)
+        origin = model_files.identity(source.weights.file.path) if source.weights else ""
+        settings = SiteSettings(source.spec, backend, sigma_range, min_tokens, bool(source.weights), origin)
         patched, runtime = patching.patch_model(
             model,
             dict.fromkeys(chosen, settings),

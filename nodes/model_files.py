@@ -3,6 +3,7 @@
 Choosing a published file that is not there yet is the click that permits its download; nothing else is ever fetched.
 """
 
+import hashlib
 from pathlib import Path
 
 import comfy.model_management
@@ -13,6 +14,7 @@ from ..attention import hub
 
 FOLDER = "linearize"
 EXTENSION = ".safetensors"
+HASHED_BYTES = 512 * 2**20
 
 
 def register_folder() -> None:
@@ -64,6 +66,14 @@ def student_path(name: str, hub_file: str, allow_download: bool) -> Path:
             f"choose a student in {_folder()}, or write hub_file as owner/repo/file.safetensors; one of both"
         )
     return fetch(name) if name else _download(hub.parse_hub_file(hub_file), allow_download)
+
+
+def identity(path: Path) -> str:
+    """Return a file's name and sha256: the Hub's own, or counted here; none for large files put there by hand."""
+    found = hub.recorded_sha256(path)
+    if found is None and path.stat().st_size <= HASHED_BYTES:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"{path.name} sha256:{found}" if found else path.name
 
 
 def _folder() -> Path:

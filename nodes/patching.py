@@ -19,6 +19,7 @@ import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
+from ..attention.backends import refused
 from ..attention.high_res import with_proportional_scale
 from ..attention.hosts import Host, Site, WeightTarget, find_host
 from ..attention.memory import LongLived
@@ -31,6 +32,7 @@ from ..attention.runtime import (
     model_call_wrapper,
 )
 from ..attention.student import StudentParameters
+from .receipt import write_receipt
 
 KEY = "linearize"
 PROPORTIONAL_KEY = "linearize_proportional"  # in the transformer options: clear windows use the proportional scale
@@ -99,9 +101,14 @@ def patch_model(
         deltas: changes of weights under ComfyUI's LoRA keys.
 
     Raises:
-        ValueError: the model lacks a parameter that a projection or a delta changes.
+        ValueError: no backend runs the spec of a site, or the model lacks a parameter that a projection or a delta
+            changes.
     """
-    host, _ = host_of(model)
+    host, module = host_of(model)
+    for site in host.sites(module):
+        reason = refused(sites[site.id].spec, site.num_heads) if site.id in sites else None
+        if reason is not None:
+            raise ValueError(f"{site.id}: {reason.text}")
     runtime = Runtime(host, dict(sites), LongLived(pause_recording), StudentParameters(pools or {}), status)
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
@@ -286,6 +293,7 @@ def _on_cleanup(patcher: Any) -> None:
     runtime = runtime_of(patcher)
     if runtime is not None:
         runtime.finish_run()
+        write_receipt(runtime)
 
 
 def _on_clone(_: Any, new: Any) -> None:

@@ -17,7 +17,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 READY = "window.app?.graph && app.extensionManager?.workflow?.activeWorkflow"
 HAS_OURS = "window.app?.graph?.nodes.some(node => node.type === 'LinearizeCLEAR')"
 MILLISECONDS = 60_000  # the longest that one step may take
-WORKFLOWS = ("demo/clear_demo.json", "workflows/flux_dev_clear.json")
+WORKFLOWS = ("demo/clear_demo.json", "workflows/flux_dev_clear.json", "workflows/flux_dev_high_res.json")
 STATUS = "$$node-text-preview"  # the frontend's own widget for a node's status text
 CHANGE_AND_LISTEN = """() => {
     const clear = app.graph.nodes.find(node => node.type === 'LinearizeCLEAR');

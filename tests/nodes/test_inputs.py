@@ -19,6 +19,17 @@ SCHEMAS = {
     "LinearizeReport": (
         "Attention Report", "linearize/inspect", ["model", "width", "height", "frames", "after"], ["STRING", "IMAGE"],
     ),
+    "LinearizeLoadStudent": (
+        "Load Linearized Attention", "linearize", ["model", "student", "hub_file", "allow_download"],
+        ["MODEL", "ATTENTION_STUDENT"],
+    ),
+    "LinearizeApply": ("Apply Linearized Attention", "linearize", ["model", "attention"], ["MODEL"]),
+    "LinearizeUniformPlan": ("Uniform Plan", "linearize/plan", ["kind", "sites", "host", "plan"], ["ATTENTION_PLAN"]),
+    "LinearizeCompare": ("Compare with Teacher", "linearize/inspect", ["image", "teacher"], ["STRING", "IMAGE"]),
+    "LinearizeHighRes": (
+        "High-Resolution FLUX", "linearize",
+        ["model", "width", "height", "strength", "steps", "shift", "ntk_factor"], ["MODEL", "SIGMAS"],
+    ),
 }  # fmt: skip
 
 
@@ -88,7 +99,7 @@ def test_wrong_input(studio, inputs, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("node", ["LinearizeCLEAR", "LinearizeReport"])
+@pytest.mark.parametrize("node", ["LinearizeCLEAR", "LinearizeReport", "LinearizeHighRes"])
 def test_unknown_models_are_refused(comfy, studio, node):
     model = studio.model.clone()
     model.add_object_patch("diffusion_model", torch.nn.Linear(2, 2))

@@ -93,6 +93,26 @@ def test_a_radius_over_everything_paints_the_untouched_model(server):
     assert np.abs(pictures["small"] - pictures["plain"]).max() > 10
 
 
+def test_a_saved_picture_carries_a_receipt_also_when_our_node_was_cached(server):
+    for seed in (11, 12):
+        workflow = demo(radius=5, sites="single")
+        workflow[node_id(workflow, "KSampler")]["inputs"]["seed"] = seed
+        saved = server.run(workflow)[node_id(workflow, "SaveImage")]["images"][0]
+        (receipt,) = json.loads(Image.open(io.BytesIO(server.image(saved))).info["linearize"])
+        assert receipt["plan"]["host"] == "flux"
+        assert receipt["plan"]["sites"] == {
+            "single.0-1": {
+                "kind": "clear", "radius": 5, "temporal_radius": 0, "down_factor": 1, "proportional": False,
+            }
+        }  # fmt: skip
+        assert receipt["weights"] == ["the model's own"]
+        assert receipt["backends"] == ["torch"] and receipt["share_linearized"] == 1.0 and receipt["fell_back"] == []
+        assert 0 < receipt["share_of_pairs"] < 1
+    workflow = without_clear(demo())
+    saved = server.run(workflow)[node_id(workflow, "SaveImage")]["images"][0]
+    assert "linearize" not in Image.open(io.BytesIO(server.image(saved))).info
+
+
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
@@ -106,6 +126,41 @@ def test_wrong_input_is_one_sentence_and_the_server_goes_on(server, live, inputs
     assert words in str(problem.value) and "LinearizeCLEAR" in str(problem.value)
     workflow = demo(radius=3, min_tokens=1)
     assert "clear (torch)" in report(workflow, server.run(workflow))
+
+
+def high_res_demo():
+    """Return the template's chain on the demo's model: paint small, enlarge the latent, repaint, compare both."""
+    workflow = demo(radius=4)
+    clear, sampler, save = (node_id(workflow, each) for each in ("LinearizeCLEAR", "KSampler", "SaveImage"))
+    positive = workflow[sampler]["inputs"]["positive"]
+    add = {
+        "up": ("LatentUpscaleBy", {"samples": [sampler, 0], "upscale_method": "bilinear", "scale_by": 2.0}),
+        "high": ("LinearizeHighRes", {"model": [clear, 0], "width": 544, "height": 416, "strength": 0.7, "steps": 4,
+                                      "shift": 3.0, "ntk_factor": 10.0}),
+        "guider": ("BasicGuider", {"model": ["high", 0], "conditioning": positive}),
+        "noise": ("RandomNoise", {"noise_seed": 1}),
+        "euler": ("KSamplerSelect", {"sampler_name": "euler"}),
+        "second": ("SamplerCustomAdvanced", {"noise": ["noise", 0], "guider": ["guider", 0], "sampler": ["euler", 0],
+                                             "sigmas": ["high", 1], "latent_image": ["up", 0]}),
+        "picture": ("LinearizeDemoPicture", {"model": ["high", 0], "latent": ["second", 0], "enlarge": 8}),
+        "enlarged": ("LinearizeDemoPicture", {"model": ["high", 0], "latent": ["up", 0], "enlarge": 8}),
+        "compare": ("LinearizeCompare", {"image": ["picture", 0], "teacher": ["enlarged", 0]}),
+    }  # fmt: skip
+    workflow.update({name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in add.items()})
+    workflow[save]["inputs"]["images"] = ["picture", 0]
+    workflow[node_id(workflow, "LinearizeReport")]["inputs"].update(model=["high", 0], after=["second", 0])
+    return workflow
+
+
+def test_an_enlarged_picture_is_repainted_on_clear_and_compared(server):
+    workflow = high_res_demo()
+    outputs = server.run(workflow)
+    assert picture(server, workflow, outputs).shape == (416, 544, 3)
+    text = report(workflow, outputs)
+    assert "clear radius 4 proportional True: 4 sites" in text
+    assert "in the last sampling:\nclear (torch): 4 sites\n100% linearized" in text
+    compared = outputs["compare"]
+    assert compared["text"][0].startswith("544 x 416, 1 frame\nPSNR ") and len(compared["images"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -124,17 +179,20 @@ def test_a_taken_port_is_one_sentence(server, live):
 
 
 def test_help_pages_locales_and_template_are_served(server):
-    for name in ("LinearizeCLEAR", "LinearizeReport"):
+    for name in ("LinearizeCLEAR", "LinearizeReport", "LinearizeCompare", "LinearizeHighRes"):
         for page in (f"{name}.md", f"{name}/zh.md"):
             assert server.bytes(f"/extensions/linearize/docs/{page}").startswith(b"# ")
     texts = server.get("/i18n")
     for language in ("en", "zh"):
         assert "LinearizeCLEAR" in texts[language]["nodeDefs"]
-    assert "flux_dev_clear" in server.get("/workflow_templates")["linearize"]
-    assert server.bytes("/api/workflow_templates/linearize/flux_dev_clear.jpg")[:2] == b"\xff\xd8"
+    for name in ("flux_dev_clear", "flux_dev_high_res"):
+        assert name in server.get("/workflow_templates")["linearize"]
+        assert server.bytes(f"/api/workflow_templates/linearize/{name}.jpg")[:2] == b"\xff\xd8"
 
 
-@pytest.mark.parametrize("path", ["workflows/api/flux_dev_clear.json", "demo/api/clear_demo.json"])
+@pytest.mark.parametrize(
+    "path", ["workflows/api/flux_dev_clear.json", "workflows/api/flux_dev_high_res.json", "demo/api/clear_demo.json"]
+)
 def test_api_workflows_fit_object_info(server, path, tmp_path):
     """Every node exists, every input is known, every link has the type its socket wants; comfy-lint agrees."""
     workflow = json.loads((ROOT / path).read_text(encoding="utf-8"))

@@ -1,0 +1,69 @@
+"""Load Linearized Attention: a student's file, from disk or from the Hub, onto a model."""
+
+from comfy_api.latest import io
+
+from ..attention.student_file import load_student
+from . import model_files, patching
+from .apply import apply_student
+from .sockets import CATEGORY, AttentionStudent
+
+NO_FILE = "none"
+
+
+class LinearizeLoadStudent(io.ComfyNode):
+    """Checks a file against the model before it touches anything."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return inputs and outputs."""
+        return io.Schema(
+            node_id="LinearizeLoadStudent",
+            display_name="Load Linearized Attention",
+            category=CATEGORY,
+            description="Loads distilled attention that others share, as one file: its plan, its learned "
+            "parameters and its changes to weights. LoRAs before and after keep working.",
+            search_aliases=["load student", "distilled attention", "linear attention weights"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model the student was distilled from, or a fine-tune of it."),
+                io.Combo.Input(
+                    "student",
+                    options=[NO_FILE, *model_files.local_files()],
+                    default=NO_FILE,
+                    tooltip="A file in models/linearize.",
+                ),
+                io.String.Input(
+                    "hub_file",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="A file on the Hugging Face Hub instead, written owner/repo/file.safetensors or with "
+                    "@revision behind it.",
+                ),
+                io.Boolean.Input(
+                    "allow_download",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Lets hub_file be downloaded when it is not there. Nothing is downloaded otherwise.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The patched model."),
+                AttentionStudent.Output(tooltip="The student, for Apply Linearized Attention on another model."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, student: str, hub_file: str = "", allow_download: bool = False) -> io.NodeOutput:
+        """Return the patched model and the student."""
+        patching.host_of(model)  # an unknown model is refused before anything is fetched
+        path = model_files.student_path("" if student == NO_FILE else student, hub_file.strip(), allow_download)
+        loaded = load_student(path)
+        return io.NodeOutput(apply_student(model, loaded, cls.hidden.unique_id, model_files.identity(path)), loaded)
+
+    @classmethod
+    def fingerprint_inputs(cls, model=None, student: str = NO_FILE, hub_file: str = "", allow_download: bool = False):
+        """Return what changes when the file changes."""
+        path = model_files.find(student) if student != NO_FILE else None
+        return (student, hub_file, path.stat().st_mtime_ns if path else 0)

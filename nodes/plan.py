@@ -1,0 +1,107 @@
+"""Uniform Plan and Apply: a plan as a thing of its own, and the node that puts it on a model."""
+
+from comfy_api.latest import io
+
+from ..attention.hosts import HOSTS
+from ..attention.plans import Plan
+from ..attention.specs import ClearSpec, spec_from_json
+from ..attention.student_file import StudentFile
+from .apply import apply_plan, apply_student
+from .sockets import CATEGORY, CATEGORY_PLAN, AttentionPlan, AttentionStudent
+
+DEFAULTS = ClearSpec()
+CLEAR_INPUTS = [
+    io.Int.Input("radius", default=DEFAULTS.radius, min=1, max=1024, tooltip="Radius of the disc in tokens."),
+    io.Int.Input(
+        "temporal_radius",
+        default=DEFAULTS.temporal_radius,
+        min=0,
+        max=1024,
+        tooltip="Video only: radius in latent frames. 0 sees every frame.",
+    ),
+    io.Int.Input(
+        "down_factor",
+        default=DEFAULTS.down_factor,
+        min=1,
+        max=16,
+        tooltip="Side of the squares whose average every token sees too. 1 is off.",
+    ),
+    io.Boolean.Input(
+        "proportional",
+        default=DEFAULTS.proportional,
+        tooltip="Sharpens attention for pictures above 1024 x 1024.",
+    ),
+]
+
+
+class LinearizeUniformPlan(io.ComfyNode):
+    """One spec for some or all sites, alone or on top of another plan."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return inputs and outputs."""
+        return io.Schema(
+            node_id="LinearizeUniformPlan",
+            display_name="Uniform Plan",
+            category=CATEGORY_PLAN,
+            description="Writes a plan: one kind of attention for the sites you name. Chain several to mix kinds; "
+            "where two name the same site, the later one holds.",
+            search_aliases=["attention plan", "per layer attention"],
+            inputs=[
+                io.DynamicCombo.Input(
+                    "kind",
+                    options=[io.DynamicCombo.Option("clear", CLEAR_INPUTS), io.DynamicCombo.Option("dense", [])],
+                    tooltip="clear sees a disc around each token. dense leaves the sites as they are.",
+                ),
+                io.String.Input(
+                    "sites",
+                    default="all",
+                    tooltip="Which self-attention sites: all, double, single, single.10-37, or several with commas.",
+                ),
+                io.Combo.Input(
+                    "host",
+                    options=[host.name for host in HOSTS],
+                    default=HOSTS[0].name,
+                    tooltip="Architecture the plan is for. A plan that comes in decides instead.",
+                ),
+                AttentionPlan.Input("plan", optional=True, tooltip="A plan that this one goes on top of."),
+            ],
+            outputs=[AttentionPlan.Output(tooltip="The plan; Apply Linearized Attention runs it.")],
+        )
+
+    @classmethod
+    def execute(cls, kind: dict, sites: str, host: str, plan: Plan | None = None) -> io.NodeOutput:
+        """Return the plan."""
+        base = plan or Plan(host)
+        return io.NodeOutput(Plan(base.host, base.default, (*base.rules, (sites, spec_from_json(kind)))))
+
+
+class LinearizeApply(io.ComfyNode):
+    """Puts a plan or a student on a clone of the model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return inputs and outputs."""
+        return io.Schema(
+            node_id="LinearizeApply",
+            display_name="Apply Linearized Attention",
+            category=CATEGORY,
+            description="Runs a plan or a student on a model. What ran is shown on the node when sampling ends.",
+            inputs=[
+                io.Model.Input("model", tooltip="A loaded diffusion transformer. It is not changed; a copy comes out."),
+                io.MultiType.Input(
+                    "attention",
+                    types=[AttentionPlan, AttentionStudent],
+                    tooltip="A plan, or a student with its learned weights.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The patched model.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, attention: Plan | StudentFile) -> io.NodeOutput:
+        """Return the patched model."""
+        if isinstance(attention, Plan):
+            return io.NodeOutput(apply_plan(model, attention, cls.hidden.unique_id))
+        return io.NodeOutput(apply_student(model, attention, cls.hidden.unique_id))

@@ -1,0 +1,253 @@
+"""Plans and student files through their nodes: what runs, what is refused, and that refusing changes nothing."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+SITES = ("double.0", "double.1", "single.0", "single.1")
+
+
+@pytest.fixture
+def files(comfy):
+    """Write students into models/linearize; they are removed at the end."""
+    import folder_paths
+
+    student_file = comfy.module("attention.student_file")
+    folder = Path(folder_paths.get_folder_paths("linearize")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+
+    def write(name="student.safetensors", content=None, **fields):
+        path = folder / name
+        made.append(path)
+        if content is not None:
+            path.write_bytes(content)
+        else:
+            student_file.save_student(path, student_file.StudentFile(**fields))
+        return name
+
+    yield write
+    for path in made:
+        path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def make(comfy):
+    """Plans and specs of the pack as ComfyUI loaded it."""
+    specs, plans = comfy.module("attention.specs"), comfy.module("attention.plans")
+
+    def plan(host="flux", default=None, **rules):
+        return plans.Plan(host, default or specs.DenseSpec(), tuple(rules.items()))
+
+    plan.clear, plan.hybrid, plan.dense = specs.ClearSpec, specs.HybridSpec, specs.DenseSpec
+    return plan
+
+
+def low_rank(seed=1, rows=768):
+    generator = torch.Generator().manual_seed(seed)
+    up, down = torch.randn(rows, 4, generator=generator) * 0.1, torch.randn(4, 256, generator=generator) * 0.1
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    return {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}, up @ down
+
+
+def weight(model, key="double_blocks.0.img_attn.qkv.weight"):
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([model])
+    return model.get_model_object(f"diffusion_model.{key}").detach().clone()
+
+
+def load(comfy, model, name, **inputs):
+    with torch.inference_mode():
+        return comfy.node("LinearizeLoadStudent")(model=model, student=name, **inputs).args
+
+
+def test_a_student_runs_its_plan_parameters_and_deltas(comfy, studio, make, files):
+    deltas, change = low_rank()
+    pool = torch.randn(2, 2) * 0.1 + 0.25
+    name = files(
+        host="flux",
+        plan=make(default=make.clear(3), **{"single.1": make.clear(5, down_factor=2), "double.1": make.dense()}),
+        parameters={"single.1.pool": pool},
+        deltas=deltas,
+        base_model="tiny",
+        licence="apache-2.0",
+    )
+    before = weight(studio.model)
+    patched, student = load(comfy, studio.model, name)
+    studio.sample(patched)
+    assert studio.ran(patched) == {
+        "double.0": ("clear", "torch"),
+        "double.1": ("dense", "host"),
+        "single.0": ("clear", "torch"),
+        "single.1": ("clear", "torch"),
+    }
+    assert torch.allclose(weight(patched), before + change, atol=1e-6)
+    runtime = studio.patching.runtime_of(patched)
+    assert torch.equal(runtime.parameters.pool_weight("single.1", torch.device("cpu")), pool)
+    assert [runtime.sites[site].trained for site in SITES] == [True, False, True, True]
+    assert student.base_model == "tiny" and student.host == "flux"
+    assert torch.equal(weight(studio.model), before)
+
+
+def test_a_student_on_another_model_through_apply(comfy, studio, make, files):
+    name = files(host="flux", plan=make(default=make.clear(3)), deltas=low_rank()[0])
+    patched, student = load(comfy, studio.model, name)
+    (again,) = comfy.node("LinearizeApply")(model=studio.model, attention=student).args
+    assert torch.equal(studio.sample(patched), studio.sample(again))
+    assert studio.ran(again) == studio.ran(patched)
+
+
+def test_loras_before_and_after_a_student_add_up(comfy, studio, make, files):
+    import comfy.sd as comfy_sd
+
+    first, one = low_rank(2)
+    second, two = low_rank(3)
+    student, three = low_rank(4)
+    name = files(host="flux", plan=make(default=make.clear(3)), deltas=student)
+    before = weight(studio.model)
+    model = comfy_sd.load_lora_for_models(studio.model, None, first, 0.5, 0)[0]
+    patched, _ = load(comfy, model, name)
+    patched = comfy_sd.load_lora_for_models(patched, None, second, 1.0, 0)[0]
+    assert torch.allclose(weight(patched), before + 0.5 * one + two + three, atol=1e-6)
+
+
+def test_uniform_plans_chain_and_apply(comfy, studio, make):
+    uniform = comfy.node("LinearizeUniformPlan")
+    clear = {"kind": "clear", "radius": 3, "temporal_radius": 0, "down_factor": 1, "proportional": False}
+    (plan,) = uniform(kind=clear, sites="all", host="flux").args
+    (plan,) = uniform(kind={"kind": "dense"}, sites="double.0", host="flux", plan=plan).args
+    (plan,) = uniform(kind={**clear, "radius": 7}, sites="single.1", host="flux", plan=plan).args
+    assert plan.to_json()["sites"] == {
+        "all": {**clear},
+        "double.0": {"kind": "dense"},
+        "single.1": {**clear, "radius": 7},
+    }
+    (patched,) = comfy.node("LinearizeApply")(model=studio.model, attention=plan).args
+    studio.sample(patched)
+    assert studio.ran(patched) == {"double.0": ("dense", "host"), **dict.fromkeys(SITES[1:], ("clear", "torch"))}
+    equal = studio.clear(studio.clear(studio.model, radius=3, sites="double.1,single.0"), radius=7, sites="single.1")
+    assert torch.equal(studio.sample(patched), studio.sample(equal))
+
+
+def test_a_plan_with_a_radius_per_head(comfy, studio, make):
+    split = comfy.module("attention.specs").radius_per_head((2, 6))
+    (patched,) = comfy.node("LinearizeApply")(model=studio.model, attention=make(default=split)).args
+    found = studio.sample(patched)
+    assert studio.ran(patched) == dict.fromkeys(SITES, ("clear", "torch"))
+    for radius in (2, 6):
+        assert (found - studio.sample(studio.clear(studio.model, radius=radius))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("apart", ["same", "fine-tune", "other"])
+def test_another_base_is_a_note_not_a_refusal(comfy, studio, make, files, apart):
+    apply = comfy.module("nodes.apply")
+    stored = apply.model_fingerprint(studio.model) * {"same": 1.001, "fine-tune": 1.15, "other": 3.0}[apart]
+    name = files(host="flux", plan=make(default=make.clear(3)), fingerprint=stored)
+    patched, student = load(comfy, studio.model, name)
+    notes = " ".join(apply.base_notes(studio.model, student))
+    assert {"same": notes == "", "fine-tune": "is a fine-tune" in notes, "other": "not the student's base" in notes}[
+        apart
+    ]
+    studio.sample(patched)
+    assert studio.ran(patched) == dict.fromkeys(SITES, ("clear", "torch"))
+
+
+def test_the_fingerprint_is_of_the_base_also_while_it_is_patched(comfy, studio):
+    apply = comfy.module("nodes.apply")
+    before = apply.model_fingerprint(studio.model)
+    patched = studio.model.clone()
+    key = "diffusion_model.double_blocks.0.img_attn.norm.query_norm.weight"
+    patched.add_patches({key: ("diff", (torch.ones(128),))})
+    studio.sample(patched)
+    assert torch.equal(apply.model_fingerprint(patched), before)
+
+
+def wrong(make):
+    """Return cases: fields of a student (or raw bytes), and words of the sentence."""
+    clear = make(default=make.clear(3))
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    return {
+        "another host": ({"host": "wan", "plan": make("wan")}, "host 'wan', this model is 'flux'"),
+        "unknown site": ({"host": "flux", "plan": make(**{"single.9": make.clear(3)})}, "names no site of this model"),
+        "a kind that does not run": ({"host": "flux", "plan": make(default=make.hybrid())}, "does not run kind hybrid"),
+        "pool of no site": (
+            {"host": "flux", "plan": clear, "parameters": {"triple.0.pool": torch.ones(2, 2)}},
+            "triple.0.pool",
+        ),
+        "unknown module": (
+            {"host": "flux", "plan": clear, "deltas": {"diffusion_model.nothing.diff": torch.ones(2)}},
+            "which this model does not have",
+        ),
+        "wrong shape": (
+            {"host": "flux", "plan": clear, "deltas": low_rank(rows=700)[0]},
+            f"{name}.lora_up.weight has shape",
+        ),
+        "pickle": (b"\x80\x04\x95pickled", "pickle"),
+        "truncated": (b"\x40\x00\x00\x00\x00\x00\x00\x00{", "student.safetensors"),
+        "empty": (b"", "student.safetensors"),
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["another host", "unknown site", "a kind that does not run", "pool of no site", "unknown module", "wrong shape",
+     "pickle", "truncated", "empty"],
+)  # fmt: skip
+def test_wrong_files_are_one_sentence_and_the_model_is_untouched(comfy, studio, make, files, case):
+    fields, words = wrong(make)[case]
+    name = files(content=fields) if isinstance(fields, bytes) else files(**fields)
+    options = dict(studio.model.model_options["transformer_options"])
+    patches = {key: list(value) for key, value in studio.model.patches.items()}
+    with pytest.raises(ValueError) as error:
+        load(comfy, studio.model, name)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert studio.model.model_options["transformer_options"] == options and studio.model.patches == patches
+
+
+def test_values_that_are_not_numbers_are_refused(comfy, studio, make, files):
+    deltas, _ = low_rank()
+    name = files(host="flux", plan=make(default=make.clear(3)), deltas=deltas)
+    import folder_paths
+
+    path = Path(folder_paths.get_full_path("linearize", name))
+    content = bytearray(path.read_bytes())
+    content[-4:] = b"\x00\x00\xc0\x7f"  # an fp32 NaN in the last tensor
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load(comfy, studio.model, name)
+    assert "\n" not in str(error.value) and name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"name": "none"}, "choose a student in"),
+        ({"name": "none", "hub_file": "not a path"}, "owner/repo"),
+        ({"name": "none", "hub_file": "owner/repo/student.safetensors"}, "allow_download"),
+    ],
+)
+def test_nothing_is_fetched_without_a_click(comfy, studio, monkeypatch, inputs, words):
+    import socket
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        load(comfy, studio.model, inputs.pop("name"), **inputs)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_plan_for_another_host_is_refused(comfy, studio, make):
+    with pytest.raises(ValueError, match="the plan is for host wan, this model is flux"):
+        comfy.node("LinearizeApply")(model=studio.model, attention=make("wan"))
+
+
+def test_a_saved_student_is_found_again_after_a_restart_of_the_list(comfy, studio, make, files):
+    name = files("found.safetensors", host="flux", plan=make(default=make.clear(3)))
+    options = comfy.nodes.NODE_CLASS_MAPPINGS["LinearizeLoadStudent"].define_schema().inputs[1].options
+    assert name in options and options[0] == "none"
+    assert math.isfinite(float(weight(studio.model).norm()))
