@@ -133,6 +133,7 @@ class Runtime:
             except Exception as error:  # a closed connection must not cost the finished latent
                 once.warning(f"Linearize: the status could not be shown: {error}")
 
+    @torch.compiler.disable  # a compiled model would keep the layout and noise level of its first call
     def begin_call(self, call: ModelCall, options: dict[str, Any]) -> dict[str, Any]:
         """Return a copy of the transformer options in which the override finds this forward's layout.
 
@@ -184,6 +185,7 @@ class AttentionOverride:
     linearize_override: ClassVar[bool] = True  # recognised by name: the pack may be imported under two names
     previous: Callable[..., Tensor] | None = None
 
+    @torch.compiler.disable  # decisions and counts are made anew at each call, never traced
     def __call__(
         self,
         func: Callable[..., Tensor],

@@ -147,7 +147,9 @@ def test_the_demo_runs_and_the_nodes_say_what_ran(frontend):
     clear, report = status_of(frontend, "LinearizeCLEAR"), status_of(frontend, "LinearizeReport")
     assert re.match(r"clear \((torch|triton)\): 4 sites\n100% linearized", clear), clear
     assert "clear radius 8: 4 sites" in report, report or "the Attention Report shows no text on its node"
-    assert clear in report.partition("in the last sampling:")[2], report
+    ran, _, origin = clear.rpartition("\n")
+    assert ran in report.partition("in the last sampling:")[2], report
+    assert origin == "untrained: clear_local_8.safetensors would fit; choose it under weights to download it"
 
 
 def help_page(server, name: str) -> str:

@@ -224,16 +224,21 @@ def test_a_controlnet(studio, everywhere):
     assert studio.ran(patched) == everywhere
 
 
-def test_torch_compile(studio, everywhere):
+def test_torch_compile(studio):
     """ComfyUI's compile wrapper around the patched model; eager code generation, so that nothing is built here."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    patched = studio.clear(studio.model, radius=3)
-    expected = studio.sample(patched)
+    patched = studio.clear(studio.model, radius=3, end_percent=0.5)
+    expected = studio.sample(patched, steps=4)
     compiled = patched.clone(disable_dynamic=True)
     set_torch_compile_wrapper(model=compiled, backend="eager")
-    assert (studio.sample(compiled) - expected).abs().max() < 1e-5
-    assert studio.ran(compiled) == everywhere
+    assert (studio.sample(compiled, steps=4) - expected).abs().max() < 1e-5
+    assert studio.record(compiled).ran == studio.record(patched).ran, "the noise level of the first call was kept"
+    # the same number of tokens on another grid: nothing of the first may be kept
+    turned = studio.sample(patched, size=(24, 16), steps=4)
+    assert (studio.sample(compiled, size=(24, 16), steps=4) - turned).abs().max() < 1e-5
+    assert studio.record(compiled).ran == studio.record(patched).ran
+    assert {(r.kind, r.backend) for r in studio.record(compiled).ran} == {("clear", "torch"), ("dense", "host")}
     torch._dynamo.reset()
 
 
