@@ -44,8 +44,9 @@ NOTE = """## FLUX.1 dev with CLEAR windows
 
 Each image token sees only the tokens within **radius** around it, and all of the text.
 
-- **weights: none** means that the model was never trained for windows: the picture changes, the more the smaller the \
-radius is. Compare with the CLEAR node bypassed (Ctrl+B).
+- **weights: auto** takes the weights that CLEAR's authors distilled for this radius, if they are there; the node says \
+whether they were. Untrained windows change the picture, the more the smaller the radius is. Compare with the CLEAR \
+node bypassed (Ctrl+B).
 - **When it pays**: from 2048 x 2048 on, and more with every doubling. The authors of CLEAR measured radius 16 on an \
 H100 at 1.0x dense speed at 1024, 1.2x at 2048, 1.8x at 4096 and 5.1x at 8192 pixels a side.
 - The **Attention Report** says what really ran, after the sampling. Give it the size of the latent.

@@ -149,7 +149,7 @@ def test_the_demo_runs_and_the_nodes_say_what_ran(frontend):
     assert "clear radius 8: 4 sites" in report, report or "the Attention Report shows no text on its node"
     ran, _, origin = clear.rpartition("\n")
     assert ran in report.partition("in the last sampling:")[2], report
-    assert origin == "untrained: clear_local_8.safetensors would fit; choose it under weights to download it"
+    assert origin == "untrained: the model's own weights"
 
 
 def help_page(server, name: str) -> str:
