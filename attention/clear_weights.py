@@ -90,7 +90,12 @@ def clear_weights(file: TensorFile, host: Host, module: Any) -> ClearWeights:
     targets, sites = host.diffusers_targets(module), host.diffusers_sites(module)
     if not targets:
         raise FileProblem(f"{file.path.name}: there are no CLEAR weights for {host.title}; choose weights none")
-    names = {_without_prefix(name): name for name in file.tensors}
+    names: dict[str, str] = {}
+    for name in file.tensors:
+        key = _without_prefix(name)
+        if key in names and key in targets:
+            raise FileProblem(f"{file.path.name} holds {key} twice, as {names[key]} and as {name}")
+        names[key] = name
     _check_projections(file, names, targets, host)
     placed = tuple(Placed(names[key], _site(key, sites), target) for key, target in targets.items())
     pools = {site: names[key] for attn, site in sites.items() if (key := attn + POOL_SUFFIX) in names}
@@ -108,7 +113,7 @@ def published_radius(file_name: str) -> tuple[int, int] | None:
 
 def _named_radius(file: TensorFile) -> int | None:
     for key in ("radius", "window_size"):
-        if str(file.metadata.get(key, "")).isdigit():
+        if re.fullmatch(r"[0-9]{1,4}", file.metadata.get(key, "")):
             return int(file.metadata[key])
     named = published_radius(file.path.name)
     return named[0] if named else None
@@ -128,6 +133,8 @@ def _site(key: str, sites: Mapping[str, str]) -> str:
 def _check_projections(
     file: TensorFile, names: Mapping[str, str], targets: Mapping[str, WeightTarget], host: Host
 ) -> None:
+    if file.metadata.get("format", "").startswith("linearize/"):
+        raise FileProblem(f"{file.path.name} is a student; load it with Load Linearized Attention")
     missing = [key for key in targets if key not in names]
     if missing:
         raise FileProblem(

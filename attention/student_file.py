@@ -62,6 +62,7 @@ class StudentFile:
         licence: of the weights, or empty.
         fingerprint: (256,) fp32 of the base model, see `attention/fingerprint.py`; None if it is not known.
         parameters: `<site>.pool` of shape (d, d), `<site>.phi_q.*` and `<site>.phi_k.*`.
+        origin: the file it was read from, for records; not stored.
         deltas: changes to weights under LoRA keys, `diffusion_model.<path>.lora_up.weight` and its like.
 
     Raises:
@@ -79,6 +80,7 @@ class StudentFile:
     fingerprint: Tensor | None = None
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
+    origin: str = ""
 
     def __post_init__(self) -> None:
         for name in TEXTS:
@@ -124,6 +126,10 @@ def _check_delta(name: str, tensor: Tensor, deltas: Mapping[str, Tensor]) -> Non
     if not tensor.is_floating_point():
         raise ValueError(f"weight deltas are floating point numbers, {quote(name)} holds {tensor.dtype}")
     target, part = found["target"], found["part"]
+    # ComfyUI's loader would take one of several changes of a weight and drop the others
+    ways = [way for way in ("lora_up.weight", "lora_A.weight", "diff", "set_weight") if f"{target}.{way}" in deltas]
+    if len(ways) > 1:
+        raise ValueError(f"a weight is changed in one way, {quote(target)} has {' and '.join(ways)}")
     if part == "alpha":
         if tensor.numel() != 1 or not any(f"{target}.{half}" in deltas for half in HALVES):
             raise ValueError(f"an alpha is one number beside the halves of a LoRA, {quote(name)} is not")
@@ -132,8 +138,8 @@ def _check_delta(name: str, tensor: Tensor, deltas: Mapping[str, Tensor]) -> Non
         if other not in deltas:
             raise ValueError(f"a LoRA has two halves, {quote(name)} comes without {quote(other)}")
         ranks = (tensor, deltas[other]) if part in ("lora_up.weight", "lora_B.weight") else (deltas[other], tensor)
-        if min(tensor.ndim, deltas[other].ndim) < 2 or ranks[0].shape[1] != ranks[1].shape[0]:
-            raise ValueError(f"the halves of a LoRA have one rank, {quote(name)} and {quote(other)} do not")
+        if (tensor.ndim, deltas[other].ndim) != (2, 2) or ranks[0].shape[1] != ranks[1].shape[0]:
+            raise ValueError(f"the halves of a LoRA are matrices and have one rank, {quote(name)} and {quote(other)} do not")
 
 
 def _is_delta(name: str) -> bool:

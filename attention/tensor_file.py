@@ -107,8 +107,9 @@ def is_finite(tensor: Tensor) -> bool:
     """Return whether no value is NaN or infinite; true of tensors of whole numbers."""
     if not tensor.is_floating_point():
         return True
-    # float8 has no isfinite of its own
-    return all(bool(chunk.double().isfinite().all()) for chunk in tensor.reshape(-1).split(FINITE_CHUNK))
+    narrow = tensor.element_size() == 1  # float8 has no isfinite of its own
+    chunks = tensor.reshape(-1).split(FINITE_CHUNK)
+    return all(bool((chunk.float() if narrow else chunk).isfinite().all()) for chunk in chunks)
 
 
 def open_tensor_file(path: Path, *, max_header_bytes: int = 64 * 2**20) -> TensorFile:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..attention.fingerprint import distance, fingerprint, match
-from ..attention.plans import Plan
+from ..attention.plans import Plan, describe_sites, select_sites
 from ..attention.runtime import SiteSettings
 from ..attention.specs import DenseSpec
 from ..attention.student_file import StudentFile, check_student
@@ -21,13 +21,23 @@ def apply_plan(model: Any, plan: Plan, node_id: str | None) -> Any:
     host, module = patching.host_of(model)
     if plan.host != host.name:
         raise ValueError(f"the plan is for host {plan.host}, this model is {host.name} ({host.title})")
-    specs = plan.resolve([site.id for site in host.sites(module)])
-    settings = {site: SiteSettings(spec) for site, spec in specs.items()}
-    status = patching.show_on_node(node_id, ("untrained: the model's own weights",))
+    sites = [site.id for site in host.sites(module)]
+    named = {site for expression, _ in plan.rules for site in select_sites(expression, sites)}
+    settings = {
+        site: SiteSettings(spec)
+        for site, spec in plan.resolve(sites).items()
+        if site in named or plan.default != DenseSpec()  # what the plan does not name stays as it was
+    }
+    notes = ["untrained: the model's own weights"]
+    earlier = patching.runtime_of(model)
+    lost = [site for site in settings if earlier and site in earlier.sites and earlier.sites[site].trained]
+    if lost:
+        notes.append(f"the distilled weights of {describe_sites(lost)} were taken out")
+    status = patching.show_on_node(node_id, notes)
     return patching.patch_model(model, settings, status)[0]
 
 
-def apply_student(model: Any, student: StudentFile, node_id: str | None, origin: str = "") -> Any:
+def apply_student(model: Any, student: StudentFile, node_id: str | None) -> Any:
     """Return a clone of `model` that runs a student: its plan, learned parameters and weight deltas.
 
     Raises:
@@ -39,7 +49,9 @@ def apply_student(model: Any, student: StudentFile, node_id: str | None, origin:
     pools = {name.removesuffix(".pool"): t for name, t in student.parameters.items() if name.endswith(".pool")}
     learned = bool(student.deltas)
     settings = {
-        site: SiteSettings(spec, trained=(learned or site in pools) and not isinstance(spec, DenseSpec), origin=origin)
+        site: SiteSettings(
+            spec, trained=(learned or site in pools) and not isinstance(spec, DenseSpec), origin=student.origin
+        )
         for site, spec in specs.items()
     }
     notes = (student_note(student), *base_notes(model, student))

@@ -7,7 +7,7 @@ from ..attention.plans import Plan, group_sites, select_sites
 from ..attention.runtime import SiteSettings
 from ..attention.specs import ClearSpec
 from . import model_files, patching
-from .clear_source import AUTO, choices, clear_source
+from .clear_source import AUTO, choices, clear_source, published_name
 from .sockets import CATEGORY, AttentionPlan
 
 DEFAULTS = ClearSpec()
@@ -122,6 +122,11 @@ class LinearizeCLEAR(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, weights: str = AUTO, radius: int = 0, down_factor: int = 1, **_):
+        """Return what changes when the file that is chosen, or that auto would take, comes or changes."""
+        return weights, model_files.state(published_name(radius, down_factor) if weights == AUTO else weights)
 
     @classmethod
     def execute(

@@ -10,6 +10,7 @@ from ..attention.tensor_file import FileProblem, open_tensor_file
 from . import model_files
 
 AUTO, NONE = "auto", "none"
+PUBLISHED_WIDTH = 3072  # rows of a projection of FLUX.1-dev
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ def clear_source(choice: str, spec: ClearSpec, host: Host, module: Any) -> Clear
         return ClearSource(spec, None, ("untrained: the model's own weights",))
     if choice == AUTO:
         return _automatic(spec, host, module)
+    if choice in model_files.published_files() and model_files.find(choice) is None:
+        _check_before_download(choice, spec, host, module)
     weights = clear_weights(open_tensor_file(model_files.fetch(choice)), host, module)
     if spec.down_factor not in (1, weights.down_factor):
         raise ValueError(
@@ -61,10 +64,15 @@ def clear_source(choice: str, spec: ClearSpec, host: Host, module: Any) -> Clear
     return ClearSource(replace(spec, down_factor=weights.down_factor), weights, tuple(notes))
 
 
+def published_name(radius: int, down_factor: int) -> str:
+    """Return the name of the published file for these, empty if nobody publishes one."""
+    names = model_files.published_files()
+    return next((name for name in names if published_radius(name) == (radius, down_factor)), "")
+
+
 def _automatic(spec: ClearSpec, host: Host, module: Any) -> ClearSource:
-    wanted = (spec.radius, spec.down_factor)
-    name = next((name for name in model_files.published_files() if published_radius(name) == wanted), None)
-    if name is None or not host.diffusers_targets(module):
+    name = published_name(spec.radius, spec.down_factor)
+    if not name or not host.diffusers_targets(module):
         pooled = f" and down_factor {spec.down_factor}" if spec.down_factor > 1 else ""
         note = f"untrained: nobody publishes weights for {host.title} with radius {spec.radius}{pooled}"
         return ClearSource(spec, None, (note,))
@@ -72,6 +80,24 @@ def _automatic(spec: ClearSpec, host: Host, module: Any) -> ClearSource:
         note = f"untrained: {name} would fit; choose it under weights to download it"
         return ClearSource(spec, None, (note,))
     try:
-        return clear_source(name, spec, host, module)
-    except FileProblem as problem:
+        source = clear_source(name, spec, host, module)
+    except (FileProblem, ValueError) as problem:
         return ClearSource(spec, None, (f"untrained: {problem}",))
+    if source.spec.down_factor != spec.down_factor:
+        return ClearSource(
+            spec, None, (f"untrained: {name} holds pooling weights for down_factor {source.spec.down_factor}",)
+        )
+    return source
+
+
+def _check_before_download(choice: str, spec: ClearSpec, host: Host, module: Any) -> None:
+    """Refuse what is known not to fit before 3.6 GB are fetched."""
+    published = published_radius(choice)
+    if published is not None and spec.down_factor not in (1, published[1]):
+        raise ValueError(
+            f"{choice} was distilled with down_factor {published[1]}, the node says {spec.down_factor}; choose the file"
+            " that fits, or set down_factor to 1 to take the file's"
+        )
+    widths = {target.shape[0] for target in host.diffusers_targets(module).values()}
+    if widths != {PUBLISHED_WIDTH}:
+        raise ValueError(f"{choice} was made for FLUX.1-dev, {PUBLISHED_WIDTH} wide; this model's projections differ")

@@ -1,7 +1,10 @@
 """Load Linearized Attention: a student's file, from disk or from the Hub, onto a model."""
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 
+from ..attention.clear_weights import published_radius
 from ..attention.student_file import load_student
 from . import model_files, patching
 from .apply import apply_student
@@ -59,11 +62,12 @@ class LinearizeLoadStudent(io.ComfyNode):
         """Return the patched model and the student."""
         patching.host_of(model)  # an unknown model is refused before anything is fetched
         path = model_files.student_path("" if student == NO_FILE else student, hub_file.strip(), allow_download)
-        loaded = load_student(path)
-        return io.NodeOutput(apply_student(model, loaded, cls.hidden.unique_id, model_files.identity(path)), loaded)
+        if published_radius(path.name) is not None and path.name in model_files.published_files():
+            raise ValueError(f"{path.name} is one of CLEAR's own files; choose it under weights of CLEAR Attention")
+        loaded = replace(load_student(path), origin=model_files.identity(path))
+        return io.NodeOutput(apply_student(model, loaded, cls.hidden.unique_id), loaded)
 
     @classmethod
     def fingerprint_inputs(cls, model=None, student: str = NO_FILE, hub_file: str = "", allow_download: bool = False):
         """Return what changes when the file changes."""
-        path = model_files.find(student) if student != NO_FILE else None
-        return (student, hub_file, path.stat().st_mtime_ns if path else 0)
+        return student, hub_file, model_files.state("" if student == NO_FILE else student)

@@ -40,6 +40,12 @@ def find(name: str) -> Path | None:
     return Path(path) if path else None
 
 
+def state(name: str) -> tuple[int, int]:
+    """Return (time of last change, size) of a file, zeros if it is not there."""
+    path = find(name) if name else None
+    return (path.stat().st_mtime_ns, path.stat().st_size) if path else (0, 0)
+
+
 def fetch(name: str) -> Path:
     """Return the path of a file by name; download it if it is one of CLEAR's and not there.
 

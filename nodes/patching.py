@@ -37,7 +37,8 @@ from .receipt import write_receipt
 KEY = "linearize"
 PROPORTIONAL_KEY = "linearize_proportional"  # in the transformer options: clear windows use the proportional scale
 ROPE_KEY = "diffusion_model.pe_embedder"
-DELTA_SUFFIX = re.compile(r"(\.)(lora_up|lora_down|lora_A|lora_B|alpha|diff_b|diff|set_weight)(?:\.weight)?$")
+DELTAS = "linearize_deltas"  # attachment: the sites of a student and the patches of its deltas
+DELTA_SUFFIX = re.compile(r"\.(lora_up|lora_down|lora_A|lora_B|alpha|diff_b|diff|set_weight)(?:\.weight)?$")
 PlacedTensor = tuple[str, WeightTarget, Tensor]  # site, rows of the model's parameter, what replaces them
 
 
@@ -126,7 +127,7 @@ def patch_model(
         patched.remove_callbacks_with_key(event, KEY)
         patched.add_callback_with_key(event, KEY, callback)
     replace_projections(patched, sites, projections)
-    add_deltas(patched, deltas or {})
+    replace_deltas(patched, sites, deltas or {})
     patched.remove_additional_models(KEY)
     if len(runtime.parameters.sites):
         patched.set_additional_models(KEY, [parameter_patcher(runtime.parameters)])
@@ -188,10 +189,7 @@ def replace_projections(patched: Any, sites: Iterable[str], projections: Sequenc
     """
     earlier: dict[str, list[tuple[str, Any]]] = dict(patched.get_attachment(KEY) or {})
     for site in sites:
-        for key, entry in earlier.pop(site, []):
-            patched.patches[key] = [each for each in patched.patches[key] if each is not entry]
-            if not patched.patches[key]:
-                del patched.patches[key]
+        take_away(patched, earlier.pop(site, []))
     wanted = {
         (f"diffusion_model.{target.key}", (0, target.start, target.shape[0])): (site, ("set", (tensor,)))
         for site, target, tensor in projections
@@ -208,23 +206,51 @@ def replace_projections(patched: Any, sites: Iterable[str], projections: Sequenc
     patched.set_attachments(KEY, earlier)
 
 
-def add_deltas(patched: Any, deltas: Mapping[str, Tensor]) -> None:
-    """Add weight deltas to a clone through ComfyUI's own LoRA loader.
+def take_away(patched: Any, entries: Iterable[tuple[str, Any]]) -> None:
+    """Remove patches of ours, by identity, from a clone."""
+    for key, entry in entries:
+        left = [each for each in patched.patches.get(key, []) if each is not entry]
+        if left:
+            patched.patches[key] = left
+        else:
+            patched.patches.pop(key, None)
+
+
+def replace_deltas(patched: Any, sites: Iterable[str], deltas: Mapping[str, Tensor]) -> None:
+    """Put a student's weight deltas on a clone through ComfyUI's own LoRA loader, under every LoRA.
+
+    The deltas of an earlier student are taken away first if `sites` are all the sites it had.
 
     Raises:
-        ValueError: a delta belongs to no parameter of this model.
+        ValueError: a delta belongs to no parameter of this model, or has another shape.
     """
+    sites = frozenset(sites)
+    earlier = patched.get_attachment(DELTAS)
+    if earlier is not None and earlier[0] <= sites:
+        take_away(patched, earlier[1])
+        patched.set_attachments(DELTAS, None)
     if not deltas:
         return
     keys = comfy.lora.model_lora_keys_unet(patched.model, {})
     shapes = {name: tuple(value.shape) for name, value in patched.model_state_dict().items()}
     for name, tensor in deltas.items():
-        stem, _, suffix = DELTA_SUFFIX.split(name)[:3] if DELTA_SUFFIX.search(name) else (name, "", "")
-        key = keys.get(stem)
-        if key is None:
+        found = DELTA_SUFFIX.search(name)
+        key = keys.get(name[: found.start()]) if found else None
+        if found and found[1] == "diff_b" and key is not None:
+            key = key.removesuffix(".weight") + ".bias"
+        if found is None or key not in shapes:
             raise ValueError(f"the student changes {name}, which this model does not have")
-        _check_delta(name, suffix, tuple(tensor.shape), shapes[key])
-    patched.add_patches(comfy.lora.load_lora(dict(deltas), keys))
+        _check_delta(name, found[1], tuple(tensor.shape), shapes[key])
+    loaded = comfy.lora.load_lora(dict(deltas), keys)
+    accepted = patched.add_patches(loaded)
+    if len(accepted) != len(loaded):
+        raise ValueError(f"the student changes {sorted(map(str, set(loaded) - set(accepted)))[0]}, which did not load")
+    entries = []
+    for key, value in loaded.items():
+        entry = next(each for each in patched.patches[key] if each[1] is value)
+        patched.patches[key] = [entry, *(each for each in patched.patches[key] if each is not entry)]
+        entries.append((key, entry))
+    patched.set_attachments(DELTAS, (sites, entries))
 
 
 def _check_delta(name: str, suffix: str, found: tuple[int, ...], needed: tuple[int, ...]) -> None:
@@ -235,7 +261,7 @@ def _check_delta(name: str, suffix: str, found: tuple[int, ...], needed: tuple[i
         "lora_A": found[1:] == needed[1:],
         "diff": found == needed,
         "set_weight": found == needed,
-        "diff_b": found == needed[:1],
+        "diff_b": found == needed,
     }
     if not fits.get(suffix, True):
         raise ValueError(f"the student's {name} has shape {found}, which does not fit this model's {needed}")

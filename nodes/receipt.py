@@ -14,7 +14,7 @@ from ..attention.plans import Plan, group_sites
 from ..attention.runtime import Runtime
 
 KEY = "linearize"
-MAX_PROMPTS = 200  # waiting in the queue; older ones are forgotten and their pictures carry no receipt
+MAX_PROMPTS = 50  # waiting in the queue; older ones are forgotten and their pictures carry no receipt
 
 _pictures_of: OrderedDict[str, dict[str, Any]] = OrderedDict()  # prompt id: what is written into its pictures
 
@@ -61,4 +61,6 @@ def write_receipt(runtime: Runtime) -> None:
     context = get_executing_context()
     info = _pictures_of.get(context.prompt_id) if context is not None else None
     if info is not None and runtime.record.ran:
-        info.setdefault(KEY, []).append(receipt_of(runtime))
+        receipt, receipts = receipt_of(runtime), info.setdefault(KEY, [])
+        if receipt not in receipts:  # a tiled sampling runs many times alike
+            receipts.append(receipt)

@@ -141,6 +141,52 @@ def test_a_plan_with_a_radius_per_head(comfy, studio, make):
         assert (found - studio.sample(studio.clear(studio.model, radius=radius))).abs().max() > 1e-3
 
 
+def test_a_later_student_or_plan_takes_the_deltas_away(comfy, studio, make, files):
+    one, two = low_rank(2), low_rank(3)
+    first = files("first.safetensors", host="flux", plan=make(default=make.clear(3)), deltas=one[0])
+    second = files("second.safetensors", host="flux", plan=make(default=make.clear(4)), deltas=two[0])
+    before = weight(studio.model)
+    patched, _ = load(comfy, studio.model, first)
+    assert torch.allclose(weight(patched), before + one[1], atol=1e-6)
+    patched, _ = load(comfy, patched, second)
+    assert torch.allclose(weight(patched), before + two[1], atol=1e-6)
+    assert torch.equal(weight(studio.clear(patched, radius=3, weights="none")), before)
+    assert torch.allclose(weight(studio.clear(patched, radius=3, sites="single")), before + two[1], atol=1e-6)
+    (applied,) = comfy.node("LinearizeApply")(model=patched, attention=make(default=make.clear(5))).args
+    assert torch.equal(weight(applied), before)
+
+
+def test_a_whole_weight_lies_under_earlier_loras(comfy, studio, make, files):
+    import comfy.sd as comfy_sd
+
+    lora, change = low_rank(2)
+    whole = torch.randn(768, 256, generator=torch.Generator().manual_seed(4)) * 0.1
+    name = "diffusion_model.double_blocks.0.img_attn.qkv.set_weight"
+    student = files(host="flux", plan=make(default=make.clear(3)), deltas={name: whole})
+    model = comfy_sd.load_lora_for_models(studio.model, None, lora, 0.5, 0)[0]
+    assert torch.allclose(weight(load(comfy, model, student)[0]), whole + 0.5 * change, atol=1e-6)
+
+
+def test_the_receipt_names_the_file_also_through_apply(comfy, studio, make, files):
+    receipt = comfy.module("nodes.receipt")
+    name = files(host="flux", plan=make(default=make.clear(3)), deltas=low_rank()[0])
+    patched, student = load(comfy, studio.model, name)
+    (applied,) = comfy.node("LinearizeApply")(model=studio.model, attention=student).args
+    for model in (patched, applied):
+        studio.sample(model, steps=1)
+        (origin,) = receipt.receipt_of(studio.patching.runtime_of(model))["weights"]
+        assert origin.startswith(f"{name} sha256:") and len(origin.split(":")[1]) == 64
+
+
+def test_a_plan_changes_only_the_sites_it_names(comfy, studio, make, files):
+    name = files(host="flux", plan=make(default=make.clear(3)), deltas=low_rank()[0])
+    patched, _ = load(comfy, studio.model, name)
+    (mixed,) = comfy.node("LinearizeApply")(model=patched, attention=make(**{"single.1": make.clear(9)})).args
+    sites = studio.patching.runtime_of(mixed).sites
+    assert [sites[site].spec.radius for site in SITES] == [3, 3, 3, 9]
+    assert [sites[site].trained for site in SITES] == [True, True, True, False]
+
+
 @pytest.mark.parametrize("apart", ["same", "fine-tune", "other"])
 def test_another_base_is_a_note_not_a_refusal(comfy, studio, make, files, apart):
     apply = comfy.module("nodes.apply")
@@ -185,6 +231,14 @@ def wrong(make):
             {"host": "flux", "plan": clear, "deltas": low_rank(rows=700)[0]},
             f"{name}.lora_up.weight has shape",
         ),
+        "bias of a layer without one": (
+            {
+                "host": "flux",
+                "plan": clear,
+                "deltas": {"diffusion_model.double_blocks.0.img_attn.norm.query_norm.diff_b": torch.ones(128)},
+            },
+            "query_norm.diff_b, which this model does not have",
+        ),
         "pickle": (b"\x80\x04\x95pickled", "pickle"),
         "truncated": (b"\x40\x00\x00\x00\x00\x00\x00\x00{", "student.safetensors"),
         "empty": (b"", "student.safetensors"),
@@ -194,7 +248,7 @@ def wrong(make):
 @pytest.mark.parametrize(
     "case",
     ["another host", "unknown site", "a kind that does not run", "pool of no site", "unknown module", "wrong shape",
-     "pickle", "truncated", "empty"],
+     "bias of a layer without one", "pickle", "truncated", "empty"],
 )  # fmt: skip
 def test_wrong_files_are_one_sentence_and_the_model_is_untouched(comfy, studio, make, files, case):
     fields, words = wrong(make)[case]

@@ -228,6 +228,50 @@ def test_other_bases(comfy, studio, everywhere, place, base_tensors, dtype):
     assert relative < {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float8_e4m3fn: 5e-2}[dtype]
 
 
+def test_a_partial_load_computes_the_same(comfy, studio, everywhere, place, monkeypatch):
+    """With little memory most modules get their patches when they are used, not when they are loaded."""
+    from comfy.model_patcher import ModelPatcher
+
+    name = place("linearize", "clear_local_3_down_4.safetensors", published(4))
+
+    def build():
+        model = add_lora(load(comfy, "linearize_tiny_flux.safetensors"), lora("double_blocks.0.img_attn.qkv")[0], 1.0)
+        patched = studio.clear(model, radius=3, weights=name)
+        return add_lora(patched, lora("double_blocks.0.img_attn.qkv", seed=9)[0], 0.5)
+
+    expected = studio.sample(build())
+    whole, patched_late = ModelPatcher.load, []
+
+    def partly(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        result = whole(self, device_to, 200_000, force_patch_weights, False)
+        patched_late.append(sum(bool(getattr(each, "weight_function", None)) for each in self.model.modules()))
+        return result
+
+    monkeypatch.setattr(ModelPatcher, "load", partly)
+    model = build()
+    assert (studio.sample(model) - expected).abs().max() < 1e-5
+    assert max(patched_late) > 0, "everything was loaded whole, so this test shows nothing"
+    assert studio.ran(model) == everywhere
+
+
+def test_nothing_is_fetched_that_cannot_fit(studio, comfy, monkeypatch):
+    files = comfy.module("nodes.model_files")
+    monkeypatch.setattr(files, "_download", lambda *args, **kwargs: pytest.fail("the download began"))
+    with pytest.raises(ValueError, match="distilled with down_factor 1, the node says 4"):
+        studio.clear(studio.model, radius=32, down_factor=4, weights="clear_local_32.safetensors")
+    with pytest.raises(ValueError, match="made for FLUX.1-dev, 3072 wide"):
+        studio.clear(studio.model, radius=32, weights="clear_local_32.safetensors")
+
+
+def test_the_node_runs_again_when_its_file_comes_or_changes(comfy, place):
+    cls = comfy.nodes.NODE_CLASS_MAPPINGS["LinearizeCLEAR"]
+    before = cls.fingerprint_inputs(weights="auto", radius=8, down_factor=1)
+    place("linearize", "clear_local_8.safetensors", published())
+    after = cls.fingerprint_inputs(weights="auto", radius=8, down_factor=1)
+    assert before != after == cls.fingerprint_inputs(weights="auto", radius=8, down_factor=1)
+    assert cls.fingerprint_inputs(weights="auto", radius=9, down_factor=1)[1] == (0, 0)
+
+
 def test_clones_and_sites_that_are_left_out(comfy, studio, place, base_tensors):
     tensors = published(4)
     name = place("linearize", "clear_local_3_down_4.safetensors", tensors)
@@ -308,6 +352,10 @@ def test_auto_takes_the_file_that_fits_and_says_what_would(studio, place, comfy)
     place("linearize", "clear_local_16_down_4.safetensors", published(4))
     assert auto(8).weights.radius == 8 and auto(16, down_factor=4).weights.down_factor == 4
     assert auto(16).weights is None
+    place("linearize", "clear_local_8_down_4.safetensors", published())
+    assert auto(8, down_factor=4).weights is None
+    place("linearize", "clear_local_8.safetensors", published(4))
+    assert auto(8).weights is None and "pooling weights for down_factor 4" in auto(8).notes[0]
     place("linearize", "clear_local_8.safetensors", {"x": torch.zeros(2)})
     assert auto(8).weights is None and "belongs to another model" in auto(8).notes[0]
 
