@@ -1,8 +1,4 @@
-"""Fetch one `.safetensors` file of the Hugging Face Hub into a model folder: permitted, resumed, verified, recorded.
-
-Bytes are streamed with `requests`, because `hf_hub_download` (read at 2.4) checks no sha256, deletes what a stopped
-download had, and lets a mirror that redirects to the Hub carry the token along, while the HTTP client it could lend
-changed twice between 0.23 and 2.4; addresses, header names, the token and the model card come from `huggingface_hub`.
+"""Files of the Hugging Face Hub in a model folder: fetched only when permitted, verified, recorded beside the file.
 
 Nothing here opens the files it fetches, keeps a shared cache or writes to the Hub, and nothing asks for a token.
 """
@@ -17,26 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .hub_transfer import (
-    CHUNK,
-    Cut,
-    Hub,
-    HubError,
-    HubFile,
-    Partial,
-    Watch,
-    append_missing,
-    check_space,
-    persist,
-    writing,
-)
+from .hub_transfer import CHUNK, Cut, Hub, HubError, HubFile, Partial, Watch, append_missing, persist, writing
 
-LOG = logging.getLogger(__name__)
+log = logging.getLogger("linearize")
 RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try that follows one without a new byte
 UNKNOWN_LICENCE = "not stated on the model card"
 CLEAR_LICENCE = (
-    "not stated beside the file; weights made from FLUX.1-dev follow its licence, the FLUX.1 [dev] Non-Commercial"
-    " License"
+    "not stated beside the file; the licence of the base model holds, the FLUX.1 [dev] Non-Commercial License"
 )
 
 
@@ -175,7 +158,7 @@ def _locked(path: Path, watch: Watch) -> Iterator[None]:
                 lock.acquire(timeout=0.1, poll_interval=0.02)
         except Timeout:
             if not said:
-                LOG.info("Linearize waits for another download of %s", path.name)
+                log.info("waiting for another download of %s", path.name)
             said = True
     try:
         yield
@@ -233,7 +216,7 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 def _write_record(found: Download, file: HubFile) -> None:
     record = asdict(file) | asdict(found)
     del record["path"]
-    unfinished = _record_path(found.path).with_suffix(".json.partial")
+    unfinished = found.path.with_name(f"{found.path.name}.json.new")
     unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, _record_path(found.path))
 
@@ -243,22 +226,27 @@ def _licence_without_card(file: HubFile) -> str:
 
 
 def _fetch(file: HubFile, path: Path, watch: Watch, delays: Sequence[float]) -> Download:
-    hub = Hub()
+    with contextlib.closing(Hub()) as hub:
+        return _fetch_from(hub, file, path, watch, delays)
+
+
+def _fetch_from(hub: Hub, file: HubFile, path: Path, watch: Watch, delays: Sequence[float]) -> Download:
     try:
         remote = persist(lambda: hub.inspect(file), watch, delays[:2])
     except Cut as cut:
         raise HubError(f"{cut}; check the connection and HF_ENDPOINT, or put {file} at {path} by hand") from cut
     unfinished = path.with_name(f"{path.name}.{remote.checksum[:16]}.partial")
     for older in path.parent.glob(f"{path.name}.*.partial"):
-        if older not in (unfinished, _record_path(path).with_suffix(".json.partial")):
-            older.unlink(missing_ok=True)  # of content that the revision no longer means
-    LOG.info("Linearize fetches %s (%.1f MB) to %s", file, remote.size / 1e6, path)
+        if older != unfinished:  # of content that the revision no longer means
+            with contextlib.suppress(OSError):
+                older.unlink()
+    log.info("fetching %s (%.1f MB) to %s", file, remote.size / 1e6, path)
     with writing(path, "make its folder writable"):
         stream = unfinished.open("a+b", buffering=0)
     with stream:
         partial = Partial(stream, unfinished, remote)
         partial.load(watch)
-        check_space(partial)
+        partial.check_space()
         try:
             persist(lambda: append_missing(hub, file, partial, watch), watch, delays, lambda: partial.furthest)
         except Cut as cut:
@@ -278,5 +266,5 @@ def _fetch(file: HubFile, path: Path, watch: Watch, delays: Sequence[float]) -> 
     with writing(path, f"run again, which takes {unfinished.name}"):
         _write_record(found, file)
         os.replace(unfinished, path)
-    LOG.info("Linearize has %s, commit %s, licence: %s", path.name, remote.commit[:12], licence)
+    log.info("fetched %s, commit %s, licence: %s", path.name, remote.commit[:12], licence)
     return found

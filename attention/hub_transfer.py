@@ -1,7 +1,8 @@
-"""Bytes from the Hub to the disk: addresses, redirects, the token, ranges, checksums.
+"""The network half of `hub.py`: requests to the Hub, and a partial file that grows until it is what the Hub stated.
 
-`attention/hub.py` decides whether a file is fetched and where it goes; here is how. A token is sent to the endpoint's
-own host only, never across a redirect to another one.
+Bytes are streamed with `requests`, because `hf_hub_download` (read at 2.4) checks no sha256, deletes what a stopped
+download had, and lets a mirror that redirects to the Hub carry the token along, while the HTTP client it could lend
+changed twice between 0.23 and 2.4; addresses, header names, the token and the model card come from `huggingface_hub`.
 """
 
 import contextlib
@@ -16,18 +17,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 T = TypeVar("T")
-LOG = logging.getLogger(__name__)
+log = logging.getLogger("linearize")
 CHUNK = 256 * 2**10
 MAX_REDIRECTS = 5
 MAX_NAME = 180
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
 
 
-class HubError(RuntimeError):
+class HubError(ValueError):
     """A file cannot be had; the message is one sentence that says why and what would work."""
 
 
@@ -65,8 +66,8 @@ class HubFile:
             )
         if not _is_safe(self.revision):
             raise ValueError(f"a revision is a branch, tag or commit such as main, got {self.revision!r}")
-        if len(str(self)) > MAX_NAME:
-            raise ValueError(f"a Hub file has at most {MAX_NAME} characters in all, got {len(str(self))}")
+        if (length := len(str(self).replace("/", "--"))) > MAX_NAME:
+            raise ValueError(f"a Hub file has at most {MAX_NAME} characters, a '/' counted twice, got {length}")
 
     def __str__(self) -> str:
         return f"{self.repo}/{self.file}" + ("" if self.revision == "main" else f"@{self.revision}")
@@ -119,10 +120,12 @@ class Remote:
     size: int
 
 
-def _origin(url: str) -> tuple[str, str, int | None]:
+def _origin(url: str) -> tuple[str, str, int]:
+    from urllib3.util import parse_url  # what `requests` connects by: another parser could be led to another host
+
     try:
-        parts = urlsplit(url)
-        return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+        parts = parse_url(url)
+        return parts.scheme or "", parts.host or "", parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError:
         raise HubError(f"cannot read the address {url!r}; check HF_ENDPOINT") from None
 
@@ -144,6 +147,9 @@ class Hub:
         self._token = get_token() if may_log_in else None
         self._session = requests.Session()
         self._session.auth = lambda request: request  # else a password in .netrc would be sent along
+
+    def close(self) -> None:
+        self._session.close()
 
     def send(
         self, method: str, url: str, file: HubFile, timeout: float, *, offset: int = 0, until: str | None = None
@@ -229,7 +235,7 @@ class Hub:
             api = HfApi(endpoint=self.endpoint, token=False)
             card = api.model_info(file.repo, revision=commit, timeout=constants.HF_HUB_ETAG_TIMEOUT).card_data
         except Exception as error:  # a courtesy: the file is here and verified
-            LOG.debug("no model card for %s: %s", file, error)
+            log.debug("no model card for %s: %s", file, error)
             return ""
         licence = getattr(card, "license", None)
         licence = getattr(card, "license_name", None) if licence == "other" else licence
@@ -242,6 +248,7 @@ class Partial:
     def __init__(self, stream: IO[bytes], path: Path, remote: Remote) -> None:
         self.stream, self.path, self.remote = stream, path, remote
         self.furthest = 0
+        self.fault = ""
         self._begin()
 
     def _begin(self) -> None:
@@ -271,10 +278,21 @@ class Partial:
             _write(self.stream, chunk)
         self._count(chunk)
 
+    def check_space(self) -> None:
+        """Raise HubError if what is missing does not fit on the disk."""
+        folder, missing = self.path.parent, self.remote.size - self.size
+        if missing > (free := shutil.disk_usage(folder).free):
+            raise HubError(
+                f"the disk of {folder} has {free} bytes free where {missing} are still needed; free space there, then "
+                f"run again, which goes on from the {self.size} bytes kept in {self.path.name}"
+            )
+
     def find_fault(self) -> str:
         """Return what differs from what the Hub stated, empty if nothing."""
+        if self.fault:
+            return self.fault
         if self.size != self.remote.size:
-            return f"has {'more than ' if self.size > self.remote.size else ''}{self.size} bytes"
+            return f"has {self.size} bytes or more"
         digest = self.sha256 if len(self.remote.checksum) == 64 else self.git
         return "" if digest.hexdigest() == self.remote.checksum else "has another checksum"
 
@@ -283,15 +301,6 @@ def _write(stream: IO[bytes], chunk: bytes) -> None:
     view = memoryview(chunk)
     while view:
         view = view[stream.write(view) :]
-
-
-def check_space(partial: Partial) -> None:
-    folder, missing = partial.path.parent, partial.remote.size - partial.size
-    if missing > (free := shutil.disk_usage(folder).free):
-        raise HubError(
-            f"the disk of {folder} has {free} bytes free where {missing} are still needed; free space there, then run "
-            f"again, which goes on from the {partial.size} bytes kept in {partial.path.name}"
-        )
 
 
 def persist(
@@ -307,16 +316,16 @@ def persist(
             failures = 1 if furthest() > before else failures + 1
             if failures > len(delays):
                 raise
-            LOG.info("Linearize tries again: %s", cut)
+            log.info("trying again: %s", cut)
             watch.sleep(delays[failures - 1])
 
 
 def append_missing(hub: Hub, file: HubFile, partial: Partial, watch: Watch) -> None:
-    """Append what is missing; on return the size is right or what came is too long."""
+    """Append what is missing; on return either all of it is there or `partial.find_fault` says what is wrong."""
     from huggingface_hub import constants
 
     remote = partial.remote
-    if partial.size >= remote.size > 0:
+    if partial.size >= remote.size:
         return
     response = hub.send("GET", remote.url, file, constants.HF_HUB_DOWNLOAD_TIMEOUT, offset=partial.size)
     with contextlib.closing(response):
@@ -326,6 +335,11 @@ def append_missing(hub: Hub, file: HubFile, partial: Partial, watch: Watch) -> N
         ):
             partial.restart()
             raise Cut(f"{_origin(response.url)[1]} sent another part than the one asked for")
+        stated = response.headers.get("Content-Range", "").rpartition("/")[2] if is_part else ""
+        stated = stated or response.headers.get("Content-Length", "")
+        if stated.isdecimal() and int(stated) != remote.size:
+            partial.fault = f"has {stated} bytes"
+            return
         if partial.size and not is_part:  # the server sends all of it again
             partial.restart()
         for chunk in _chunks(response):

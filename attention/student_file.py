@@ -139,7 +139,7 @@ def _check_delta(name: str, tensor: Tensor, deltas: Mapping[str, Tensor]) -> Non
             raise ValueError(f"a LoRA has two halves, {quote(name)} comes without {quote(other)}")
         ranks = (tensor, deltas[other]) if part in ("lora_up.weight", "lora_B.weight") else (deltas[other], tensor)
         if (tensor.ndim, deltas[other].ndim) != (2, 2) or ranks[0].shape[1] != ranks[1].shape[0]:
-            raise ValueError(f"the halves of a LoRA are matrices and have one rank, {quote(name)} and {quote(other)} do not")
+            raise ValueError(f"the halves of a LoRA are matrices of one rank, {quote(name)} and {quote(other)} are not")
 
 
 def _is_delta(name: str) -> bool:

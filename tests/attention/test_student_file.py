@@ -241,11 +241,11 @@ def test_a_student_with_a_wrong_fingerprint(path):
         ({"deltas": {f"{KEY}.alpha": torch.ones(1)}}, "an alpha is one number beside the halves of a LoRA"),
         (
             {"deltas": {f"{KEY}.lora_B.weight": torch.ones(8, 2), f"{KEY}.lora_A.weight": torch.ones(3, 8)}},
-            "have one rank",
+            "of one rank",
         ),
         (
             {"deltas": {f"{KEY}.lora_up.weight": torch.ones(8), f"{KEY}.lora_down.weight": torch.ones(8)}},
-            "have one rank",
+            "of one rank",
         ),
     ],
 )

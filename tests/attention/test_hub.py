@@ -1,0 +1,103 @@
+"""What is fetched and when, where it lies, and what is known of it; how it travels is in test_hub_transfer.py."""
+
+import hashlib
+import json
+import threading
+
+import pytest
+
+from linearize.attention.hub import CLEAR_FILES, HubError, HubFile, local_path, parse_hub_file, recorded_sha256
+
+NAME = "owner--repo--folder--student.safetensors"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+
+
+def test_a_whole_download_is_verified_and_recorded(fake, tmp_path):
+    steps = []
+    found = fake.fetch(tmp_path / "new", progress=lambda done, total: steps.append((done, total)))
+    assert found.path == tmp_path / "new" / NAME and found.path.read_bytes() == fake.CONTENT
+    assert (found.commit, found.size, found.licence) == (fake.COMMIT, len(fake.CONTENT), "mit")
+    assert found.sha256 == fake.SHA256 == recorded_sha256(found.path)
+    record = json.loads(found.path.with_name(f"{NAME}.json").read_text(encoding="utf-8"))
+    told = (record["repo"], record["file"], record["revision"], record["commit"])
+    assert told == ("owner/repo", "folder/student.safetensors", "main", fake.COMMIT)
+    assert steps == sorted(steps) and steps[-1] == (len(fake.CONTENT), len(fake.CONTENT))
+    assert names(tmp_path / "new") == [NAME, f"{NAME}.json"]
+
+
+def test_what_is_here_costs_no_request(fake, tmp_path):
+    first = fake.fetch(tmp_path)
+    fake.requests.clear()
+    assert fake.fetch(tmp_path, allow_download=False) == first
+    assert fake.requests == []
+
+
+def test_a_file_put_there_by_hand_is_taken(fake, tmp_path):
+    (tmp_path / "clear_local_8.safetensors").write_bytes(b"by hand")
+    found = fake.fetch(tmp_path, CLEAR_FILES["clear_local_8"].file, allow_download=False)
+    assert found.sha256 == hashlib.sha256(b"by hand").hexdigest() and found.commit == ""
+    assert fake.requests == []
+
+
+def test_a_file_that_changed_since_it_was_fetched_is_not_trusted(fake, tmp_path):
+    path = fake.fetch(tmp_path).path
+    path.write_bytes(b"shorter")
+    assert recorded_sha256(path) is None
+    fake.refusal(tmp_path, "has 7 bytes where its record says 10000", "delete")
+
+
+def test_nothing_is_fetched_without_permission(fake, tmp_path):
+    fake.refusal(tmp_path, "switch on allow_download to fetch it", "by hand", allow_download=False)
+    assert fake.requests == [] and names(tmp_path) == []
+
+
+def test_two_calls_at_once_fetch_once(fake, tmp_path):
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(fake.fetch(tmp_path))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(results) == 3 and len({result.sha256 for result in results}) == 1
+    assert len(fake.asked("cdn", "GET")) == 1
+
+
+def test_another_revision_is_asked_for_and_lies_beside_it(fake, tmp_path):
+    pinned = HubFile("owner/repo", "deep/student.safetensors", "v2")
+    assert local_path(tmp_path, pinned).name == "owner--repo@v2--deep--student.safetensors"
+    fake.fetch(tmp_path, pinned)
+    assert any("/resolve/v2/deep/student.safetensors" in path for _, _, path, _ in fake.requests)
+
+
+def test_the_five_published_files(tmp_path):
+    assert {(known.file.file, known.radius, known.down_factor) for known in CLEAR_FILES.values()} == {
+        ("clear_local_32.safetensors", 32, 1),
+        ("clear_local_16.safetensors", 16, 1),
+        ("clear_local_8.safetensors", 8, 1),
+        ("clear_local_16_down_4.safetensors", 16, 4),
+        ("clear_local_8_down_4.safetensors", 8, 4),
+    }
+    for known in CLEAR_FILES.values():
+        assert known.file.repo == "Huage001/CLEAR" and "FLUX.1 [dev]" in known.licence
+        assert local_path(tmp_path, known.file) == tmp_path / known.file.file
+
+
+def test_forms_of_a_hub_file():
+    assert parse_hub_file("owner/repo/a/b.safetensors") == HubFile("owner/repo", "a/b.safetensors")
+    assert parse_hub_file(" owner/repo/b.safetensors@abc ") == HubFile("owner/repo", "b.safetensors", "abc")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "b.safetensors", "owner/b.safetensors", "owner/repo/b.ckpt", "owner/repo/../b.safetensors",
+     "owner/repo/b.safetensors@", "https://host/owner/repo/b.safetensors", "owner\\repo\\b.safetensors",
+     "owner/repo//b.safetensors", "owner/repo/.hidden.safetensors", "../../etc/b.safetensors",
+     "owner/repo/b.safetensors@../main", "owner/re po/b.safetensors"],
+)  # fmt: skip
+def test_other_forms_are_refused(text):
+    with pytest.raises(ValueError) as error:
+        parse_hub_file(text)
+    assert "\n" not in str(error.value) and not isinstance(error.value, HubError)
