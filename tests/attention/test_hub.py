@@ -6,7 +6,16 @@ import threading
 
 import pytest
 
-from linearize.attention.hub import CLEAR_FILES, HubError, HubFile, local_path, parse_hub_file, recorded_sha256
+from linearize.attention.hub import (
+    CLEAR_FILES,
+    CLEAR_LICENCE,
+    UNKNOWN_LICENCE,
+    HubError,
+    HubFile,
+    local_path,
+    parse_hub_file,
+    recorded_sha256,
+)
 
 NAME = "owner--repo--folder--student.safetensors"
 
@@ -101,3 +110,76 @@ def test_other_forms_are_refused(text):
     with pytest.raises(ValueError) as error:
         parse_hub_file(text)
     assert "\n" not in str(error.value) and not isinstance(error.value, HubError)
+
+
+def test_two_files_of_one_local_name_are_told_apart(fake, tmp_path):
+    fake.fetch(tmp_path, HubFile("o/r", "a/b.safetensors"))
+    fake.refusal(tmp_path, "another file than o/r/a--b.safetensors", file=HubFile("o/r", "a--b.safetensors"))
+
+
+@pytest.mark.parametrize("part", ["../x", "/x", "x/../../y", "x\\..\\y", "..", "C:\\x", "x\0"])
+def test_nothing_leaves_the_folder(part):
+    for arguments in ((f"{part}/r", "a.safetensors"), ("o/r", f"{part}/a.safetensors"), ("o/r", "a.safetensors", part)):
+        with pytest.raises(ValueError):
+            HubFile(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ({"license": "apache-2.0"}, "apache-2.0"),
+        ({"license": "other", "license_name": "flux-dev"}, "flux-dev"),
+        ({"license": "other"}, CLEAR_LICENCE),
+        ({}, CLEAR_LICENCE),
+        ({"license": "a\nb"}, CLEAR_LICENCE),
+    ],
+)
+def test_the_licence_is_the_cards_or_what_is_known(fake, tmp_path, card, licence):
+    fake.licence = card
+    assert fake.fetch(tmp_path, CLEAR_FILES["clear_local_32"].file).licence == licence
+
+
+def test_a_licence_that_nobody_states_is_said_to_be_so(fake, tmp_path):
+    fake.licence = {}
+    assert fake.fetch(tmp_path).licence == UNKNOWN_LICENCE
+
+
+def test_a_small_file_is_verified_by_gits_checksum(fake, tmp_path):
+    fake.is_direct = True
+    fake.etag = hashlib.sha1(b"blob 10000\0" + fake.CONTENT).hexdigest()
+    assert fake.fetch(tmp_path).sha256 == fake.SHA256
+    fake.etag = "0" * 40
+    fake.refusal(tmp_path, "another checksum", file=HubFile("o/r", "b.safetensors"))
+
+
+def test_the_bytes_are_those_of_the_recorded_commit(fake, tmp_path):
+    fake.fetch(tmp_path)
+    assert fake.asked("hub", "GET")[0][2] == f"/owner/repo/resolve/{fake.COMMIT}/folder/student.safetensors"
+
+
+def test_a_second_call_waits_for_the_first(fake, tmp_path):
+    started, waiting = threading.Event(), threading.Event()
+    results, calls = [], []
+
+    def hold_on(done, total):
+        started.set()
+        assert waiting.wait(5)
+
+    def count():
+        calls.append(None)
+        if len(calls) == 3:  # refused by the lock at least once
+            waiting.set()
+
+    first = threading.Thread(target=lambda: results.append(fake.fetch(tmp_path, progress=hold_on)))
+    first.start()
+    assert started.wait(5)
+    second = threading.Thread(target=lambda: results.append(fake.fetch(tmp_path, should_stop=count)))
+    second.start()
+    first.join(5)
+    second.join(5)
+    assert len(results) == 2 and results[0] == results[1] and len(fake.ranges()) == 1
+
+
+def test_a_lock_file_that_was_left_behind_stops_nobody(fake, tmp_path):
+    (tmp_path / f"{NAME}.lock").write_bytes(b"")
+    assert fake.fetch(tmp_path).sha256 == fake.SHA256

@@ -47,11 +47,13 @@ def test_nothing_names_a_place_of_a_machine_or_a_token():
 
 
 def test_modules_are_short_enough_to_read():
-    long = {
-        path.relative_to(ROOT).as_posix(): count
-        for path in tracked()
-        if path.suffix == ".py" and (count := len(path.read_text(encoding="utf-8").splitlines())) > 400
-    }
+    long = {}
+    for path in tracked():
+        name = path.relative_to(ROOT).as_posix()
+        if path.suffix == ".py":
+            count = len(path.read_text(encoding="utf-8").splitlines())
+            if count > (500 if name.startswith("tests/") else 400):  # tests are read one at a time
+                long[name] = count
     assert long == {}
 
 
