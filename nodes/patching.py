@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..attention.backends import refused
 from ..attention.high_res import with_proportional_scale
-from ..attention.hosts import Host, Site, WeightTarget, find_host
+from ..attention.hosts import Host, WeightTarget, find_host
 from ..attention.memory import LongLived
 from ..attention.runtime import (
     OVERRIDE_KEY,
@@ -50,12 +50,6 @@ def host_of(model: Any) -> tuple[Host, Any]:
     """
     module = model.get_model_object("diffusion_model")
     return find_host(module), module
-
-
-def sites_of(model: Any) -> tuple[Site, ...]:
-    """Return the self-attention sites of a model patcher."""
-    host, module = host_of(model)
-    return host.sites(module)
 
 
 def runtime_of(model: Any) -> Runtime | None:
