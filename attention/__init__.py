@@ -1,4 +1,4 @@
-"""Attention with linear cost, as a library: layouts, specs, plans, backends. PyTorch only; never imports ComfyUI.
+"""Attention with linear cost, as a library: layouts, specs, plans, backends. Never imports ComfyUI.
 
 Sizes: B batch, H heads, N tokens, D head dimension, T text tokens; a grid is (frames, height, width) in tokens. Tensors
 are (B, H, N, D).

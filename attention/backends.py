@@ -10,7 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..kernels import is_interpreted
 from .clear import clear_attention
+from .clear_triton import clear_refusal, clear_with_triton, device_refusal
 from .layout import Reason, TokenLayout
 from .memory import LongLived
 from .reference import MAX_TOKENS, reference_attention
@@ -91,6 +93,24 @@ def _heads(tensor: Tensor, heads: Sequence[int]) -> Tensor:
     return tensor.index_select(1, torch.tensor(heads, device=tensor.device))
 
 
+class TritonBackend:
+    """The pack's own kernels: NVIDIA GPUs from Ampere on, AMD where Triton runs; differentiable, deterministic."""
+
+    name = "triton"
+
+    def can_run(self, call: Call) -> Reason | None:  # noqa: D102
+        return (
+            _wrong_input(call)
+            or _kinds_other_than(call, (ClearSpec,), "triton")
+            or clear_refusal(call.spec, call.shape)
+            or device_refusal(call.device, call.dtype, call.shape[3], call.needs_grad)
+        )
+
+    def run(self, query, key, value, call, *, scale, pool_weight, memory):  # noqa: ANN001, ANN201, D102
+        options = {"scale": scale, "pool_weight": pool_weight, "memory": memory}
+        return clear_with_triton(query, key, value, call.layout, call.spec, **options)
+
+
 class ReferenceBackend:
     """The float64 oracle, for checking a picture against it; small inputs only."""
 
@@ -107,10 +127,11 @@ class ReferenceBackend:
         return result.to(query.dtype)
 
 
+TRITON = TritonBackend()
 TORCH = TorchBackend()
 REFERENCE = ReferenceBackend()
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TORCH, REFERENCE)}
-AUTO_ORDER: tuple[Backend, ...] = (TORCH,)
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TRITON, TORCH, REFERENCE)}
+AUTO_ORDER: tuple[Backend, ...] = (TRITON, TORCH)
 
 
 def refused(spec: SiteSpec, num_heads: int) -> Reason | None:
@@ -131,6 +152,8 @@ def refused(spec: SiteSpec, num_heads: int) -> Reason | None:
 def choose_backend(call: Call, wanted: str = AUTO) -> tuple[Backend | None, tuple[Reason, ...]]:
     """Return the backend for a call, and the reasons of those that were passed over.
 
+    The first choice of Triton on a device takes some seconds: its kernels are compiled and tested.
+
     Args:
         call: the facts.
         wanted: `auto`, or the name of one backend.
@@ -141,12 +164,14 @@ def choose_backend(call: Call, wanted: str = AUTO) -> tuple[Backend | None, tupl
     if wanted != AUTO and wanted not in BACKENDS:
         raise ValueError(f"backend is one of {', '.join([AUTO, *BACKENDS])}, got {wanted!r}")
     candidates: Sequence[Backend] = AUTO_ORDER if wanted == AUTO else (BACKENDS[wanted],)
-    reasons = []
+    if wanted == AUTO and is_interpreted():
+        candidates = (TORCH,)  # Triton's interpreter is for tests, which name their backend
+    reasons: dict[Reason, None] = {}
     for backend in candidates:
         reason = backend.can_run(call)
         if reason is None:
             return backend, tuple(reasons)
-        reasons.append(reason)
+        reasons[reason] = None  # what is wrong with the input is told once
     return None, tuple(reasons)
 
 
@@ -172,7 +197,7 @@ def attention(
         spec: kind and parameters; `radius_per_head` makes one with a radius for each head.
         scale: factor on q . k; None takes the spec's own, usually 1 / sqrt(D).
         pool_weight: (d, d) weights of pooled tokens; None means 1 / d^2.
-        backend: `auto`, `torch` or `reference`.
+        backend: `auto`, `triton`, `torch` or `reference`.
         memory: keeps tables between calls.
 
     Returns:

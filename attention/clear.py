@@ -71,7 +71,7 @@ def clear_attention(
         scale = spec.scale(query.shape[-1], layout.num_tokens)
     pooled: list[tuple[int, int]] = []
     if spec.down_factor > 1:
-        key, value, pooled = _append_pooled(key, value, layout, spec.down_factor, pool_weight)
+        key, value, pooled = append_pooled(key, value, layout, spec.down_factor, pool_weight)
     plan = _Plan(layout, spec, tuple(pooled), scale, memory or LongLived())
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
         return _Recompute.apply(query, key, value, plan)  # type: ignore[no-any-return]
@@ -226,7 +226,7 @@ def _indices(ranges: tuple[tuple[int, int], ...], device: torch.device) -> Tenso
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
 
 
-def _append_pooled(
+def append_pooled(
     key: Tensor, value: Tensor, layout: TokenLayout, down_factor: int, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
     """Return keys and values followed by the pooled ones of each grid, and where those lie."""

@@ -1,15 +1,16 @@
 """What attention costs: exact pairs of query and key, FLOPs and bytes, without running anything.
 
-Counts are for the core of attention, without projections and rotary embedding. Kinds that no backend runs have no cost
-here.
+Counts are for the core of attention, without projections and rotary embedding.
 """
 
 import functools
 import math
 from dataclasses import dataclass
 
+from .chunked import chunks_of
+from .feature_maps import MAPS
 from .layout import Grid, TokenLayout
-from .specs import ClearSpec, DenseSpec, SiteSpec, groups_of
+from .specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, LinearSpec, SiteSpec, groups_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +18,8 @@ class Cost:
     """What one forward of one site costs, per item of the batch.
 
     Args:
-        pairs: (query, key) pairs that are allowed, summed over heads.
-        flops: floating point operations of the two matrix products, 4 * D per pair.
+        pairs: (query, key) pairs that meet in a softmax, summed over heads.
+        flops: floating point operations: 4 * D per pair, and what linear keys take (feature maps, state, its reading).
         moved_bytes: bytes of q, k, v and the output, each touched once: the least that has to move.
     """
 
@@ -87,6 +88,39 @@ def clear_pairs(spec: ClearSpec, layout: TokenLayout) -> int:
     return pairs
 
 
+def exact_pairs(spec: LinearSpec | HybridSpec | ChunkedSpec, layout: TokenLayout) -> int:
+    """Return the (query, key) pairs of one head that meet in a softmax; the others go through feature maps."""
+    pairs = layout.num_global * layout.num_tokens
+    anchors = _anchors(spec, layout)
+    for _, grid in layout.grids:
+        pairs += math.prod(grid) * (layout.num_global + anchors)
+        if isinstance(spec, ChunkedSpec):
+            cells = grid[1] * grid[2]
+            steps = chunks_of(grid[0], spec)
+            pairs += sum((step.stop - step.start) * (step.stop - step.first) for step in steps) * cells**2
+    return pairs
+
+
+def linear_flops(spec: LinearSpec | HybridSpec | ChunkedSpec, layout: TokenLayout, head_dim: int) -> int:
+    """Return the FLOPs of one head that feature maps take, and the state S, z: building it, and reading it.
+
+    Every query on a grid goes through phi_q and reads a state; every key on a grid that is linear for some query goes
+    through phi_k and into a state. Sums of states are not counted: they do not grow with the tokens.
+    """
+    kind = MAPS[spec.feature_map]
+    per_map = 2 * kind.num_products(head_dim, spec.feature_dim)
+    per_state = 2 * kind.features(head_dim, spec.feature_dim) * (head_dim + 1)
+    queries = sum(math.prod(grid) for _, grid in layout.grids)
+    return (2 * queries - _anchors(spec, layout)) * (per_map + per_state)
+
+
+def _anchors(spec: LinearSpec | HybridSpec | ChunkedSpec, layout: TokenLayout) -> int:
+    """Return the tokens on grids that are exact keys for every query."""
+    if not isinstance(spec, HybridSpec):
+        return 0
+    return sum(math.ceil(math.prod(grid) / spec.rate) for _, grid in layout.grids)
+
+
 def attention_cost(
     spec: SiteSpec, layout: TokenLayout, num_heads: int, head_dim: int, bytes_per_value: int = 2
 ) -> Cost:
@@ -99,15 +133,16 @@ def attention_cost(
         bytes_per_value: of q, k, v and output; 2 for fp16 and bf16.
 
     Raises:
-        ValueError: a kind that no backend runs, or a split that names another number of heads.
+        ValueError: a split that names another number of heads.
     """
-    pairs = 0
+    pairs, linear = 0, 0
     for group in groups_of(spec, num_heads):
         if isinstance(group.spec, DenseSpec):
             pairs += len(group.heads) * layout.num_tokens**2
         elif isinstance(group.spec, ClearSpec):
             pairs += len(group.heads) * clear_pairs(group.spec, layout)
         else:
-            raise ValueError(f"the cost of kind {group.spec.kind} is not known; dense and clear are")
+            pairs += len(group.heads) * exact_pairs(group.spec, layout)
+            linear += len(group.heads) * linear_flops(group.spec, layout, head_dim)
     moved = 4 * layout.num_tokens * num_heads * head_dim * bytes_per_value
-    return Cost(pairs, 4 * head_dim * pairs, moved)
+    return Cost(pairs, 4 * head_dim * pairs + linear, moved)

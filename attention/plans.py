@@ -51,6 +51,8 @@ def _names(match: re.Match[str], site: str) -> bool:
 
 def describe_sites(sites: Sequence[str]) -> str:
     """Return site ids in the short form of expressions, for example `double.0-18, single.0-37`."""
+    groups = list(dict.fromkeys(site.rpartition(".")[0] for site in sites))
+    sites = sorted(sites, key=lambda site: groups.index(site.rpartition(".")[0]))  # of Wan, two groups alternate
     parts, start = [], 0
     for stop in range(1, len(sites) + 1):
         group, _, first = sites[start].rpartition(".")

@@ -6,6 +6,7 @@ Counting only; the decisions are made in `attention/runtime.py`.
 import logging
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .layout import Reason, TokenLayout
@@ -30,6 +31,7 @@ class RunRecord:
         ran: calls per site, kind and backend.
         declined: calls per site and reason that ran on the host's attention although the plan said otherwise.
         skipped: calls per site and reason that the user's own settings left to the host.
+        passed_over: why a backend that `auto` would have preferred was not taken.
         first: what another node put in front of this one's override; it takes the calls it wants.
         sampled: whether a sampling run began with this record.
         non_finite: sites whose output held an infinity or a NaN.
@@ -39,6 +41,7 @@ class RunRecord:
     ran: Counter[Ran] = field(default_factory=Counter)
     declined: Counter[tuple[str, Reason]] = field(default_factory=Counter)
     skipped: Counter[tuple[str, Reason]] = field(default_factory=Counter)
+    passed_over: set[Reason] = field(default_factory=set)
     first: str = ""
     sampled: bool = False
     non_finite: tuple[str, ...] = ()
@@ -68,6 +71,14 @@ class RunRecord:
             self.dense_pairs += dense_pairs
             if reason is not None:
                 (self.skipped if chosen else self.declined)[site, reason] += 1
+
+    def note_passed_over(self, reasons: Iterable[Reason]) -> None:
+        """Note why `auto` passed over backends; each is logged once."""
+        with self._lock:
+            for reason in reasons:
+                if reason not in self.passed_over:
+                    self.passed_over.add(reason)
+                    once.info(f"Linearize: {reason.text}")
 
     @property
     def sites_by_kind(self) -> dict[tuple[str, str], int]:
@@ -101,6 +112,8 @@ class RunRecord:
             for (_, reason), calls in counts.items():
                 reasons[reason.text] += calls
             lines += [f"{label}, {_calls(calls)}: {text}" for text, calls in reasons.most_common()]
+        # that there is no GPU is no news to who has none
+        lines += sorted(reason.text for reason in self.passed_over if reason.code != "device")
         if self.first:
             lines.append(f"{self.first} runs before this node and takes the calls it wants")
         if self.non_finite:
@@ -120,9 +133,16 @@ class Once:
 
     def warning(self, text: str) -> None:
         """Log `text` unless it was logged before."""
+        self._log(logging.WARNING, text)
+
+    def info(self, text: str) -> None:
+        """Log `text` for those who look for it, unless it was logged before."""
+        self._log(logging.INFO, text)
+
+    def _log(self, level: int, text: str) -> None:
         if text not in self._seen:
             self._seen.add(text)
-            log.warning(text)
+            log.log(level, text)
 
 
 once = Once()

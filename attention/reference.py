@@ -7,8 +7,9 @@ shares no code with the implementations it judges.
 import torch
 from torch import Tensor
 
+from .feature_maps import FeatureMap
 from .layout import Grid, TokenLayout
-from .specs import ClearSpec, DenseSpec, SiteSpec, groups_of
+from .specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, LinearSpec, SiteSpec, groups_of
 
 MAX_TOKENS = 4608  # a mask and scores of this size take about 350 MB per head
 
@@ -22,8 +23,9 @@ def reference_attention(
     *,
     scale: float | None = None,
     pool_weight: Tensor | None = None,
+    maps: tuple[FeatureMap, FeatureMap] | None = None,
 ) -> Tensor:
-    """Return softmax attention under the mask of `spec`, computed in float64.
+    """Return the attention that `spec` describes, computed in float64 over explicit masks.
 
     Shapes:
         query, key, value: (B, H, N, D) with N = layout.num_tokens. Output: (B, H, N, D), float64.
@@ -31,9 +33,7 @@ def reference_attention(
     Args:
         scale: factor on q . k; None takes the spec's own.
         pool_weight: (d, d) weights of pooled tokens; None means 1 / d^2.
-
-    Raises:
-        ValueError: a kind without an oracle.
+        maps: phi_q and phi_k of the site, for kinds that have them.
     """
     query, key, value = (tensor.double() for tensor in (query, key, value))
     output = torch.empty_like(query)
@@ -46,7 +46,8 @@ def reference_attention(
         elif isinstance(group.spec, ClearSpec):
             output[:, heads] = _clear(*parts, layout, group.spec, scale, pool_weight)
         else:
-            raise ValueError(f"kind {group.spec.kind} has no reference yet; dense and clear have")
+            assert maps is not None and len(heads) == query.shape[1], "feature maps are those of all heads of a site"
+            output = _exact_and_linear(*parts, layout, group.spec, maps, scale)
     return output
 
 
@@ -90,6 +91,52 @@ def _clear(
         key, value, mask = torch.cat(keys, 2), torch.cat(values, 2), torch.cat(masks, 1)
     scale = spec.scale(query.shape[-1], layout.num_tokens) if scale is None else scale
     return _masked_softmax(query, key, value, mask, scale)
+
+
+def exact_and_linear_masks(layout: TokenLayout, spec: LinearSpec | HybridSpec | ChunkedSpec) -> tuple[Tensor, Tensor]:
+    """Return two (N, N) boolean masks: which keys a query sees exactly, and which through the feature maps."""
+    exact = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+    linear = torch.zeros_like(exact)
+    for start, grid in layout.grids:
+        tokens = torch.arange(start, start + grid[0] * grid[1] * grid[2])
+        linear[:, tokens] = True
+        if isinstance(spec, HybridSpec):
+            exact[:, tokens[:: spec.rate]] = True
+    for start, grid in layout.grids:
+        if isinstance(spec, ChunkedSpec):
+            frame, _, _ = _coordinates(grid)
+            stop = start + len(frame)
+            first_of_chunk = frame // spec.chunk_frames * spec.chunk_frames
+            seen = frame[None, :] >= (first_of_chunk - spec.overlap_frames)[:, None]
+            inside = seen & (frame[None, :] < (first_of_chunk + spec.chunk_frames)[:, None])
+            exact[start:stop, start:stop] = inside
+            if spec.causal:
+                linear[start:stop, start:stop] = ~seen
+    for start, stop in layout.global_ranges:
+        exact[start:stop, :] = True
+        exact[:, start:stop] = True
+    return exact, linear & ~exact
+
+
+def _exact_and_linear(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    spec: LinearSpec | HybridSpec | ChunkedSpec,
+    maps: tuple[FeatureMap, FeatureMap],
+    scale: float | None,
+) -> Tensor:
+    exact, linear = (mask.to(query.device) for mask in exact_and_linear_masks(layout, spec))
+    scores = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.masked_fill(~exact, float("-inf"))
+    shift = scores.amax(-1, keepdim=True)
+    if isinstance(spec, HybridSpec) and spec.stabilizer == "lse":
+        shift = scores.logsumexp(-1, keepdim=True)
+    shift = torch.where(shift.isinf(), torch.zeros_like(shift), shift)  # a query without exact keys
+    weights = (scores - shift).exp() + (maps[0](query) @ maps[1](key).transpose(-1, -2)) * linear
+    # the dense rows of global queries have no linear keys, so the shift cancels there
+    return (weights / weights.sum(-1, keepdim=True)) @ value
 
 
 def pooling_matrix(grid: Grid, down_factor: int, weight: Tensor | None = None) -> Tensor:

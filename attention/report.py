@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from .cost import Cost, attention_cost
-from .hosts import Site
+from .hosts import Host, Site
 from .layout import TokenLayout
 from .plans import describe_sites, group_sites
 from .specs import DenseSpec, HeadSplit, SiteSpec
@@ -20,12 +21,12 @@ class SiteCost:
     planned: Cost
 
 
-def site_costs(sites: Sequence[Site], specs: Mapping[str, SiteSpec], layout: TokenLayout) -> tuple[SiteCost, ...]:
-    """Return the cost of every site; sites that `specs` does not name are dense."""
+def site_costs(host: Host, module: Any, specs: Mapping[str, SiteSpec], layout: TokenLayout) -> tuple[SiteCost, ...]:
+    """Return the cost of every site of a model; sites that `specs` does not name are dense."""
     rows = []
-    for site in sites:
-        spec = specs.get(site.id, DenseSpec())
-        dense, planned = (attention_cost(each, layout, site.num_heads, site.head_dim) for each in (DenseSpec(), spec))
+    for site in host.sites(module):
+        spec, own = specs.get(site.id, DenseSpec()), host.site_layout(site.id, layout)
+        dense, planned = (attention_cost(each, own, site.num_heads, site.head_dim) for each in (DenseSpec(), spec))
         rows.append(SiteCost(site, spec, dense, planned))
     return tuple(rows)
 

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from .backends import AUTO, Call, choose_backend
 from .cost import attention_cost
+from .decisions import CallFacts, SiteSettings, decide, left_to_host, why_failed
 from .hosts import Host, ModelCall
 from .layout import Reason, TokenLayout
 from .memory import LongLived
 from .record import Ran, RunRecord, once
-from .specs import DenseSpec, SiteSpec
+from .site_hooks import current_site, forget_sites
+from .specs import DenseSpec
 from .student import StudentParameters
 
 RUNTIME_KEY = "linearize_runtime"
@@ -48,28 +50,6 @@ def expect_declines(*codes: str) -> Iterator[None]:
         _expected.reset(token)
 
 
-@dataclass(frozen=True, slots=True)
-class SiteSettings:
-    """What a node asked for at a site.
-
-    Args:
-        spec: kind and parameters.
-        backend: `auto` or a name.
-        sigma_range: (highest, lowest) noise level at which the spec runs, in the host's own units; None is always.
-        min_tokens: calls with fewer tokens stay dense.
-        trained: the site's weights were distilled for the spec, so it ignores `sigma_range` and `min_tokens`, and a
-            fall-back to dense is named as such.
-        origin: the file those weights are from, for the record.
-    """
-
-    spec: SiteSpec
-    backend: str = AUTO
-    sigma_range: tuple[float, float] | None = None
-    min_tokens: int = 0
-    trained: bool = False
-    origin: str = ""
-
-
 @dataclass(slots=True)
 class Runtime:
     """Plan, settings and state of one patched model. Clones of the model get their own through `copy`.
@@ -81,6 +61,8 @@ class Runtime:
         parameters: what was learned for the sites; shared between clones, never written.
         record: counts of the run in progress, or of the last one.
         status: told the summary when a run ends.
+
+    A site whose output was infinite or NaN in one run uses backend torch from then on, where the choice is `auto`.
     """
 
     host: Host
@@ -90,10 +72,12 @@ class Runtime:
     status: Callable[[str], None] | None = None
     record: RunRecord = field(default_factory=RunRecord)
     _finite: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
+    _distrusted: frozenset[str] = frozenset()
 
     def copy(self) -> "Runtime":
         """Return a runtime with the same settings and no shared state."""
-        return replace(self, memory=LongLived(self.memory.pause, self.memory.max_bytes), record=RunRecord(), _finite={})
+        memory = LongLived(self.memory.pause, self.memory.max_bytes)
+        return replace(self, memory=memory, record=RunRecord(), _finite={}, _distrusted=frozenset())
 
     def __deepcopy__(self, _: dict[int, Any]) -> "Runtime":
         return self.copy()
@@ -117,7 +101,8 @@ class Runtime:
         return replace(self.copy(), sites=sites, parameters=StudentParameters(pools), status=status)
 
     def start_run(self) -> None:
-        """Forget the last run."""
+        """Forget the last run, but for the sites that gave infinities or NaN."""
+        self._distrusted |= set(self.record.non_finite)
         self.record = RunRecord(sampled=True)
         self._finite.clear()
 
@@ -140,6 +125,7 @@ class Runtime:
         Raises:
             ValueError: a node asked for one backend, by name, that cannot run this forward.
         """
+        forget_sites()
         layout, sigma = self.host.layout(call), None
         if any(settings.sigma_range for settings in self.sites.values()) and options.get("sigmas") is not None:
             sigma = float(options["sigmas"].max())
@@ -149,18 +135,27 @@ class Runtime:
 
     def _refuse_wishes(self, call: ModelCall, layout: TokenLayout, sigma: float | None) -> None:
         """Stop before a forward computes anything where a wished backend cannot run, rather than ignore the wish."""
-        facts = CallFacts(layout, sigma)
-        wishes = {each for each in self.sites.values() if each.backend != AUTO}
+        facts, latent = CallFacts(layout, sigma), call.argument(0, "x")
+        latent = latent[0] if isinstance(latent, list) else latent  # of a video and its sound
+        # on a GPU `auto` is asked too: a backend tests itself now, not while the host records a block's allocations
+        on_gpu = isinstance(latent, Tensor) and latent.is_cuda
+        wishes = {each for each in self.sites.values() if on_gpu or each.backend != AUTO}
         if not wishes:
             return
-        latent, sizes = call.argument(0, "x"), self.host.sites(call.module)[0]
+        sizes = self.host.sites(call.module)[0]
         for wish in wishes:
             if left_to_host(wish, facts, layout.num_tokens) is not None:
                 continue
             shape = (latent.shape[0], sizes.num_heads, layout.num_tokens, sizes.head_dim)
             backend, reasons = choose_backend(Call(wish.spec, layout, shape, latent.dtype, latent.device), wish.backend)
-            if backend is None and not isinstance(wish.spec, DenseSpec):
+            if backend is None and wish.backend != AUTO and not isinstance(wish.spec, DenseSpec):
                 raise ValueError(f"backend {wish.backend} cannot run here: {reasons[0].text}; choose backend {AUTO}")
+
+    def trusted(self, site: str, settings: SiteSettings) -> SiteSettings:
+        """Return the settings, with backend torch where `auto` gave infinities or NaN at this site before."""
+        if site not in self._distrusted or settings.backend != AUTO:
+            return settings
+        return replace(settings, backend="torch")
 
     def note_output(self, site: str, output: Tensor) -> None:
         """Accumulate on the device whether outputs were finite; read once, when the run ends."""
@@ -168,14 +163,6 @@ class Runtime:
         with self.memory.pause():
             finite = torch.isfinite(output.detach()).all()
             self._finite[key] = finite & self._finite[key] if key in self._finite else finite
-
-
-@dataclass(frozen=True, slots=True)
-class CallFacts:
-    """What is known of one forward: its layout (or why there is none) and its noise level, if a setting needs it."""
-
-    layout: TokenLayout | Reason
-    sigma: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,15 +202,18 @@ class AttentionOverride:
 
         options = kwargs.get("transformer_options") or {}
         runtime, facts = options.get(RUNTIME_KEY), options.get(CALL_KEY)
-        if runtime is None or facts is None or k.shape[-2 if skip_reshape else 1] != q.shape[-2 if skip_reshape else 1]:
+        num_keys, num_queries = (tensor.shape[2 if skip_reshape else 1] for tensor in (k, q))
+        # a hooked module never issues cross-attention: with fewer queries it splits its own
+        if runtime is None or facts is None or (num_keys != num_queries and current_site() is None):
             return host_attention()
-        site = runtime.host.site_of(options)
+        site = facts.site_of(runtime.host, options, num_queries)
         if site not in runtime.sites:
             return host_attention()
 
         settings: SiteSettings = runtime.sites[site]
+        facts = facts.at(runtime.host, site)
         shape = _bhnd_shape(q, heads, skip_reshape)
-        dense_pairs = shape[1] * shape[2] ** 2
+        dense_pairs = shape[1] * shape[2] * num_keys
         if isinstance(settings.spec, DenseSpec):
             runtime.record.count_host(site, "dense", dense_pairs, None, chosen=True)
             return host_attention()
@@ -231,24 +221,11 @@ class AttentionOverride:
         if choice is not None:
             runtime.record.count_host(site, settings.spec.kind, dense_pairs, choice, chosen=True)
             return host_attention()
-        decision = decide(settings, facts, shape, q, mask, kwargs)
-        if isinstance(decision, Reason):
-            decline(runtime, site, settings, dense_pairs, decision)
+        result = run_planned(runtime, site, settings, facts, shape, (q, k, v), mask, skip_reshape, kwargs)
+        if isinstance(result, Reason):
+            decline(runtime, site, settings, dense_pairs, result)
             return host_attention()
-
-        backend, call = decision
-        output, failure = q, None
-        try:
-            query, key, value = (_to_bhnd(t, heads, skip_reshape) for t in (q, k, v))
-            pool_weight = runtime.parameters.pool_weight(site, query.device)
-            output = backend.run(
-                query, key, value, call, scale=kwargs.get("scale"), pool_weight=pool_weight, memory=runtime.memory
-            )
-        except Exception as error:  # whatever a device or driver throws must not cost the user a picture
-            failure = why_failed(backend.name, error)
-        if failure is not None:  # outside the handler, whose traceback would keep the failed attempt's tensors alive
-            decline(runtime, site, settings, dense_pairs, failure)
-            return host_attention()
+        output, backend, call = result
         cost = attention_cost(settings.spec, call.layout, shape[1], shape[3])
         runtime.record.count_run(Ran(site, settings.spec.kind, backend.name), call.layout, cost.pairs, dense_pairs)
         runtime.note_output(site, output)
@@ -257,42 +234,40 @@ class AttentionOverride:
         return output.transpose(1, 2).reshape(shape[0], shape[2], shape[1] * shape[3])
 
 
-def left_to_host(settings: SiteSettings, facts: CallFacts, num_tokens: int) -> Reason | None:
-    """Return the user's own setting that keeps this call dense, if one does."""
-    if settings.trained:
-        return None
-    if settings.sigma_range is not None and facts.sigma is not None:
-        highest, lowest = settings.sigma_range
-        if not lowest <= facts.sigma <= highest:
-            return Reason("sigma", "outside start_percent to end_percent")
-    if num_tokens < settings.min_tokens:
-        return Reason("min_tokens", f"{num_tokens} tokens, below min_tokens = {settings.min_tokens}")
-    return None
-
-
-def decide(
+def run_planned(
+    runtime: Runtime,
+    site: str,
     settings: SiteSettings,
     facts: CallFacts,
     shape: tuple[int, int, int, int],
-    query: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
+    skip_reshape: bool,
     kwargs: Mapping[str, Any],
-) -> tuple[Any, Call] | Reason:
-    """Return the backend and its call, or why the call has to stay dense. Cheap questions come first."""
-    if isinstance(facts.layout, Reason):
-        return facts.layout
-    mismatch = facts.layout.mismatch(shape[2])
-    if mismatch is not None:
-        return mismatch
-    if mask is not None:
-        return Reason("mask", "an attention mask is given, which windows cannot honour")
-    if kwargs.get("enable_gqa"):
-        return Reason("gqa", "keys and values have fewer heads than queries")
-    call = Call(settings.spec, facts.layout, shape, query.dtype, query.device, query.requires_grad)
-    backend, reasons = choose_backend(call, settings.backend)
-    if backend is None:
-        return reasons[0] if len(reasons) == 1 else Reason("backend", "; ".join(map(str, reasons)))
-    return backend, call
+) -> tuple[Tensor, Any, Call] | Reason:
+    """Return the output, its backend and call, or why the call has to stay dense.
+
+    Where `auto` chose a backend that then fails, torch is tried too: it computes the same.
+    """
+    wish, failure = runtime.trusted(site, settings), None
+    while True:
+        decision = decide(wish, facts, shape, inputs, mask, skip_reshape)
+        if isinstance(decision, Reason):
+            return failure or decision
+        backend, call, passed_over = decision
+        runtime.record.note_passed_over(passed_over)
+        failure = None
+        try:
+            query, key, value = (_to_bhnd(tensor, shape[1], shape[3], skip_reshape) for tensor in inputs)
+            options = {"scale": kwargs.get("scale"), "pool_weight": runtime.parameters.pool_weight(site, query.device)}
+            return backend.run(query, key, value, call, **options, memory=runtime.memory), backend, call
+        except Exception as error:  # whatever a device or driver throws must not cost the user a picture
+            failure = why_failed(backend.name, error)
+        # outside the handler, whose traceback keeps the failed attempt's tensors alive
+        if wish.backend != AUTO or backend.name == "torch":
+            return failure
+        runtime.record.note_passed_over((failure,))
+        wish = replace(wish, backend="torch")
 
 
 def decline(runtime: Runtime, site: str, settings: SiteSettings, dense_pairs: int, reason: Reason) -> None:
@@ -303,14 +278,6 @@ def decline(runtime: Runtime, site: str, settings: SiteSettings, dense_pairs: in
         reason = Reason(reason.code, f"trained weights on dense attention: {reason.text}")
     runtime.record.count_host(site, settings.spec.kind, dense_pairs, reason, chosen=False)
     once.warning(f"Linearize: dense attention where the plan says {settings.spec.kind}: {reason.text}")
-
-
-def why_failed(backend: str, error: Exception) -> Reason:
-    """Return one sentence for a failure, without the numbers that would make each one look new."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return Reason("failed", f"backend {backend} ran out of memory")
-    first = next(iter(str(error).splitlines()), "")
-    return Reason("failed", f"backend {backend} failed: {type(error).__name__}: {first}"[:200])
 
 
 def find_options(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | str, dict[str, Any]] | None:
@@ -338,7 +305,9 @@ def model_call_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     current = options.get(OVERRIDE_KEY)
     if current is not None and not getattr(current, "linearize_override", False):
         options[RUNTIME_KEY].record.first = describe_override(current)
-    noted = options[RUNTIME_KEY].begin_call(ModelCall(executor.class_obj, args, kwargs), options)
+    # apply_model belongs to the model around the diffusion model
+    module = getattr(executor.class_obj, "diffusion_model", executor.class_obj)
+    noted = options[RUNTIME_KEY].begin_call(ModelCall(module, args, kwargs), options)
     if isinstance(place, int):
         args = (*args[:place], noted, *args[place + 1 :])
     else:
@@ -353,7 +322,9 @@ def _bhnd_shape(query: Tensor, heads: int, skip_reshape: bool) -> tuple[int, int
     return query.shape[0], heads, query.shape[1], query.shape[2:].numel() // heads
 
 
-def _to_bhnd(tensor: Tensor, heads: int, skip_reshape: bool) -> Tensor:
-    if skip_reshape:
+def _to_bhnd(tensor: Tensor, heads: int, head_dim: int, skip_reshape: bool) -> Tensor:
+    if not skip_reshape:
+        tensor = tensor.reshape(tensor.shape[0], tensor.shape[1], -1, head_dim).transpose(1, 2)
+    if tensor.shape[1] == heads:
         return tensor
-    return tensor.reshape(tensor.shape[0], tensor.shape[1], heads, -1).transpose(1, 2)
+    return tensor.repeat_interleave(heads // tensor.shape[1], dim=1)  # grouped: several heads share keys and values

@@ -1,13 +1,12 @@
-"""What is measured: cases as data, and the functions that run them."""
+"""What is measured: cases as data. `contenders.py` has the functions that are timed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from linearize.attention import ClearSpec, Segment, TokenLayout, clear_attention, grid_segment
+from linearize.attention import ClearSpec, Segment, TokenLayout, grid_segment
 from linearize.attention.hosts.flux import FluxHost
 from linearize.attention.memory import LongLived
 from linearize.attention.runtime import (
@@ -28,23 +27,35 @@ class Shape:
     """One attention call of a FLUX-like picture.
 
     Args:
-        pixels: side of the picture; one token is 16 pixels.
+        width: of the picture in pixels; one token is 16 pixels.
         text: number of text tokens.
         heads, head_dim, batch: H, D and B.
         dtype: name of a torch dtype.
+        height: of the picture in pixels; 0 is a square.
     """
 
-    pixels: int
+    width: int
     text: int = 512
     heads: int = 1
     head_dim: int = 128
     batch: int = 1
     dtype: str = "float32"
+    height: int = 0
+
+    @property
+    def pixels(self) -> str:
+        """The size as stored rows name it: "1024", or "1216x832"."""
+        return f"{self.width}x{self.height}" if self.height else str(self.width)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return (self.height or self.width) // TOKEN_PIXELS, self.width // TOKEN_PIXELS
 
     @property
     def layout(self) -> TokenLayout:
-        side = self.pixels // TOKEN_PIXELS
-        return TokenLayout.of((Segment("text", self.text), grid_segment("main", 1, side, side)))
+        """The tokens: text, then the picture."""
+        return TokenLayout.of((Segment("text", self.text), grid_segment("main", 1, *self.grid)))
 
     def inputs(self, device: str, requires_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Return random query, key and value, (B, H, N, D); zeros would run faster than real data."""
@@ -58,26 +69,47 @@ class Shape:
         return query, key, value
 
 
-# suite: shapes and radii that are timed against dense attention in one run
-SUITES: dict[str, tuple[tuple[Shape, ...], tuple[int, ...]]] = {
-    "clear-cpu": ((Shape(1024), Shape(2048)), (8, 16, 32)),
-    "clear-gpu": (
-        tuple(Shape(pixels, heads=24, dtype="bfloat16") for pixels in (1024, 2048, 4096)),
-        (8, 16, 32),
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """What is timed in turns in one process.
+
+    Args:
+        shapes: the calls.
+        specs: what each windowed contender runs.
+        dense, windowed: names in `contenders.py`.
+        backward: time forward and backward together.
+    """
+
+    shapes: tuple[Shape, ...]
+    specs: tuple[ClearSpec, ...]
+    dense: tuple[str, ...]
+    windowed: tuple[str, ...]
+    backward: bool = False
+
+
+def _flux(width: int, text: int = 512, batch: int = 1, height: int = 0) -> Shape:
+    return Shape(width, text, 24, 128, batch, "bfloat16", height)
+
+
+RADII = (ClearSpec(8), ClearSpec(16), ClearSpec(32))
+POOLED = (ClearSpec(8, down_factor=4), ClearSpec(16, down_factor=4))
+DENSE = ("dense cudnn", "dense flash", "sage")
+WINDOWED = ("triton", "clear", "flex raster", "flex tiles", "natten")
+SUITES: dict[str, Suite] = {
+    "clear-cpu": Suite((Shape(1024), Shape(2048)), RADII, ("dense",), ("clear",)),
+    "clear-gpu": Suite(
+        (_flux(1024), _flux(1024, 256), _flux(1216, height=832), _flux(2048), _flux(2048, 256), _flux(4096)),
+        RADII, DENSE, WINDOWED,
     ),
-}
-
-
-def contenders(shape: Shape, radii: tuple[int, ...], device: str) -> dict[str, Callable[[], Tensor]]:
-    """Return name: function for dense attention and CLEAR at each radius, on the same inputs."""
-    query, key, value = shape.inputs(device)
-    layout, memory = shape.layout, LongLived()
-
-    def clear(radius: int) -> Callable[[], Tensor]:
-        return lambda: clear_attention(query, key, value, layout, ClearSpec(radius), memory=memory)
-
-    dense: dict[str, Callable[[], Tensor]] = {"dense": lambda: F.scaled_dot_product_attention(query, key, value)}
-    return dense | {f"clear r={radius}": clear(radius) for radius in radii}
+    "clear-gpu-8k": Suite((_flux(8192),), RADII, ("dense cudnn",), ("triton", "flex raster")),
+    "clear-gpu-pooled": Suite((_flux(1024), _flux(2048), _flux(4096)), POOLED, ("dense cudnn",), ("triton", "clear")),
+    "clear-gpu-training": Suite(
+        (_flux(1024, batch=2), _flux(2048, batch=2)), RADII, ("dense cudnn", "dense flash"), ("triton", "clear"), True
+    ),
+    "clear-gpu-ablation": Suite(
+        (_flux(1024), _flux(4096)), RADII, ("dense cudnn",), ("triton", "no masks", "no gather")
+    ),
+}  # fmt: skip
 
 
 def declined_calls() -> dict[str, Callable[[], object]]:
@@ -93,6 +125,7 @@ def declined_calls() -> dict[str, Callable[[], object]]:
         return result
 
     mask = torch.zeros(16, 16)
+    mask[0, 1] = float("-inf")  # a mask that hides nothing would not be declined
     options = {"block_type": "double", "block_index": 0, RUNTIME_KEY: runtime, CALL_KEY: CallFacts(layout, None)}
     other = {**options, "block_type": "refiner"}
     willing = Runtime(FluxHost(), {"double.0": SiteSettings(ClearSpec(2))}, LongLived())

@@ -14,21 +14,36 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parents[1]]
-from registry import SUITES, Shape, contenders, declined_calls  # noqa: E402
+from contenders import DENSE, WINDOWED, Made, make_case  # noqa: E402
+from registry import SUITES, Shape, Suite, declined_calls  # noqa: E402
 
-from linearize.attention import ClearSpec, clear_attention, reference_attention  # noqa: E402
+from linearize.attention import ClearSpec, attention_cost, clear_attention, reference_attention  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.csv"
 COLUMNS = (
     "date", "commit", "machine", "torch", "suite", "pixels", "text", "heads", "head_dim", "dtype", "contender",
-    "median_ms", "p20_ms", "p80_ms", "times_dense", "peak_mib",
+    "median_ms", "p20_ms", "p80_ms", "times_dense", "peak_mib", "useful_tflops", "of_roofline", "batch", "pass",
 )  # fmt: skip
+
+
+PRINTED = (
+    "suite",
+    "pixels",
+    "text",
+    "contender",
+    "median_ms",
+    "times_dense",
+    "useful_tflops",
+    "of_roofline",
+    "peak_mib",
+)
 
 
 def main() -> int:
@@ -65,24 +80,64 @@ def check(device: str) -> None:
         raise SystemExit("clear_attention differs from the reference on this machine; nothing was timed")
 
 
-def suite_rows(suite: str, rounds: int, device: str) -> list[dict[str, object]]:
+def suite_rows(name: str, rounds: int, device: str) -> list[dict[str, object]]:
     """Return one row per shape and contender."""
-    shapes, radii = SUITES[suite]
-    rows = []
-    for number, shape in enumerate(shapes):
-        times = interleaved(contenders(shape, radii, device), rounds, device)
-        dense = statistics.median(times["dense"])
-        for name, samples in times.items():
-            row = {**about(suite), **facts(shape), **summary(name, samples)}
-            row["times_dense"] = f"{dense / statistics.median(samples):.3f}"
-            row["peak_mib"] = peak_in_own_process(suite, number, name)
+    suite, rows = SUITES[name], []
+    ceiling = matmul_tflops() if device == "cuda" else None
+    for number, shape in enumerate(suite.shapes):
+        runnable, useful = contenders(suite, shape, device)
+        times = interleaved(runnable, rounds, device)
+        dense = min(statistics.median(times[each]) for each in times if each in DENSE)
+        for contender, samples in times.items():
+            median = statistics.median(samples)
+            row = {**about(name), **facts(shape), **summary(contender, samples)}
+            row |= {"times_dense": f"{dense / median:.3f}", "pass": "both" if suite.backward else "forward"}
+            row["peak_mib"] = peak_in_own_process(name, number, contender)
+            row |= {"useful_tflops": "", "of_roofline": ""}
+            if ceiling:
+                rate = useful[contender] / median / 1e9
+                row |= {"useful_tflops": f"{rate:.1f}", "of_roofline": f"{rate / ceiling:.3f}"}
             rows.append(row)
-            print(
-                " ".join(
-                    f"{row[key]}" for key in ("suite", "pixels", "contender", "median_ms", "times_dense", "peak_mib")
-                )
-            )
+            print(" ".join(str(row.get(key, "")) for key in PRINTED), flush=True)
     return rows
+
+
+def contenders(suite: Suite, shape: Shape, device: str) -> tuple[dict[str, Callable], dict[str, float]]:
+    """Return name: function for what runs here, and name: FLOPs that its result needs; say what does not run."""
+    case = make_case(shape, device, suite.backward)
+    made: dict[str, Made] = {each: DENSE[each](case) for each in suite.dense}
+    pairs = {each: float(shape.heads * shape.layout.num_tokens**2) for each in suite.dense}
+    for spec in suite.specs:
+        cost = attention_cost(spec, shape.layout, shape.heads, shape.head_dim)
+        for each in suite.windowed:
+            name = f"{each} r={spec.radius}" + (f" d={spec.down_factor}" if spec.down_factor > 1 else "")
+            made[name], pairs[name] = WINDOWED[each](case, spec), float(cost.pairs)
+    runnable = {}
+    for name, function in made.items():
+        reason = function if isinstance(function, str) else why_not(function)
+        if reason:
+            print(f"{shape.pixels} {name}: not run: {reason}", flush=True)
+        else:
+            runnable[name] = function
+    # forward has two products of 2 D FLOPs a pair; backward five, counted without the forward it repeats
+    per_pair = 4 * shape.head_dim * shape.batch * (3.5 if suite.backward else 1)
+    return runnable, {name: pairs[name] * per_pair for name in runnable}
+
+
+def why_not(function: Callable[[], object]) -> str:
+    """Run a contender once, which compiles it; return why it cannot run, or nothing."""
+    try:
+        function()
+    except Exception as error:  # another library may throw anything; the others are still timed
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
+    return ""
+
+
+def matmul_tflops() -> float:
+    """Return the rate of an 8192^3 bf16 product of random matrices now: the ceiling that rows are compared with."""
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    samples = interleaved({"matmul": lambda: left @ right}, 10, "cuda")["matmul"]
+    return 2 * 8192**3 / statistics.median(samples) / 1e9
 
 
 def declined_rows(rounds: int) -> list[dict[str, object]]:
@@ -107,22 +162,31 @@ def _repeat(function: Callable[[], object], repeats: int) -> Callable[[], None]:
 
 
 def interleaved(functions: dict, rounds: int, device: str) -> dict[str, list[float]]:
-    """Return milliseconds per contender, taken in turns after one warm-up each."""
+    """Return milliseconds per contender, taken in turns after one warm-up each; on a GPU with a cold L2 cache."""
     times: dict[str, list[float]] = {name: [] for name in functions}
+    cache = torch.empty(2**28, dtype=torch.uint8, device=device) if device == "cuda" else None
     for turn in range(rounds + 1):
         for name, function in functions.items():
-            _wait(device)
-            start = time.perf_counter()
-            function()
-            _wait(device)
+            taken = _milliseconds(function) if cache is None else _milliseconds_on_gpu(function, cache)
             if turn:
-                times[name].append((time.perf_counter() - start) * 1000)
+                times[name].append(taken)
     return times
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _milliseconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1000
+
+
+def _milliseconds_on_gpu(function: Callable[[], object], cache: torch.Tensor) -> float:
+    cache.zero_()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def peak_in_own_process(suite: str, number: int, name: str) -> str:
@@ -131,13 +195,15 @@ def peak_in_own_process(suite: str, number: int, name: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def peak_mib(suite: str, number: str, name: str, device: str) -> str:
+def peak_mib(suite_name: str, number: str, name: str, device: str) -> str:
     """Return MiB that one call needs beyond its inputs, output included; empty where the platform cannot tell."""
-    shapes, radii = SUITES[suite]
-    small = {**contenders(Shape(256), radii, device)}
-    small[name]()  # libraries allocate their work space on first use
-    function = contenders(shapes[int(number)], radii, device)[name]
+    suite = SUITES[suite_name]
+    small = contenders(suite, Shape(256, dtype=suite.shapes[0].dtype), device)[0]
+    if name in small:
+        small[name]()  # libraries allocate their work space on first use
+    function = contenders(only(suite, name), suite.shapes[int(number)], device)[0][name]
     if device == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
@@ -148,6 +214,14 @@ def peak_mib(suite: str, number: str, name: str, device: str) -> str:
     before = _peak_rss()
     function()
     return f"{(_peak_rss() - before) / 2**20:.0f}"
+
+
+def only(suite: Suite, name: str) -> Suite:
+    """Return the suite with no contender but one."""
+    kind = name.split(" r=")[0]
+    specs = tuple(spec for spec in suite.specs if name.split(" d=")[0].endswith(f" r={spec.radius}"))
+    dense, windowed = (tuple(each for each in names if each == kind) for names in (suite.dense, suite.windowed))
+    return replace(suite, specs=specs, dense=dense, windowed=windowed)
 
 
 def _reset_peak() -> bool:
@@ -188,7 +262,7 @@ def machine() -> str:
 
 def facts(shape: Shape) -> dict[str, object]:
     """Return the columns of a shape."""
-    return {name: getattr(shape, name) for name in ("pixels", "text", "heads", "head_dim", "dtype")}
+    return {name: getattr(shape, name) for name in ("pixels", "text", "heads", "head_dim", "dtype", "batch")}
 
 
 def summary(name: str, samples: list[float], digits: int = 2) -> dict[str, object]:

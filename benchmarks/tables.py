@@ -1,15 +1,19 @@
 """Write README's tables from stored results: `python benchmarks/tables.py`.
 
-A table is the newest run of each case in results.csv; the demo's is `docs/demo.json`, which `--demo` takes over from
-the last `run.py demo`. No number enters README by hand.
+A table is the newest run of each case in results.csv; the demo's is `docs/demo.json`, which `--demo` takes over, with
+its pictures, from the last `run.py demo` and `run.py test --only browser`. No number enters README by hand.
 """
 
 import csv
+import importlib
 import json
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 # `python benchmarks/tables.py` needs no checkout on the path, and its nodes/ would hide ComfyUI's nodes.py
@@ -17,9 +21,13 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 
 from linearize.attention import ClearSpec, Segment, TokenLayout, grid_segment  # noqa: E402
 from linearize.attention.cost import clear_pairs  # noqa: E402
+from linearize.attention.hosts import HOSTS  # noqa: E402
+from linearize.attention.hosts.unhookable import UNHOOKABLE  # noqa: E402
 
 README = ROOT / "README.md"
 DEMO = ROOT / "docs" / "demo.json"
+PICTURES = {"sheet.png": "demo_sheet.jpg", "browser.png": "demo.png"}  # of demo/output: name in docs
+MEASURES = (("psnr", 1), ("ssim", 3), ("reflection", 2))  # of a row of the demo's table: digits
 
 
 def newest(suite: str) -> list[dict[str, str]]:
@@ -61,14 +69,20 @@ def declined_sentence() -> str:
 def demo_table() -> str:
     """Return the demo's own table."""
     data = json.loads(DEMO.read_text(encoding="utf-8"))
-    lines = ["| attention | s a step | pairs kept | memory of the server, MiB |", "|---|---:|---:|---:|"]
+    sizes = [str(size) for size in data["sizes"]]
+    heads = [f"s a step at {size} (pairs)" for size in sizes]
+    lines = [f"| attention | {' | '.join(heads)} | PSNR, dB | SSIM | mirror |", "|---|" + "---:|" * (len(sizes) + 3)]
     for row in data["rows"]:
         name = row["variant"].replace("_", ", radius ")
-        lines.append(f"| {name} | {row['seconds_per_step']:.2f} | {row['pairs_kept']:.1%} | {row['memory_mib']:.0f} |")
+        costs = " | ".join(f"{row['seconds'][size]:.2f} ({row['pairs'][size]:.0%})" for size in sizes)
+        measures = " | ".join("" if row[key] is None else f"{row[key]:.{digits}f}" for key, digits in MEASURES)
+        lines.append(f"| {name} | {costs} | {measures} |")
+    peak = max(row["memory_mib"] for row in data["rows"])
     lines += [
         "",
-        f"{data['size']} x {data['size']} pixels, {data['steps']} steps, {data['weights']} weights, {data['machine']},",
-        f"ComfyUI on the CPU, torch {data['torch']}, {data['date']}, commit {data['commit']}.",
+        f"Pictures of {data['size']} x {data['size']} pixels, {data['steps']} steps. {data['machine']},",
+        f"ComfyUI on the CPU, torch {data['torch']}, {data['date']}, commit {data['commit']}; the whole demo took",
+        f"{data['seconds']} s, and the server held {peak:.0f} MiB at its peak.",
     ]
     return "\n".join(lines)
 
@@ -91,7 +105,31 @@ def pairs_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"clear-cpu": clear_cpu_table, "demo": demo_table, "pairs": pairs_table}
+def hosts_table() -> str:
+    """Return what each host serves and what its tests cover, from the adapters and the families of `tests/hosts`."""
+    sys.path.append(str(ROOT / "tests" / "hosts"))
+    families = importlib.import_module("families").collect()
+    lines = ["| host | models | sites | tested | notes |", "|---|---|---|---|---|"]
+    for host in HOSTS:
+        mine = [family for family in families if family.host == host.name]
+        cases = [(name, case) for family in mine for name, case in family.cases.items()]
+        models = " ".join((sys.modules[type(host).__module__].__doc__ or "").split("\n\n")[0].split()).rstrip(".")
+        groups = dict.fromkeys(site.rpartition(".")[0] for family in mine for site in family.sites)
+        tested = f"{len(cases)} cases, {len(mine)} tiny model{'s' if len(mine) > 1 else ''}"
+        notes = "sequence: " + ", ".join(dict.fromkeys(role for _, case in cases for role, _, _ in case.segments))
+        dense = dict.fromkeys(name for name, case in cases if case.declines)
+        notes += f"; stays dense: {', '.join(dense)}" if dense else ""
+        sites = ", ".join(f"`{group}`" for group in groups)
+        lines.append(f"| {host.title} | {models} | {sites} | {tested} | {notes} |")
+    meaning = (
+        "A case is one forward of a tiny random model of ComfyUI 0.30.0's own class, on the CPU: every attention call,"
+        " its layout to the token, and windows against dense attention. What is not `main` is global. Released weights"
+        f" and GPUs were not tested. Refused with the reason: {', '.join(kind.title for kind in UNHOOKABLE)}."
+    )
+    return "\n".join([*lines, "", *textwrap.wrap(meaning, 120)])
+
+
+TABLES = {"clear-cpu": clear_cpu_table, "demo": demo_table, "hosts": hosts_table, "pairs": pairs_table}
 
 
 def with_tables(text: str) -> str:
@@ -105,9 +143,17 @@ def with_tables(text: str) -> str:
     return text
 
 
+def take_over_demo() -> None:
+    """Copy what the last `run.py demo`, and the last browser test, wrote to `demo/output` into `docs`."""
+    shutil.copy(ROOT / "demo" / "output" / "table.json", DEMO)
+    for source, target in PICTURES.items():
+        picture = Image.open(ROOT / "demo" / "output" / source).convert("RGB")
+        picture.save(DEMO.parent / target, quality=88, optimize=True)
+
+
 def main() -> None:
     if "--demo" in sys.argv:
-        shutil.copy(ROOT / "demo" / "output" / "table.json", DEMO)
+        take_over_demo()
     README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 

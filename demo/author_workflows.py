@@ -1,8 +1,8 @@
 """Write the interface's form of the shipped workflows from their API form, through the real frontend.
 
-`.venv/bin/python demo/author_workflows.py` after a change in an API file; needs Chromium and run.py's test tools. It
-rewrites `demo/clear_demo.json`, the workflows in `workflows/` and their thumbnails, or only those that it is given by
-name.
+`.venv/bin/python demo/author_workflows.py` after a change in an API file, a note or `workflow_layouts.py`; needs
+Chromium and run.py's test tools. It rewrites `demo/clear_demo.json`, the workflows in `workflows/` and their
+thumbnails, or only those that it is given by name.
 """
 
 import json
@@ -10,11 +10,15 @@ import shutil
 import sys
 import tempfile
 from io import BytesIO
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+import tomllib
 from live_server import ROOT, LiveServer, live_server
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import FloatRect, Page, ViewportSize, sync_playwright
+from workflow_layouts import LAYOUTS, MODELS, SIZES, USERS_OWN, WIDTH
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
@@ -30,71 +34,11 @@ BOUNDS = """() => {
             x(Math.max(...boxes.map(b => b[0] + b[2]))), y(Math.max(...boxes.map(b => b[1] + b[3])))];
 }"""
 OURS = "Linearize"
-VERSION = "0.1.0"
-HUGGINGFACE = "https://huggingface.co"
-ENCODERS = f"{HUGGINGFACE}/comfyanonymous/flux_text_encoders/resolve/main"
-AUTOENCODER = f"{HUGGINGFACE}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae"
-MODELS = {  # file: (folder on the Hub, models folder)
-    "flux1-dev.safetensors": (f"{HUGGINGFACE}/Comfy-Org/flux1-dev/resolve/main", "diffusion_models"),
-    "t5xxl_fp8_e4m3fn.safetensors": (ENCODERS, "text_encoders"),
-    "clip_l.safetensors": (ENCODERS, "text_encoders"),
-    "ae.safetensors": (AUTOENCODER, "vae"),
-}
-NOTE = """## FLUX.1 dev with CLEAR windows
-
-Each image token sees only the tokens within **radius** around it, and all of the text.
-
-- **weights: auto** takes the weights that CLEAR's authors distilled for this radius, if they are there; the node says \
-whether they were. Untrained windows change the picture, the more the smaller the radius is. Compare with the CLEAR \
-node bypassed (Ctrl+B).
-- **When it pays**: from 2048 x 2048 on, and more with every doubling. The authors of CLEAR measured radius 16 on an \
-H100 at 1.0x dense speed at 1024, 1.2x at 2048, 1.8x at 4096 and 5.1x at 8192 pixels a side.
-- The **Attention Report** says what really ran, after the sampling. Give it the size of the latent.
-"""
-
-HIGH_RES_NOTE = """## FLUX.1 dev at 2048 x 2048 and more
-
-1. The plain model paints at 1024 x 1024.
-2. **Upscale Image** enlarges the picture. Its size is the size of the result; 4096 works too.
-3. FLUX repaints it with **CLEAR Attention** and **High-Resolution FLUX**, from partial noise: 14 of 20 steps, with \
-guidance 7.5. This is the recipe of CLEAR's authors.
-
-- **strength** (High-Resolution FLUX, advanced): more adds detail and keeps less of the first picture.
-- **weights: auto** takes the weights distilled for radius 16 if they are there. The CLEAR node says whether they were.
-- Far above 2048, go up by 2 at a time: copy steps 2 and 3.
-"""
-
-# columns from left to right: (node id, width, height); None keeps the size that the frontend chose
-DEMO = [
-    [("1", 300, None), ("2", 300, None), ("3", 300, None)],
-    [("4", 400, 380)],
-    [("5", 300, 500)],
-    [("6", 300, None), ("7", 300, 376)],
-    [("8", 500, 620)],
-]
-FLUX = [
-    [("1", 340, None), ("2", 340, None), ("3", 340, None), ("note", 340, 320)],
-    [("4", 400, 350), ("5", 400, 200)],
-    [("6", 280, None), ("8", 280, None), ("9", 280, None), ("10", 280, None), ("11", 280, None), ("7", 280, None)],
-    [("12", 280, None), ("13", 280, None)],
-    [("14", 500, 320), ("15", 500, 600)],
-]
-HIGH_RES = [
-    [("1", 340, None), ("2", 340, None), ("3", 340, None), ("note", 340, 400)],
-    [("4", 340, 300), ("7", 340, None), ("8", 340, None)],
-    [("5", 280, None), ("9", 280, None), ("10", 280, None), ("6", 280, None), ("11", 280, None), ("12", 280, None)],
-    [("13", 300, None), ("14", 300, None), ("15", 300, None)],
-    [("16", 340, 380), ("17", 340, 420)],
-    [("18", 280, None), ("19", 280, None), ("20", 280, None), ("21", 280, None)],
-    [("22", 500, 320), ("23", 500, 600)],
-]
-HIGH_RES_GROUPS = [("Base picture", 2, 2), ("Enlarge", 3, 3), ("High resolution", 4, 5)]  # title, first and last column
-JOBS = (  # folder, name, columns, groups, note
-    ("demo", "clear_demo", DEMO, [], None),
-    ("workflows", "flux_dev_clear", FLUX, [], NOTE),
-    ("workflows", "flux_dev_high_res", HIGH_RES, HIGH_RES_GROUPS, HIGH_RES_NOTE),
-)
-GAP, TITLE = 60, 46  # pixels between columns; between nodes of a column, where the title bar sits
+LOADERS = ("UNETLoader", "DualCLIPLoader", "VAELoader", "LoraLoaderModelOnly")
+GAP, TITLE = 60, 58  # pixels between columns; between nodes of a column, for the title bar and the badge on it
+THUMBNAIL = (1024, 1024)
+VIEWPORT: ViewportSize = {"width": 5000, "height": 1400}  # far out, the frontend draws boxes without their texts
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
 
 def open_frontend(browser: Any, url: str) -> Page:
@@ -110,10 +54,10 @@ def pretend_files(route: Any) -> None:
     """Answer the frontend's question for nodes as if the models were there, so that no loader is drawn in red."""
     answer = route.fetch()
     nodes = answer.json()
-    for kind in ("UNETLoader", "DualCLIPLoader", "VAELoader"):
+    for kind in LOADERS:
         for name, (choices, *_) in nodes[kind]["input"]["required"].items():
             if "_name" in name:
-                choices += MODELS
+                choices += [*MODELS, *USERS_OWN]
     route.fulfill(response=answer, json=nodes)
 
 
@@ -125,31 +69,36 @@ def convert(page: Page, api: dict[str, Any], name: str) -> dict[str, Any]:
     return page.evaluate("app.graph.serialize()")
 
 
-def tidy(
-    workflow: dict[str, Any], columns: list[list[tuple]], groups: list[tuple], note: str | None, name: str
-) -> None:
-    """Lay the nodes out in columns, frame some of them, and set the properties that templates carry."""
+def tidy(workflow: dict[str, Any], columns: tuple[str, ...], note: str, name: str) -> None:
+    """Lay the nodes out in titled columns, and set the properties that templates carry."""
     nodes = {str(node["id"]): node for node in workflow["nodes"]}
-    if note is not None:
+    if note:
         nodes["note"] = note_node(workflow, note)
-    x = 0
+    x, placed = 0, []
     for column in columns:
-        y = 0
-        for key, width, height in column:
-            node = nodes[key]
-            node["size"] = [width, height or node["size"][1]]
-            node["pos"] = [x, y]
-            y += node["size"][1] + TITLE
-        x += max(width for _, width, _ in column) + GAP
+        title, _, ids = column.rpartition(":")
+        members = [nodes[key] for key in ids.split()]
+        x += stack(members, x) + GAP
+        placed.append((title, members))
     for node in workflow["nodes"]:
         set_properties(node)
-    frames = [
-        frame(number, title, [nodes[key] for column in columns[first : last + 1] for key, *_ in column])
-        for number, (title, first, last) in enumerate(groups, 1)
-    ]
-    workflow["groups"] = frames
+    for title, group in groupby(placed, key=lambda each: each[0]):
+        if title:
+            members = [node for _, column in group for node in column]
+            workflow["groups"].append(frame(len(workflow["groups"]) + 1, title, members))
     workflow["id"], workflow["revision"] = f"linearize-{name}", 0
     workflow["extra"] = {}
+
+
+def stack(nodes: list[dict[str, Any]], x: int) -> int:
+    """Place the nodes of one column below each other, all as wide as the widest, and return that width."""
+    width = max(SIZES.get(node["type"], (WIDTH, None))[0] for node in nodes)
+    y = 0
+    for node in nodes:
+        height = SIZES.get(node["type"], (WIDTH, None))[1] or node["size"][1]
+        node["pos"], node["size"] = [x, y], [width, height]
+        y += height + TITLE
+    return width
 
 
 def frame(number: int, title: str, nodes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -192,18 +141,22 @@ def set_properties(node: dict[str, Any]) -> None:
 
 def write_workflows(server: LiveServer, browser: Any, names: list[str]) -> None:
     """Write the workflows and a picture of each; `names` chooses some."""
-    for folder, name, columns, groups, note in (job for job in JOBS if not names or job[1] in names):
+    for path, columns in LAYOUTS.items():
+        folder, name = ROOT / Path(path).parent, Path(path).name
+        if names and name not in names:
+            continue
         page = open_frontend(browser, server.url)
-        api = json.loads((ROOT / folder / "api" / f"{name}.json").read_text(encoding="utf-8"))
+        api = json.loads((folder / "api" / f"{name}.json").read_text(encoding="utf-8"))
+        note = folder / "api" / f"{name}.md"
         workflow = convert(page, api, name)
-        tidy(workflow, columns, groups, note, name)
-        (ROOT / folder / f"{name}.json").write_text(json.dumps(workflow, indent=2) + "\n", encoding="utf-8")
+        tidy(workflow, columns, note.read_text(encoding="utf-8") if note.exists() else "", name)
+        (folder / f"{name}.json").write_text(json.dumps(workflow, indent=2) + "\n", encoding="utf-8")
         page.evaluate("async w => { await app.loadGraphData(w); }", workflow)
         picture = screenshot(page)
         picture.save(ROOT / "demo" / "output" / f"{name}.png")
-        if folder == "workflows":
-            picture.thumbnail((800, 800))
-            picture.convert("RGB").save(ROOT / folder / f"{name}.jpg", quality=85, optimize=True)
+        if folder.name == "workflows":
+            picture.thumbnail(THUMBNAIL)
+            picture.convert("RGB").save(folder / f"{name}.jpg", quality=85, optimize=True)
         page.close()
 
 
@@ -215,7 +168,7 @@ def screenshot(page: Page) -> Image.Image:
     page.keyboard.press(".")
     page.wait_for_timeout(1500)
     left, top, right, bottom = page.evaluate(BOUNDS)
-    clip = {"x": left - 30, "y": top - 30, "width": right - left + 60, "height": bottom - top + 60}
+    clip: FloatRect = {"x": left - 40, "y": top - 40, "width": right - left + 80, "height": bottom - top + 80}
     return Image.open(BytesIO(page.screenshot(clip=clip)))
 
 
@@ -227,7 +180,7 @@ def main() -> int:
     (ROOT / "demo" / "output").mkdir(exist_ok=True)
     with live_server() as server, sync_playwright() as playwright, tempfile.TemporaryDirectory() as profile:
         browser = playwright.chromium.launch_persistent_context(
-            profile, executable_path=executable, headless=True, args=FLAGS, viewport={"width": 2400, "height": 1300}
+            profile, executable_path=executable, headless=True, args=FLAGS, viewport=VIEWPORT
         )
         try:
             write_workflows(server, browser, sys.argv[1:])

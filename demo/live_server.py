@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI = Path(os.environ.get("LINEARIZE_COMFYUI", ROOT / ".comfyui" / "comfyui"))
 BASE = Path(os.environ.get("LINEARIZE_BASE", ROOT / ".comfyui" / "base"))
-TINY_FLUX = "linearize_tiny_flux.safetensors"
+MODELS = {"linearize_lake_flux.safetensors": "diffusion_models", "linearize_lake_vae.safetensors": "vae"}
 START_SECONDS = 180
 
 
@@ -128,11 +129,12 @@ def server_command(port: int) -> list[str]:
 
 
 def prepare_base() -> None:
-    """Make the tiny model and the settings that keep first-run dialogs away, if they are missing."""
-    model = BASE / "models" / "diffusion_models" / TINY_FLUX
-    if not model.exists():
-        environment = {**os.environ, "LINEARIZE_COMFYUI": str(COMFYUI)}
-        subprocess.run([sys.executable, str(ROOT / "demo" / "tiny_flux.py"), str(model)], check=True, env=environment)
+    """Put the demo's models and the settings that keep first-run dialogs away where ComfyUI looks for them."""
+    for name, folder in MODELS.items():
+        source, target = ROOT / "demo" / "models" / name, BASE / "models" / folder / name
+        if not target.exists() or target.read_bytes() != source.read_bytes():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
     settings = BASE / "user" / "default" / "comfy.settings.json"
     if not settings.exists():
         settings.parent.mkdir(parents=True, exist_ok=True)

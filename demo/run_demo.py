@@ -1,11 +1,10 @@
-"""The demo: dense and linearized pictures from a real ComfyUI server, and a table of what each cost.
+"""The demo: dense and windowed pictures from a real ComfyUI server, and a table of what each cost.
 
-`python run.py demo` calls it inside `.venv`. It queues the shipped workflow `demo/api/clear_demo.json` three times on a
-tiny FLUX with random weights, with the same seed: dense, then CLEAR at two radii.
+`python run.py demo` calls it inside `.venv`. It queues the shipped workflow `demo/api/clear_demo.json` for each caption
+and each kind of attention with the same seed, lets Compare with Teacher measure the differences, and times sampling.
 """
 
 import argparse
-import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -15,8 +14,8 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+import time
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from typing import Any
 
@@ -25,42 +24,56 @@ import psutil
 from live_server import ROOT, LiveServer, ServerProblem, live_server
 from PIL import Image, ImageDraw
 
+sys.path.append(str(ROOT / "demo" / "lake"))
+import torch  # noqa: E402
+from scores import reflection  # noqa: E402
+
 WORKFLOW = ROOT / "demo" / "api" / "clear_demo.json"
 OUTPUT = ROOT / "demo" / "output"
-VARIANTS = {"dense": None, "clear_16": 16, "clear_8": 8}  # radius in tokens
-SECONDS = 3600  # the longest that one run may take
-AMPLIFY = 16  # difference pictures
-CELL = 384  # pixels per picture of the sheet
+VARIANTS = {"dense": None, "clear_8": 8, "clear_4": 4}  # radius in tokens
+CAPTIONS = (
+    "dusk sun left mountains red house right pine left",
+    "day sun right mountains blue house left oak right",
+    "night moon middle hills yellow house right pine left",
+)
+SIZE, STEPS, TIMED_STEPS, TURNS = 512, 16, 6, 2  # pixels; the model is trained for 512
+SECONDS = 1800  # the longest that one queued run may take
+CELL = 320  # pixels per picture of the sheet
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one variant cost and how far its picture is from the dense one.
+    """What one variant cost and how far its pictures are from the dense ones.
 
     Args:
-        seconds_per_step: of the whole job; the faster run where there are two.
+        seconds: seconds per step of the sampling alone, by pixels a side; the fastest of the turns.
+        pairs: share of the query-key pairs of dense attention that were computed, by pixels a side, 0 to 1.
         share_linearized: share of attention calls that ran on CLEAR, 0 to 1.
-        pairs_kept: share of the query-key pairs of dense attention, 0 to 1.
-        psnr: in dB against the dense picture; None for dense itself and for equal pictures.
-        memory_mib: the most memory that the server's process held during the run.
+        psnr, ssim: mean over the captions, against dense; None for dense itself. PSNR in dB.
+        reflection: mean correlation of the lake with the land mirrored in it, -1 to 1.
+        memory_mib: the most memory that the server's process held.
     """
 
     variant: str
-    seconds_per_step: float
+    seconds: dict[str, float]
+    pairs: dict[str, float]
     share_linearized: float
-    pairs_kept: float
     psnr: float | None
+    ssim: float | None
+    reflection: float
     memory_mib: float
 
 
-def variant_workflow(radius: int | None, size: int, steps: int, seed: int = 1) -> dict[str, Any]:
-    """Return the shipped workflow at a size; a radius of None takes the CLEAR node out."""
+def workflow_for(
+    radius: int | None, caption: str, size: int = SIZE, steps: int = STEPS, seed: int = 1
+) -> dict[str, Any]:
+    """Return the shipped workflow with these settings; a radius of None takes the CLEAR node out."""
     workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     ids = {node["class_type"]: key for key, node in workflow.items()}
+    workflow[ids["LinearizeDemoCaption"]]["inputs"]["caption"] = caption
     workflow[ids["EmptySD3LatentImage"]]["inputs"].update(width=size, height=size)
     workflow[ids["LinearizeReport"]]["inputs"].update(width=size, height=size)
     workflow[ids["KSampler"]]["inputs"].update(steps=steps, seed=seed)
-    workflow[ids["SaveImage"]]["inputs"]["filename_prefix"] = f"linearize/demo_{radius or 'dense'}"
     clear = workflow[ids["LinearizeCLEAR"]]["inputs"]
     if radius is not None:
         clear["radius"] = radius
@@ -72,24 +85,41 @@ def variant_workflow(radius: int | None, size: int, steps: int, seed: int = 1) -
     return workflow
 
 
-@contextlib.contextmanager
-def peak_memory(process: subprocess.Popen) -> Iterator[list[int]]:
-    """Yield a list whose one element grows to the most bytes the process held while the block ran."""
-    peak, done = [0], threading.Event()
+def sampling_only(workflow: dict[str, Any]) -> dict[str, Any]:
+    """Return the workflow without decoding and saving, so that its time is that of the sampling."""
+    return {key: node for key, node in workflow.items() if node["class_type"] not in ("VAEDecode", "SaveImage")}
 
-    def sample() -> None:
-        with contextlib.suppress(psutil.Error):
-            watched = psutil.Process(process.pid)
-            while True:
-                peak[0] = max(peak[0], watched.memory_info().rss)
-                if done.wait(0.02):
-                    return
 
-    threading.Thread(target=sample, daemon=True).start()
-    try:
-        yield peak
-    finally:
-        done.set()
+def comparison(first: dict[str, str], second: dict[str, str]) -> dict[str, Any]:
+    """Return a workflow that compares two saved pictures; the second is the teacher's."""
+    loads = {
+        str(number): {
+            "class_type": "LoadImage",
+            "inputs": {"image": f"{saved['subfolder']}/{saved['filename']} [output]"},
+        }
+        for number, saved in enumerate((first, second), 1)
+    }
+    return {**loads, "3": {"class_type": "LinearizeCompare", "inputs": {"image": ["1", 0], "teacher": ["2", 0]}}}
+
+
+class PeakMemory:
+    """Watches how many bytes a process holds until it is stopped."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self.peak, self._process, self._done = 0, psutil.Process(process.pid), threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.02):
+            try:
+                self.peak = max(self.peak, self._process.memory_info().rss)
+            except psutil.Error:
+                return
+
+    def stop(self) -> float:
+        """Return the peak in MiB."""
+        self._done.set()
+        return self.peak / 2**20
 
 
 def what_ran(report: str) -> tuple[float, float]:
@@ -108,56 +138,87 @@ def what_ran(report: str) -> tuple[float, float]:
     return int(shares[1]) / 100, float(shares[2]) / 100
 
 
-def psnr(picture: np.ndarray, other: np.ndarray) -> float | None:
-    """Return the peak signal-to-noise ratio of two 8-bit pictures in dB, None when they are equal."""
-    error = float(np.mean((picture.astype(np.float64) - other.astype(np.float64)) ** 2))
-    return 10 * float(np.log10(255**2 / error)) if error else None
+def run(server: LiveServer, workflow: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """Return the outputs of a workflow by node type, and its seconds."""
+    prompt = server.queue(workflow)
+    outputs = server.wait(prompt, SECONDS)
+    return {workflow[key]["class_type"]: output for key, output in outputs.items()}, server.seconds(prompt)
 
 
-def run_variant(
-    server: LiveServer, variant: str, workflow: dict[str, Any], steps: int, dense: np.ndarray | None
-) -> tuple[Row, np.ndarray]:
-    """Run one variant's workflow on the server; return its row and its picture."""
-    with peak_memory(server.process) as peak:
-        prompt = server.queue(workflow)
-        outputs = server.wait(prompt, SECONDS)
-    nodes = {workflow[key]["class_type"]: output for key, output in outputs.items()}
-    shares = (0.0, 1.0) if VARIANTS[variant] is None else what_ran(nodes["LinearizeReport"]["text"][0])
-    picture = np.asarray(Image.open(BytesIO(server.image(nodes["SaveImage"]["images"][0]))).convert("RGB"))
-    distance = None if dense is None else psnr(picture, dense)
-    return Row(variant, server.seconds(prompt) / steps, *shares, distance, peak[0] / 2**20), picture
+def paint(server: LiveServer, variant: str) -> tuple[list[dict[str, str]], float]:
+    """Run a variant for every caption; return where the server saved the pictures, and its peak memory in MiB."""
+    memory, saved = PeakMemory(server.process), []
+    for caption in CAPTIONS:
+        outputs, _ = run(server, workflow_for(VARIANTS[variant], caption))
+        if VARIANTS[variant] is not None:
+            what_ran(outputs["LinearizeReport"]["text"][0])
+        saved.append(outputs["SaveImage"]["images"][0])
+    return saved, memory.stop()
 
 
-def save_pictures(pictures: dict[str, np.ndarray]) -> None:
-    """Save the pictures, their differences to dense, and a sheet of all."""
-    sheet = Image.new("RGB", (CELL * len(pictures), (CELL + 24) * 2), "white")
+def time_steps(server: LiveServer, size: int) -> dict[str, tuple[float, float]]:
+    """Return each variant's seconds per step at a size and the share of pairs it kept; the fastest of the turns."""
+    found: dict[str, tuple[float, float]] = {}
+    for turn in range(TURNS):
+        for variant, radius in VARIANTS.items():  # a new seed, or the server's cache answers
+            workflow = workflow_for(radius, CAPTIONS[0], size, TIMED_STEPS, seed=100 * size + turn)
+            outputs, seconds = run(server, sampling_only(workflow))
+            kept = 1.0 if radius is None else what_ran(outputs["LinearizeReport"]["text"][0])[1]
+            found[variant] = min(found.get(variant, (float("inf"), kept)), (seconds / TIMED_STEPS, kept))
+    return found
+
+
+def measure(
+    server: LiveServer, saved: dict[str, list[dict[str, str]]], variant: str
+) -> tuple[float, float, list[Image.Image]]:
+    """Return mean PSNR and SSIM against dense, as Compare with Teacher gives them, and its difference pictures."""
+    psnr, ssim, maps = [], [], []
+    for picture, teacher in zip(saved[variant], saved["dense"], strict=True):
+        outputs, _ = run(server, comparison(picture, teacher))
+        text = outputs["LinearizeCompare"]["text"][0]
+        numbers = re.search(r"PSNR ([\d.]+) dB", text), re.search(r"SSIM ([\d.]+)", text)
+        if not all(numbers):
+            raise ServerProblem(f"Compare with Teacher gave no measures:\n{text}")
+        psnr.append(float(numbers[0][1]))
+        ssim.append(float(numbers[1][1]))
+        sheet = Image.open(BytesIO(server.image(outputs["LinearizeCompare"]["images"][0]))).convert("RGB")
+        maps.append(sheet.crop((sheet.width - SIZE, sheet.height - SIZE, sheet.width, sheet.height)))
+    return sum(psnr) / len(psnr), sum(ssim) / len(ssim), maps
+
+
+def save_pictures(pictures: dict[str, list[Image.Image]]) -> None:
+    """Save the pictures, and a sheet with one row per caption and one column per key."""
+    sheet = Image.new("RGB", (CELL * len(pictures), (CELL + 22) * len(CAPTIONS) + 22), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, (variant, picture) in enumerate(pictures.items()):
-        Image.fromarray(picture).save(OUTPUT / f"{variant}.png")
-        cells = [(variant.replace("_", ", radius "), picture)]
-        if variant != "dense":
-            difference = np.clip(np.abs(picture.astype(int) - pictures["dense"]) * AMPLIFY, 0, 255).astype(np.uint8)
-            Image.fromarray(difference).save(OUTPUT / f"difference_{variant}.png")
-            cells.append((f"|dense - {variant}| x {AMPLIFY}", difference))
-        for line, (label, cell) in enumerate(cells):
-            top = line * (CELL + 24)
-            draw.text((column * CELL + 6, top + 6), label, fill="black")
-            sheet.paste(Image.fromarray(cell).resize((CELL - 4, CELL - 4)), (column * CELL + 2, top + 24))
+    for column, (name, row) in enumerate(pictures.items()):
+        draw.text((column * CELL + 6, 4), name.replace("_", " radius ", 1).replace("_", " "), fill="black")
+        for line, picture in enumerate(row):
+            picture.save(OUTPUT / f"{name}_{line + 1}.png")
+            sheet.paste(
+                picture.resize((CELL - 4, CELL - 4), Image.Resampling.LANCZOS),
+                (column * CELL + 2, line * (CELL + 22) + 22),
+            )
+            if column == 0:
+                draw.text((6, (line + 1) * (CELL + 22) + 2), CAPTIONS[line], fill="black")
     sheet.save(OUTPUT / "sheet.png")
 
 
-def print_table(rows: list[Row], size: int, steps: int) -> None:
+def print_table(rows: list[Row], sizes: tuple[int, ...], seconds: float) -> None:
     """Print the rows for a person and write them to table.json."""
-    print(f"\n{'variant':10} {'s/step':>8} {'linearized':>11} {'pairs kept':>11} {'PSNR':>9} {'memory':>10}")
+    heads = "".join(f" {f's/step {size}':>12}" for size in sizes) + "".join(f" {f'pairs {size}':>11}" for size in sizes)
+    print(f"\n{'attention':10}{heads} {'PSNR':>9} {'SSIM':>6} {'mirror':>7} {'linearized':>11} {'memory':>10}")
     for row in rows:
-        distance = f"{row.psnr:.1f} dB" if row.psnr is not None else "-" if row.variant == "dense" else "equal"
+        times = "".join(f" {row.seconds[str(size)]:12.3f}" for size in sizes)
+        pairs = "".join(f" {row.pairs[str(size)]:11.1%}" for size in sizes)
+        psnr = "-" if row.psnr is None else f"{row.psnr:.1f} dB"
+        ssim = "-" if row.ssim is None else f"{row.ssim:.3f}"
         print(
-            f"{row.variant:10} {row.seconds_per_step:8.2f} {row.share_linearized:11.0%} {row.pairs_kept:11.1%}"
-            f" {distance:>9} {row.memory_mib:6.0f} MiB"
+            f"{row.variant:10}{times}{pairs} {psnr:>9} {ssim:>6} {row.reflection:7.2f} {row.share_linearized:11.0%}"
+            f" {row.memory_mib:6.0f} MiB"
         )
     print(
-        f"{size} x {size} pixels, {steps} steps; seconds of the whole job, memory of the server at its peak."
-        "\nPSNR is against dense. The model's weights are random, so PSNR says nothing about quality here."
+        f"Pictures: {SIZE} x {SIZE} pixels, {STEPS} steps, {len(CAPTIONS)} captions, untrained windows. PSNR and SSIM"
+        " are against dense.\nMirror is how well the lake repeats the land, 1 at best. Seconds are of sampling alone."
     )
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
     about = {
@@ -165,37 +226,45 @@ def print_table(rows: list[Row], size: int, steps: int) -> None:
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
         "torch": importlib.metadata.version("torch"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "seconds": round(seconds),
     }
-    table = {"size": size, "steps": steps, "weights": "random", **about, "rows": list(map(asdict, rows))}
+    table = {"size": SIZE, "steps": STEPS, "sizes": list(sizes), **about, "rows": list(map(asdict, rows))}
     (OUTPUT / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
-def run_demo(size: int) -> None:
-    """Run every variant at `size` pixels per side, then write pictures and table."""
+def run_demo(timed_size: int) -> None:
+    """Paint, compare and time every variant, then write pictures and table."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    steps = 4 if size <= 1024 else 2
-    seeds = (1, 2) if size <= 1024 else (1,)  # a second look where it is cheap; another seed, or the cache answers
-    rows, pictures = {}, {}
-    print("Starting ComfyUI; one warm-up step ...", flush=True)
+    start, sizes = time.monotonic(), tuple(dict.fromkeys((SIZE, timed_size)))
+    print("Starting ComfyUI ...", flush=True)
     with live_server() as server:
-        server.run(variant_workflow(VARIANTS["clear_16"], min(size, 1024), 1), SECONDS)
-        runs = [(seed, variant) for seed in seeds for variant in VARIANTS]
-        for number, (seed, variant) in enumerate(runs, 1):
-            print(f"[{number}/{len(runs)}] {variant}, {steps} steps at {size} x {size} ...", end=" ", flush=True)
-            workflow = variant_workflow(VARIANTS[variant], size, steps, seed)
-            row, picture = run_variant(server, variant, workflow, steps, pictures.get("dense"))
-            print(f"{row.seconds_per_step:.2f} s per step", flush=True)
-            pictures.setdefault(variant, picture)
-            first = rows.setdefault(variant, row)
-            rows[variant] = replace(first, seconds_per_step=min(first.seconds_per_step, row.seconds_per_step))
+        run(server, workflow_for(4, CAPTIONS[0], SIZE, 1))  # loads the models
+        saved, memory, times = {}, {}, {}
+        for variant in VARIANTS:
+            print(f"painting {len(CAPTIONS)} pictures: {variant} ...", flush=True)
+            saved[variant], memory[variant] = paint(server, variant)
+        for size in sizes:
+            print(f"timing {TIMED_STEPS} steps at {size} x {size} pixels ...", flush=True)
+            times[str(size)] = time_steps(server, size)
+        rows, pictures = [], {}
+        for variant in VARIANTS:
+            pictures[variant] = [Image.open(BytesIO(server.image(each))).convert("RGB") for each in saved[variant]]
+            pixels = torch.from_numpy(np.stack([np.asarray(each) for each in pictures[variant]])).permute(0, 3, 1, 2)
+            mirror = reflection(pixels / 255).mean().item()
+            psnr = ssim = None
+            if variant != "dense":
+                psnr, ssim, pictures[f"{variant}_difference"] = measure(server, saved, variant)
+            seconds, pairs = ({size: found[variant][part] for size, found in times.items()} for part in (0, 1))
+            share = 0.0 if VARIANTS[variant] is None else 1.0  # what_ran would have stopped at less
+            rows.append(Row(variant, seconds, pairs, share, psnr, ssim, mirror, memory[variant]))
     save_pictures(pictures)
-    print_table(list(rows.values()), size, steps)
+    print_table(rows, sizes, time.monotonic() - start)
     print(f"\nThe pictures are in {OUTPUT.relative_to(ROOT)}: open sheet.png there to see them side by side.")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Dense and linearized pictures from a real ComfyUI server.")
-    parser.add_argument("--size", type=int, default=1024, help="pixels per side (default 1024)")
+    parser.add_argument("--size", type=int, default=1024, help="a second size to time, in pixels a side (default 1024)")
     size = parser.parse_args().size
     if size % 16 or not 256 <= size <= 4096:
         print(f"--size must be a multiple of 16 from 256 to 4096, got {size}.", file=sys.stderr)

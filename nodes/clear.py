@@ -113,7 +113,8 @@ class LinearizeCLEAR(io.ComfyNode):
                     options=[AUTO, *BACKENDS],
                     default=AUTO,
                     advanced=True,
-                    tooltip="auto takes the fastest that can run. reference is float64 on every pair, for checking.",
+                    tooltip="auto takes triton, the kernels for GPUs, or else torch, which runs everywhere. reference "
+                    "is float64 on every pair, for checking.",
                 ),
             ],
             outputs=[

@@ -10,7 +10,7 @@ from ..attention.tensor_file import FileProblem, open_tensor_file
 from . import model_files
 
 AUTO, NONE = "auto", "none"
-PUBLISHED_WIDTH = 3072  # rows of a projection of FLUX.1-dev
+PUBLISHED_HOST, PUBLISHED_WIDTH = "flux", 3072  # FLUX.1-dev, and the rows of its projections
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def published_name(radius: int, down_factor: int) -> str:
 
 def _automatic(spec: ClearSpec, host: Host, module: Any) -> ClearSource:
     name = published_name(spec.radius, spec.down_factor)
-    if not name or not host.diffusers_targets(module):
+    if not name or host.name != PUBLISHED_HOST:
         pooled = f" and down_factor {spec.down_factor}" if spec.down_factor > 1 else ""
         note = f"untrained: nobody publishes weights for {host.title} with radius {spec.radius}{pooled}"
         return ClearSource(spec, None, (note,))
@@ -92,6 +92,8 @@ def _automatic(spec: ClearSpec, host: Host, module: Any) -> ClearSource:
 
 def _check_before_download(choice: str, spec: ClearSpec, host: Host, module: Any) -> None:
     """Refuse what is known not to fit before 3.6 GB are fetched."""
+    if host.name != PUBLISHED_HOST:
+        raise ValueError(f"{choice} was made for FLUX.1-dev, this model is {host.title}; choose weights {NONE}")
     published = published_radius(choice)
     if published is not None and spec.down_factor not in (1, published[1]):
         raise ValueError(

@@ -16,7 +16,7 @@ import comfy.lora
 import comfy.memory_management
 import comfy.model_management
 import comfy.model_patcher
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ..attention.backends import refused
@@ -32,6 +32,7 @@ from ..attention.runtime import (
     model_call_wrapper,
 )
 from ..attention.student import StudentParameters
+from .injection import site_injection
 from .receipt import write_receipt
 
 KEY = "linearize"
@@ -115,8 +116,10 @@ def patch_model(
     current = options.get(OVERRIDE_KEY)
     if not getattr(current, "linearize_override", False):
         options[OVERRIDE_KEY] = AttentionOverride(previous=current)
-    patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
-    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, model_call_wrapper)
+    patched.remove_wrappers_with_key(host.wrapped, KEY)
+    patched.add_wrapper_with_key(host.wrapped, KEY, model_call_wrapper)
+    if host.site_modules(module):
+        patched.set_injections(KEY, [site_injection(host)])
     for event, callback in CALLBACKS:
         patched.remove_callbacks_with_key(event, KEY)
         patched.add_callback_with_key(event, KEY, callback)

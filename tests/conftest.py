@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI = Path(os.environ.get("LINEARIZE_COMFYUI", ROOT / ".comfyui" / "comfyui"))
 BASE = Path(os.environ.get("LINEARIZE_BASE", ROOT / ".comfyui" / "base"))
-TINY_FLUX = "linearize_tiny_flux.safetensors"
+TINY = ("flux", "wan", "vace", "sd3")  # linearize_tiny_*.safetensors
 
 os.environ.setdefault("LINEARIZE_STRICT", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -82,9 +82,12 @@ def comfy():
     sys.argv = argv
     for folder in (ROOT, ROOT / "demo" / "nodes"):
         assert asyncio.run(nodes.load_custom_node(str(folder), module_parent="custom_nodes"))
-    tiny = BASE / "models" / "diffusion_models" / TINY_FLUX
-    if not tiny.exists():
-        load_file(ROOT / "demo" / "tiny_flux.py").write_tiny_flux(tiny)
+    writers = load_file(ROOT / "tests" / "tiny_models.py")
+    for name in TINY:
+        path = BASE / "models" / "diffusion_models" / f"linearize_tiny_{name}.safetensors"
+        if not path.exists():
+            getattr(writers, f"write_tiny_{name}")(path)
+    load_file(ROOT / "demo" / "live_server.py").prepare_base()
 
     def node(node_id):
         """Return a function that runs a node with keyword inputs and gives its outputs, defaults filled in."""

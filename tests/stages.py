@@ -16,9 +16,11 @@ STAGES: tuple[tuple[str, int, list[str]], ...] = (  # name, minutes it may take 
     ("lint", 2, []),
     ("unit", 4, ["tests/attention", "tests/repository"]),
     ("fuzz", 4, ["tests/fuzz"]),
+    ("kernels", 6, ["tests/kernels"]),
     ("hosts", 3, ["tests/hosts"]),
     ("nodes", 3, ["tests/nodes"]),
     ("benchmarks", 3, ["tests/benchmarks"]),
+    ("demo", 3, ["tests/demo"]),
     ("server", 6, ["tests/server"]),
     ("browser", 2, ["tests/browser"]),
 )

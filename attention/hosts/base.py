@@ -4,11 +4,14 @@ A host recognises a model by structure, never by class, so that quantised and wr
 computes nothing.
 """
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..layout import Reason, TokenLayout
+from ..layout import Grid, Reason, Segment, TokenLayout, grid_segment
+from ..site_hooks import current_site
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,12 @@ class WeightTarget:
 
 @dataclass(frozen=True, slots=True)
 class ModelCall:
-    """One forward of the diffusion model as the host application calls it."""
+    """One forward as the host application calls it.
+
+    Args:
+        module: the diffusion model.
+        args, kwargs: those of the diffusion model, or of the model around it; see `Host.wrapped`.
+    """
 
     module: Any
     args: Sequence[Any]
@@ -49,11 +57,16 @@ class ModelCall:
 
 
 class Host(Protocol):
-    """An architecture. One instance per architecture; it holds no state."""
+    """An architecture. One instance per architecture; it holds no state. Classes inherit what has a body here.
+
+    `wrapped` is the call whose arguments `layout` reads: "diffusion_model", or "apply_model" (x, t, c_concat,
+    c_crossattn, control, transformer_options and conditions by name) where ComfyUI wraps no other call of the family.
+    """
 
     name: str
     title: str
     default_text_tokens: int
+    wrapped: str = "diffusion_model"
 
     def mismatch(self, module: Any) -> Reason | None:
         """Return why `module` is not of this architecture, or None if it is."""
@@ -64,8 +77,12 @@ class Host(Protocol):
         ...
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """Return the tokens of every self-attention of this forward, or why they cannot be told."""
+        """Return the tokens of the self-attentions of this forward, or why they cannot be told."""
         ...
+
+    def site_layout(self, site: str, layout: TokenLayout) -> TokenLayout:
+        """Return the tokens of one site, where they are not all tokens of `layout`."""
+        return layout
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
         """Return the layout for a picture or clip of this many pixels and frames, before anything runs."""
@@ -73,19 +90,34 @@ class Host(Protocol):
 
     def diffusers_targets(self, module: Any) -> dict[str, WeightTarget]:
         """Return, by diffusers name, where the projections of the sites lie; empty if nobody publishes any."""
-        ...
+        return {}
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
         """Return the site of each attention module, by its diffusers name such as `transformer_blocks.3.attn`."""
-        ...
+        return {}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
         """Return the names of norm weights, in the order of the sites, that tell one base model from another."""
         ...
 
+    def site_modules(self, module: Any) -> dict[str, str]:
+        """Return, by site, the dotted path of the module whose forward issues that attention call and no other.
+
+        Only for architectures whose transformer options do not name the site. Where one module issues the calls of
+        several sites, the first stands for all, and `site_among` tells them apart.
+        """
+        return {}
+
     def site_of(self, options: Mapping[str, Any]) -> str | None:
-        """Return the site that issues a self-attention call with these transformer options; None for other calls."""
-        ...
+        """Return the site that issues a self-attention call with these transformer options; None for other calls.
+
+        Architectures with `site_modules` inherit this.
+        """
+        return current_site()
+
+    def site_among(self, site: str, layout: TokenLayout, num_tokens: int) -> str:
+        """Return which of the sites that `site` stands for issues a call of so many tokens."""
+        return site
 
 
 def missing_attributes(module: Any, paths: Sequence[str]) -> tuple[str, ...]:
@@ -100,3 +132,129 @@ def _has(module: Any, path: str) -> bool:
         except (AttributeError, IndexError, KeyError, TypeError):
             return False
     return True
+
+
+def missing_structure(title: str, module: Any, paths: Sequence[str]) -> Reason | None:
+    """Return which of the attribute paths that models of this title have `module` lacks, or None."""
+    missing = missing_attributes(module, paths)
+    return Reason("structure", f"{title} models have {', '.join(missing)}") if missing else None
+
+
+def wrong_inputs(title: str, latent: Any, dimensions: Sequence[int], text: Any) -> Reason | None:
+    """Return why a latent and its text cannot tell a token grid, or None if they can.
+
+    Args:
+        dimensions: of a latent of this architecture, batch and channels included; text has 3.
+    """
+    if getattr(latent, "ndim", 0) in dimensions and getattr(text, "ndim", 0) == 3:
+        return None
+    wanted = " or ".join(f"{n}-D" for n in dimensions)
+    return Reason("arguments", f"{title} was called without the {wanted} latent and 3-D text that tell its token grid")
+
+
+def grid_of(latent: Any, patch: Sequence[int]) -> Grid:
+    """Return the grid of tokens of a latent; ComfyUI pads it where the patch does not divide it.
+
+    Args:
+        patch: latent cells per token, for (height, width) or (frames, height, width).
+    """
+    sides = [math.ceil(size / side) for size, side in zip(latent.shape[-len(patch) :], patch, strict=True)]
+    frames, height, width = [1, *sides][-3:]
+    return frames, height, width
+
+
+def main_segment(latent: Any, patch: Sequence[int]) -> Segment:
+    """Return the grid that the latent itself becomes."""
+    return grid_segment("main", *grid_of(latent, patch))
+
+
+def reference_segments(latents: Sequence[Any] | None, patch: Sequence[int]) -> list[Segment]:
+    """Return one run of global tokens per reference latent."""
+    return [Segment("reference", math.prod(grid_of(latent, patch))) for latent in latents or ()]
+
+
+def planned_main(width: int, height: int, side: int, frames: int = 1) -> Segment:
+    """Return the grid of a picture or clip of so many pixels, `side` pixels per token, and so many latent frames."""
+    return grid_segment("main", frames, math.ceil(height / side), math.ceil(width / side))
+
+
+def numbered_sites(group: str, count: int, num_heads: int, head_dim: int) -> tuple[Site, ...]:
+    """Return the sites `group.0`, `group.1`, and so on, of one size."""
+    return tuple(Site(f"{group}.{i}", num_heads, head_dim) for i in range(count))
+
+
+def site_of_block(options: Mapping[str, Any], groups: Mapping[str, str]) -> str | None:
+    """Return the site of the block that the transformer options name.
+
+    Args:
+        groups: by `block_type`, what the ids of its sites begin with. Refiners run before there is a `block_index`.
+    """
+    group, index = groups.get(options.get("block_type", "")), options.get("block_index")
+    return None if group is None or index is None else f"{group}.{index}"
+
+
+def rows_of(name: str, parts: Sequence[str], key: str, rows: Sequence[int], columns: int) -> dict[str, WeightTarget]:
+    """Return where the weights of projections lie that the host keeps as rows of one parameter, in this order.
+
+    Args:
+        name, parts: the diffusers names of the attention module and of its projections.
+        key: the host's parameter, without `.weight`.
+        rows, columns: how many rows each projection has, and the width of the input.
+    """
+    starts = itertools.accumulate(rows, initial=0)
+    return {
+        f"{name}.{part}.weight": WeightTarget(f"{key}.weight", start, (size, columns))
+        for part, start, size in zip(parts, starts, rows, strict=False)
+    }
+
+
+def with_biases(targets: Mapping[str, WeightTarget]) -> dict[str, WeightTarget]:
+    """Return weights and, for each, the bias beside it."""
+    biases = {
+        name.removesuffix("weight") + "bias": WeightTarget(
+            target.key.removesuffix("weight") + "bias", target.start, target.shape[:1]
+        )
+        for name, target in targets.items()
+    }
+    return {**targets, **biases}
+
+
+def double_single_sites(module: Any) -> tuple[Site, ...]:
+    """Return the sites of models with FLUX's two kinds of blocks."""
+    sizes = module.num_heads, module.hidden_size // module.num_heads
+    double = numbered_sites("double", len(module.double_blocks), *sizes)
+    return double + numbered_sites("single", len(module.single_blocks), *sizes)
+
+
+def double_single_norms(module: Any) -> tuple[str, ...]:
+    """Return the query norms of the blocks of such models."""
+    double = [f"double_blocks.{i}.img_attn.norm.query_norm" for i in range(len(module.double_blocks))]
+    single = [f"single_blocks.{i}.norm.query_norm" for i in range(len(module.single_blocks))]
+    return tuple(f"{name}.weight" for name in double + single)
+
+
+def double_single_targets(module: Any) -> dict[str, WeightTarget]:
+    """Return the image stream's projections of such models: q, k and v are rows of one parameter, in this order.
+
+    The rest of a single block's `linear1` is its MLP. Weights only.
+
+    Source: key names of diffusers, and `flux_to_diffusers` of ComfyUI 0.30.
+    """
+    width, parts = module.hidden_size, ("to_q", "to_k", "to_v")
+    targets: dict[str, WeightTarget] = {}
+    for i in range(len(module.double_blocks)):
+        name, block = f"transformer_blocks.{i}.attn", f"double_blocks.{i}.img_attn"
+        targets |= rows_of(name, parts, f"{block}.qkv", (width,) * 3, width)
+        targets |= rows_of(name, ("to_out.0",), f"{block}.proj", (width,), width)
+    for i in range(len(module.single_blocks)):
+        targets |= rows_of(
+            f"single_transformer_blocks.{i}.attn", parts, f"single_blocks.{i}.linear1", (width,) * 3, width
+        )
+    return targets
+
+
+def double_single_diffusers_sites(module: Any) -> dict[str, str]:
+    """Return the sites of such models by the diffusers names of their attention modules."""
+    double = {f"transformer_blocks.{i}.attn": f"double.{i}" for i in range(len(module.double_blocks))}
+    single = {f"single_transformer_blocks.{i}.attn": f"single.{i}" for i in range(len(module.single_blocks))}
+    return double | single

@@ -16,7 +16,9 @@ from linearize.attention import (
     radius_per_head,
     reference_attention,
 )
+from linearize.attention import backends as backends_module
 from linearize.attention.backends import BACKENDS, Call, choose_backend
+from linearize.attention.layout import Reason
 
 LAYOUT = TokenLayout.of((Segment("text", 5), grid_segment("main", 1, 9, 14)))
 SHAPE = (1, 3, LAYOUT.num_tokens, 8)
@@ -27,7 +29,8 @@ def call(spec, **changes):
     return Call(spec, **facts)
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+# triton has its own tests: tests/kernels
+@pytest.mark.parametrize("backend", ["auto", *(name for name in BACKENDS if name != "triton")])
 def test_every_backend_gives_the_same(backend, relative_error):
     inputs = [torch.randn(SHAPE) for _ in range(3)]
     for spec in (ClearSpec(4), ClearSpec(3, down_factor=2), radius_per_head((2, 9, 4))):
@@ -46,9 +49,26 @@ def test_a_radius_per_head_runs_each_head_with_its_own(relative_error):
     assert all(tensor.grad is not None for tensor in inputs)
 
 
-def test_auto_never_takes_the_reference():
+def test_auto_takes_torch_on_a_cpu_and_tells_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     backend, reasons = choose_backend(call(ClearSpec()))
-    assert backend is BACKENDS["torch"] and reasons == ()
+    assert backend is BACKENDS["torch"]
+    assert [str(reason) for reason in reasons] == ["backend triton needs an NVIDIA or AMD GPU, got cpu"]
+
+
+def test_auto_leaves_the_interpreter_to_those_who_name_it(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend(call(ClearSpec())) == (BACKENDS["torch"], ())
+
+
+def test_auto_prefers_triton_and_takes_torch_where_it_refuses(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends_module, "device_refusal", lambda *facts: None)
+    assert choose_backend(call(ClearSpec())) == (BACKENDS["triton"], ())
+    refusal = Reason("triton", "a self-test failed")
+    monkeypatch.setattr(backends_module, "device_refusal", lambda *facts: refusal)
+    assert choose_backend(call(ClearSpec())) == (BACKENDS["torch"], (refusal,))
+    assert choose_backend(call(ClearSpec()), "triton") == (None, (refusal,))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +84,8 @@ def test_auto_never_takes_the_reference():
 )
 def test_reasons(facts, code):
     backend, reasons = choose_backend(facts)
-    assert backend is None and [reason.code for reason in reasons] == [code]
+    assert backend is None and {reason.code for reason in reasons} == {code}
+    assert len(set(reasons)) == len(reasons)
 
 
 def test_the_reference_stops_at_its_size():
@@ -77,5 +98,5 @@ def test_explicit_backends_do_not_fall_back():
     query = torch.randn(SHAPE)
     with pytest.raises(ValueError, match="backend torch does not run kind hybrid"):
         attention(query, query, query, LAYOUT, HybridSpec(), backend="torch")
-    with pytest.raises(ValueError, match="backend is one of auto, torch, reference, got 'flex'"):
+    with pytest.raises(ValueError, match="backend is one of auto, triton, torch, reference, got 'flex'"):
         attention(query, query, query, LAYOUT, ClearSpec(), backend="flex")

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from linearize.attention.cost import attention_cost, clear_pairs, disc_pairs, pooled_tokens
+from linearize.attention.cost import attention_cost, clear_pairs, disc_pairs, exact_pairs, pooled_tokens
 from linearize.attention.layout import Segment, TokenLayout, grid_segment
-from linearize.attention.reference import clear_mask
-from linearize.attention.specs import ClearSpec, DenseSpec, HybridSpec, radius_per_head
+from linearize.attention.reference import clear_mask, exact_and_linear_masks
+from linearize.attention.specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, LinearSpec, radius_per_head
 
 HEADS, HEAD_DIM, TEXT = 24, 128, 512
 
@@ -95,6 +95,48 @@ def test_heads_add_up():
     assert (split + split).pairs == 2 * split.pairs
 
 
-def test_kinds_without_a_cost_are_refused():
-    with pytest.raises(ValueError, match="hybrid"):
-        attention_cost(HybridSpec(), flux(256), 1, 64)
+@pytest.mark.parametrize(
+    "spec",
+    [LinearSpec(), HybridSpec(1), HybridSpec(3), HybridSpec(99), ChunkedSpec(2, 1), ChunkedSpec(3, 2, causal=True)],
+    ids=str,
+)
+def test_exact_pairs_equal_those_of_the_mask(spec):
+    for layout in (
+        TokenLayout((Segment("text", 3), grid_segment("main", 5, 2, 3))),
+        TokenLayout((grid_segment("main", 1, 4, 4), Segment("text", 2), grid_segment("reference", 2, 3, 1))),
+    ):
+        exact, _ = exact_and_linear_masks(layout, spec)
+        assert exact_pairs(spec, layout) == exact.sum()
+
+
+WAN = {"480 x 832": (21, 30, 52), "320 x 480": (21, 20, 30)}  # latent grids of 81 frames
+
+
+@pytest.mark.parametrize(
+    ("size", "printed"),
+    [("480 x 832", (6.594, 3.504, 1.856, 1.032, 0.207)), ("320 x 480", (0.975, 0.567, 0.324, 0.202, 0.080))],
+)
+def test_tflops_of_a_block_of_wan(size, printed):
+    """TFLOPs of one block of Wan 1.3B, dense, hybrid 2, 4, 8, linear. They count phi_k on exact keys too; we do not."""
+    layout = TokenLayout((grid_segment("main", *WAN[size]),))
+    dense = attention_cost(DenseSpec(), layout, 12, 128).flops
+    linear = attention_cost(LinearSpec(), layout, 12, 128).flops
+    hybrids = [4 * 128 * attention_cost(HybridSpec(rate), layout, 12, 128).pairs + linear for rate in (2, 4, 8)]
+    found = [flops / 1e12 for flops in (dense, *hybrids, linear)]
+    assert found == pytest.approx(printed, abs=1.5e-3)
+    assert attention_cost(HybridSpec(2), layout, 12, 128).flops < hybrids[0]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "rate", "kept"),
+    [
+        (15, 2, 0.77), (20, 2, 0.69), (25, 2, 0.61), (15, 4, 0.64),
+        (20, 4, 0.52), (15, 8, 0.58), (20, 8, 0.44), (25, 8, 0.30),
+    ],
+)  # fmt: skip
+def test_fractions_of_attention_surgery(blocks, rate, kept):
+    """Share of Wan 1.3B's attention FLOPs that is left at 480 x 832 when some of its 30 blocks are hybrid."""
+    layout = TokenLayout((grid_segment("main", *WAN["480 x 832"]),))
+    dense, linear = (attention_cost(spec, layout, 12, 128).flops for spec in (DenseSpec(), LinearSpec()))
+    hybrid = 4 * 128 * attention_cost(HybridSpec(rate), layout, 12, 128).pairs + linear
+    assert (blocks * hybrid + (30 - blocks) * dense) / (30 * dense) == pytest.approx(kept, abs=0.006)

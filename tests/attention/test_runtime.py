@@ -29,7 +29,13 @@ from linearize.attention.runtime import (
 
 LAYOUT = TokenLayout.of((Segment("text", 3), grid_segment("main", 1, 5, 6)))
 HEADS, HEAD_DIM, TOKENS = 2, 8, LAYOUT.num_tokens
-HOST = SimpleNamespace(name="test", title="Test", site_of=lambda options: options.get("site"))
+HOST = SimpleNamespace(
+    name="test",
+    title="Test",
+    site_of=lambda options: options.get("site"),
+    site_among=lambda site, layout, num_tokens: site,
+    site_layout=lambda site, layout: layout,
+)
 
 
 def runtime(spec=None, **settings):
@@ -98,11 +104,37 @@ def test_a_mask_goes_to_the_host_unchanged(positional):
     assert [reason.code for _, reason in state.record.declined] == ["mask"]
 
 
-def test_fewer_key_heads_go_to_the_host():
-    state = runtime()
-    with expect_declines("gqa"):
-        call(state, *qkv(), skip_reshape=True, enable_gqa=True)
-    assert [reason.code for _, reason in state.record.declined] == ["gqa"]
+@pytest.mark.parametrize(
+    "mask", [torch.ones(TOKENS, TOKENS, dtype=torch.bool), torch.zeros(2, 1, TOKENS)], ids=["boolean", "additive"]
+)
+def test_a_mask_that_hides_nothing_is_none(mask, monkeypatch):
+    state, read = runtime(), []
+    truth = call(state, *qkv(), skip_reshape=True)
+    facts, hides = CallFacts(LAYOUT, None), torch.Tensor.all
+    monkeypatch.setattr(torch.Tensor, "all", lambda self: (read.append(self.shape == mask.shape), hides(self))[1])
+    options = {"site": "a", RUNTIME_KEY: state, CALL_KEY: facts}
+    for _ in range(3):
+        output = AttentionOverride()(
+            host_attention, *qkv(), HEADS, mask=mask, skip_reshape=True, transformer_options=options
+        )
+        assert torch.equal(output, truth)
+    assert sum(read) == 1, "a mask is read once per forward"
+
+
+@pytest.mark.parametrize("skip_reshape", [True, False])
+def test_heads_that_share_keys_and_values(skip_reshape):
+    q, k, v = qkv()
+    shared = [tensor[:, :1] for tensor in (k, v)]
+    truth = call(runtime(), q, *(tensor.expand_as(q) for tensor in shared), skip_reshape=True)
+    inputs = [q, *shared] if skip_reshape else [flat(tensor) for tensor in (q, *shared)]
+    assert torch.equal(call(runtime(), *inputs, skip_reshape=skip_reshape, enable_gqa=True), truth)
+
+
+def test_values_with_an_axis_of_heads():
+    """As SD3 calls: q and k are (B, N, H D), v is (B, N, H, D)."""
+    q, k, v = qkv()
+    truth = call(runtime(), q, k, v, skip_reshape=True)
+    assert torch.equal(call(runtime(), flat(q), flat(k), v.transpose(1, 2)), truth)
 
 
 def test_cross_attention_is_not_ours_and_not_counted():
@@ -174,6 +206,60 @@ def test_whatever_a_backend_throws_ends_in_a_picture(error, monkeypatch):
         output = call(state, *qkv(), skip_reshape=True)
     assert torch.equal(output, flat(F.scaled_dot_product_attention(*qkv())))
     assert "backend torch" in state.record.summary() or not state.record.sampled
+
+
+class Preferred:
+    """A backend that `auto` takes before torch: it fails, or gives NaN."""
+
+    name = "preferred"
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def can_run(self, call):
+        return None
+
+    def run(self, query, *args, **kwargs):
+        if self.error is not None:
+            raise self.error
+        return query * float("nan")
+
+
+def test_where_the_preferred_backend_fails_torch_computes_the_same(monkeypatch):
+    order = (Preferred(RuntimeError("an illegal memory access")), backends_module.TORCH)
+    monkeypatch.setattr(backends_module, "AUTO_ORDER", order)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    state = runtime()
+    state.start_run()
+    q, k, v = qkv()
+    output = call(state, q, k, v, skip_reshape=True)
+    truth = reference_attention(q, k, v, LAYOUT, ClearSpec(2)).float()
+    torch.testing.assert_close(output, flat(truth), atol=1e-5, rtol=1e-5)
+    assert {(r.site, r.kind, r.backend) for r in state.record.ran} == {("a", "clear", "torch")}
+    assert "backend preferred failed: RuntimeError: an illegal memory access" in state.record.summary()
+
+
+def test_where_torch_fails_too_the_call_stays_dense(monkeypatch):
+    order = (Preferred(RuntimeError("first")), Preferred(RuntimeError("second")))
+    monkeypatch.setattr(backends_module, "AUTO_ORDER", order)
+    monkeypatch.setitem(backends_module.BACKENDS, "torch", order[1])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with expect_declines("failed"):
+        output = call(runtime(), *qkv(), skip_reshape=True)
+    assert torch.equal(output, flat(F.scaled_dot_product_attention(*qkv())))
+
+
+def test_a_site_with_nan_uses_torch_from_the_next_run_on(monkeypatch):
+    monkeypatch.setattr(backends_module, "AUTO_ORDER", (Preferred(), backends_module.TORCH))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    state = runtime()
+    used = []
+    for _ in range(3):
+        state.start_run()
+        call(state, *qkv(), skip_reshape=True)
+        state.finish_run()
+        used.append((next(iter(state.record.ran)).backend, state.record.non_finite))
+    assert used == [("preferred", ("a",)), ("torch", ()), ("torch", ())]
 
 
 def test_values_of_another_length_are_left_to_the_host():

@@ -57,7 +57,9 @@ def test_the_speed_at_2048_today(benchmarks):
     """Radius 8, one head of 128, fp32, 512 text tokens: at least 4 times dense attention on the same machine."""
     registry, run = benchmarks("registry"), benchmarks("run")
     with torch.inference_mode():
-        functions = registry.contenders(registry.Shape(2048), (8,), "cpu")
+        functions, _ = run.contenders(
+            registry.Suite((), (registry.ClearSpec(8),), ("dense",), ("clear",)), registry.Shape(2048), "cpu"
+        )
         times = run.interleaved(functions, 5, "cpu")
     ratio = statistics.median(times["dense"]) / statistics.median(times["clear r=8"])
     assert ratio >= 4, f"{ratio:.2f} times dense"
@@ -77,7 +79,8 @@ def test_no_tensor_is_quadratic(benchmarks):
             return result
 
     registry = benchmarks("registry")
-    function = registry.contenders(registry.Shape(2048), (8,), "cpu")["clear r=8"]
+    suite = registry.Suite((), (registry.ClearSpec(8),), (), ("clear",))
+    function = benchmarks("run").contenders(suite, registry.Shape(2048), "cpu")[0]["clear r=8"]
     with Largest() as largest:
         function()
     tokens = 128 * 128 + 512
@@ -96,7 +99,9 @@ def test_a_declined_call_adds_microseconds(benchmarks):
 def test_suites_run_and_unknown_ones_are_named(benchmarks, monkeypatch, capsys):
     run, registry = benchmarks("run"), benchmarks("registry")
     shapes = (registry.Shape(256, text=16),)
-    monkeypatch.setitem(run.SUITES, "clear-cpu", (shapes, (2,)))
+    monkeypatch.setitem(
+        run.SUITES, "clear-cpu", registry.Suite(shapes, (registry.ClearSpec(2),), ("dense",), ("clear",))
+    )
     monkeypatch.setattr(run, "peak_in_own_process", lambda *args: "1")
     rows = run.suite_rows("clear-cpu", 2, "cpu")
     assert [row["contender"] for row in rows] == ["dense", "clear r=2"]
@@ -105,6 +110,32 @@ def test_suites_run_and_unknown_ones_are_named(benchmarks, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", "--suite", "fast"])
     assert run.main() == 1
     assert "no suite fast; there are clear-cpu" in capsys.readouterr().err
+
+
+def test_flex_attention_is_compared_on_the_same_pairs(benchmarks):
+    contenders, registry = benchmarks("contenders"), benchmarks("registry")
+    shape, spec = registry.Shape(512, text=20, heads=2, head_dim=16, height=256), registry.ClearSpec(5)
+    case = contenders.make_case(shape, "cpu")
+    ours = contenders.WINDOWED["clear"](case, spec)()
+    raster = contenders.flex(case, spec, in_tiles=False, compiled=False)()
+    assert (raster - ours).abs().max() < 1e-5
+    (rows, columns), (tile_rows, tile_columns) = shape.grid, contenders.FLEX_TILE
+    tiles = torch.arange(rows * columns).view(rows // tile_rows, tile_rows, columns // tile_columns, tile_columns)
+    order = torch.cat((torch.arange(20), 20 + tiles.transpose(1, 2).flatten()))
+    permuted = contenders.Case(shape, *(tensor[:, :, order] for tensor in case.inputs), None)
+    in_tiles = contenders.flex(permuted, spec, in_tiles=True, compiled=False)()
+    assert (in_tiles - ours[:, :, order]).abs().max() < 1e-5
+    assert "do not divide" in contenders.flex(contenders.make_case(registry.Shape(1216, height=832), "cpu"), spec, True)
+
+
+def test_the_gpu_bundle_holds_comfyuis_models(benchmarks, tmp_path):
+    bundle = benchmarks("gpu_bundle")
+    if not (bundle.COMFYUI / "comfy").is_dir():
+        pytest.skip("no ComfyUI here; run the tests with: python run.py test")
+    assert bundle.write_bundle(tmp_path) < bundle.MAX_BYTES
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"comfy/ldm/flux/model.py", "comfy_kitchen/__init__.py", "linearize/__init__.py"} <= names
+    assert all(name.endswith(".py") for name in names if name.startswith("comfy/"))
 
 
 def test_nothing_wrong_is_timed(benchmarks, monkeypatch):

@@ -17,13 +17,16 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 READY = "window.app?.graph && app.extensionManager?.workflow?.activeWorkflow"
 HAS_OURS = "window.app?.graph?.nodes.some(node => node.type === 'LinearizeCLEAR')"
 MILLISECONDS = 60_000  # the longest that one step may take
-WORKFLOWS = ("demo/clear_demo.json", "workflows/flux_dev_clear.json", "workflows/flux_dev_high_res.json")
+TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "workflows").glob("*.json"))
+WORKFLOWS = ("demo/clear_demo.json", *TEMPLATES)
 STATUS = "$$node-text-preview"  # the frontend's own widget for a node's status text
 CHANGE_AND_LISTEN = """() => {
+    window.progress = [];
+    app.api.addEventListener('progress', event => window.progress.push([event.detail.value, event.detail.max]));
     const clear = app.graph.nodes.find(node => node.type === 'LinearizeCLEAR');
     const widget = clear.widgets.find(widget => widget.name === 'radius');
-    widget.value = 8;
-    widget.callback?.(8);
+    widget.value = 6;
+    widget.callback?.(6);
     for (const name of ['execution_success', 'execution_error'])
         app.api.addEventListener(name, event => window.ended = [name, event.detail.exception_message ?? '']);
 }"""
@@ -103,14 +106,9 @@ def test_the_template_opens_by_its_address(page, server):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS)
-def test_both_forms_of_a_workflow_say_the_same(frontend, path):
+def test_both_forms_of_a_workflow_say_the_same_and_nodes_do_not_overlap(frontend, path):
     open_workflow(frontend, path)
     assert prompt_of(frontend) == api_form(path)
-
-
-@pytest.mark.parametrize("path", WORKFLOWS)
-def test_the_layout_has_no_overlaps(frontend, path):
-    open_workflow(frontend, path)
     boxes = frontend.evaluate("app.graph.nodes.map(node => [node.type, ...node.getBounding()])")
     for index, (name, left, top, width, height) in enumerate(boxes):
         for other, x, y, w, h in boxes[index + 1 :]:
@@ -127,6 +125,7 @@ def status_of(page, kind: str) -> str:
 def take_picture(page, path: Path) -> None:
     """Save a picture of the whole graph, without what the interface lays over it."""
     page.add_style_tag(content=".p-toast, .minimap-main-container { display: none !important; }")
+    page.evaluate("app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', false)")
     page.wait_for_timeout(1000)  # pictures arrive
     page.evaluate("app.canvas.canvas.focus()")
     page.keyboard.press(".")  # fit the view
@@ -135,21 +134,53 @@ def take_picture(page, path: Path) -> None:
     page.screenshot(path=path)
 
 
+def test_the_template_list_shows_ours_and_opens_one(frontend):
+    frontend.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    frontend.get_by_text("linearize", exact=True).first.click()
+    frontend.get_by_test_id("template-workflow-flux_dev_clear").click()
+    frontend.wait_for_function(HAS_OURS)
+    assert prompt_of(frontend) == api_form("workflows/flux_dev_clear.json")
+
+
 def test_the_demo_runs_and_the_nodes_say_what_ran(frontend):
     open_workflow(frontend, "demo/clear_demo.json")
     frontend.evaluate(CHANGE_AND_LISTEN)
-    assert prompt_of(frontend)["4"]["inputs"]["radius"] == 8
+    assert prompt_of(frontend)["4"]["inputs"]["radius"] == 6
     frontend.get_by_test_id("queue-button").click()
     frontend.wait_for_function("window.ended")
     ended, why = frontend.evaluate("window.ended")
     assert ended == "execution_success", why
+    assert [16, 16] in frontend.evaluate("window.progress")
+    frontend.wait_for_function("app.graph.nodes.find(n => n.type === 'SaveImage').imgs?.[0]?.naturalWidth === 512")
     take_picture(frontend, PICTURE)
     clear, report = status_of(frontend, "LinearizeCLEAR"), status_of(frontend, "LinearizeReport")
-    assert re.match(r"clear \((torch|triton)\): 4 sites\n100% linearized", clear), clear
-    assert "clear radius 8: 4 sites" in report, report or "the Attention Report shows no text on its node"
+    assert re.match(r"clear \((torch|triton)\): 5 sites\n100% linearized", clear), clear
+    assert "clear radius 6: 5 sites" in report, report or "the Attention Report shows no text on its node"
     ran, _, origin = clear.rpartition("\n")
     assert ran in report.partition("in the last sampling:")[2], report
     assert origin == "untrained: the model's own weights"
+
+
+@pytest.mark.parametrize(
+    ("language", "title", "radius", "help_words"),
+    [("en", "CLEAR Attention", "radius", "each image token"), ("zh", "CLEAR 注意力", "半径", "让每个图像 token")],
+)
+def test_a_node_speaks_the_users_language_and_explains_itself(frontend, language, title, radius, help_words):
+    frontend.evaluate("language => app.extensionManager.setting.set('Comfy.Locale', language)", language)
+    frontend.wait_for_timeout(1000)  # the setting is saved
+    try:
+        frontend.reload()
+        frontend.wait_for_function(READY)
+        open_workflow(frontend, "demo/clear_demo.json")
+        clear = "app.graph.nodes.find(node => node.type === 'LinearizeCLEAR')"
+        shown = frontend.evaluate(f"[{clear}.title, {clear}.widgets[0].label ?? {clear}.widgets[0].name]")
+        assert shown == [title, radius]
+        frontend.evaluate(f"app.canvas.selectNode({clear})")
+        frontend.get_by_test_id("info-button").click()
+        frontend.locator(".node-help-content").get_by_text(help_words).first.wait_for()
+    finally:
+        frontend.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'en')")
+        frontend.wait_for_timeout(1000)
 
 
 def help_page(server, name: str) -> str:

@@ -1,65 +1,85 @@
-"""A tiny FLUX of ComfyUI's own class, and a way to watch its attention calls."""
+"""Tiny models of ComfyUI's own classes, and a way to watch their attention calls."""
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from linearize.attention.runtime import CALL_KEY, RUNTIME_KEY, model_call_wrapper
+sys.path.append(str(Path(__file__).parent))  # families.py and the files that it collects import each other by name
 
-CONFIG = {
-    "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 32, "context_in_dim": 64,
-    "hidden_size": 256, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2,
-    "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False,
-    "txt_ids_dims": [],
-}  # fmt: skip
+from families import seeded  # noqa: E402
+
+from linearize.attention.runtime import CALL_KEY, RUNTIME_KEY, model_call_wrapper  # noqa: E402
+from linearize.attention.site_hooks import current_site, hook_sites  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def tiny_flux(comfy):
-    """ComfyUI's own FLUX class with seeded random weights, fp32."""
-    import comfy.ops
-    from comfy.ldm.flux.model import Flux
+def tiny(comfy):
+    """A function: the tiny model of a family, made once; `oracle=True` gives the one for its probes."""
+    models = {}
 
-    model = Flux(**CONFIG, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            size = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
-    return model.requires_grad_(False)
+    def make(family, oracle=False):
+        build = family.oracle if oracle and family.oracle else family.build
+        key = family.name, build
+        if key not in models:
+            models[key] = seeded(build())
+        return models[key]
+
+    return make
 
 
 @pytest.fixture
-def watch(tiny_flux):
-    """A function that runs one forward and returns its attention calls, with the layout the host told for each."""
+def watch(tiny):
+    """A function that runs one forward and returns its output and attention calls, with the layout told for each.
 
-    def run(runtime, latent, text, references=None, override=None, **options):
-        calls = []
+    The wrapper and the hooks are those of `nodes/patching.py`; a family whose host wraps "apply_model" calls the
+    wrapper that it finds in its transformer options.
+    """
 
-        def spy(func, q, k, v, heads, **kwargs):
-            transformer_options = kwargs["transformer_options"]
+    def run(family, runtime, inputs, override=None, oracle=False, **options):
+        calls, host, model = [], runtime.host, tiny(family, oracle)
+
+        def spy(func, q, k, v, heads, *args, **kwargs):
+            transformer_options = kwargs.get("transformer_options") or {}
             facts = transformer_options.get(CALL_KEY)
-            if override is not None:
-                output = override(func, q, k, v, heads, **kwargs)
-            else:
-                output = func(q, k, v, heads, **kwargs)
-            site = runtime.host.site_of(transformer_options)
-            calls.append(SimpleNamespace(site=site, q=q, k=k, v=v, output=output, layout=facts and facts.layout))
+            output = (override or call_plainly)(func, q, k, v, heads, *args, **kwargs)
+            skip, keep = kwargs.get("skip_reshape"), kwargs.get("skip_output_reshape")
+            q = q if skip else q.unflatten(2, (heads, -1)).transpose(1, 2)
+            k = k if skip else k.reshape(*k.shape[:2], -1, q.shape[-1]).transpose(1, 2)
+            own = facts is not None and (q.shape[2] == k.shape[2] or current_site() is not None)
+            site = facts.site_of(host, transformer_options, q.shape[2]) if own else None
+            layout = facts.at(host, site).layout if site else None
+            heads_first = output if keep else output.unflatten(-1, (heads, -1)).transpose(1, 2)
+            calls.append(SimpleNamespace(site=site, q=q, k=k, output=heads_first, layout=layout))
             return output
 
         transformer_options = {
             "optimized_attention_override": spy,
             RUNTIME_KEY: runtime,
-            "wrappers": {"diffusion_model": {"linearize": [model_call_wrapper]}},
+            "wrappers": {host.wrapped: {"linearize": [model_call_wrapper]}},
             **options,
         }
-        batch = latent.shape[0]
-        with torch.no_grad():
-            output = tiny_flux(
-                latent, torch.full((batch,), 0.5), text, torch.zeros(batch, 32), None, references,
-                transformer_options=transformer_options,
-            )  # fmt: skip
-        return output, calls
+        remove = hook_sites(model, host.site_modules(model))
+        try:
+            with torch.no_grad():
+                return family.forward(model, inputs, transformer_options), calls
+        finally:
+            remove()
 
     return run
+
+
+def call_plainly(func, *args, **kwargs):
+    return func(*args, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def changed_tokens():
+    """A function: the tokens in which two (B, H, N, D) tensors differ."""
+
+    def find(first, second):
+        return set((first != second).any(dim=-1).any(dim=1).any(dim=0).nonzero().flatten().tolist())
+
+    return find

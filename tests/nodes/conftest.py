@@ -1,4 +1,4 @@
-"""The tiny FLUX through ComfyUI's own loader and sampler, and what the run record must say."""
+"""The tiny models through ComfyUI's own loader and sampler, and what the run record must say."""
 
 from types import SimpleNamespace
 
@@ -10,21 +10,45 @@ SITES = ("double.0", "double.1", "single.0", "single.1")
 
 @pytest.fixture(scope="session")
 def studio(comfy):
-    """Everything a person does with nodes: load, condition, patch, sample, read the record."""
+    """Everything a person does with nodes, on FLUX."""
+    return make_studio(comfy, "flux", 64, (16, 24))
+
+
+@pytest.fixture(scope="session")
+def wan(comfy):
+    """The same on Wan."""
+    return make_studio(comfy, "wan", 4096, (3, 8, 10))
+
+
+@pytest.fixture(scope="session")
+def vace(comfy):
+    """The same on Wan with VACE blocks."""
+    return make_studio(comfy, "vace", 4096, (3, 8, 10))
+
+
+@pytest.fixture(scope="session")
+def sd3(comfy):
+    """The same on Stable Diffusion 3.5."""
+    return make_studio(comfy, "sd3", 4096, (16, 24), pooled_width=2048)
+
+
+def make_studio(comfy, name, text_width, default_size, pooled_width=32):
+    """Return what loads, conditions, patches, samples and reads the record of one tiny model."""
     patching = comfy.module("nodes.patching")
     runtime_module = comfy.module("attention.runtime")
     with torch.inference_mode():
-        (model,) = comfy.nodes.UNETLoader().load_unet("linearize_tiny_flux.safetensors", "default")
+        (model,) = comfy.nodes.UNETLoader().load_unet(f"linearize_tiny_{name}.safetensors", "default")
 
     def condition(text="a", tokens=12):
-        with torch.inference_mode():
-            return comfy.node("LinearizeDemoText")(text=text, tokens=tokens)[0]
+        generator = torch.Generator().manual_seed(sum(text.encode()))
+        tensor = torch.randn(1, tokens, text_width, generator=generator)
+        return [[tensor, {"pooled_output": torch.randn(1, pooled_width, generator=generator)}]]
 
     def clear(model, **inputs):
         with torch.inference_mode():
             return comfy.node("LinearizeCLEAR")(model=model, **inputs)[0]
 
-    def sample(model, *, size=(16, 24), cfg=1.0, positive=None, steps=2, seed=3):
+    def sample(model, *, size=default_size, cfg=1.0, positive=None, steps=2, seed=3):
         empty = {"samples": torch.zeros(1, 16, *size)}
         positive, negative = positive or condition(), condition("b")
         with torch.inference_mode():

@@ -48,7 +48,7 @@ def test_an_override_that_was_there_keeps_what_we_decline(studio):
     studio.sample(patched, steps=1)
     assert calls == []
     positive = studio.condition()
-    positive[0][1]["attention_mask"] = torch.zeros(1, 108, 108)
+    positive[0][1]["attention_mask"] = torch.full((1, 108, 108), -1.0)
     positive[0][1]["attention_mask_img_shape"] = (8, 12)
     with studio.runtime.expect_declines("mask"):
         studio.sample(patched, positive=positive, steps=1)

@@ -95,7 +95,7 @@ def test_few_tokens_stay_dense_by_setting(studio):
 
 def test_an_attention_mask_falls_back_to_dense_and_says_so(studio):
     positive = studio.condition()
-    positive[0][1]["attention_mask"] = torch.zeros(1, 108, 108)
+    positive[0][1]["attention_mask"] = torch.full((1, 108, 108), -1.0)
     positive[0][1]["attention_mask_img_shape"] = (8, 12)
     dense = studio.sample(studio.model, positive=positive)
     patched = studio.clear(studio.model, radius=2)
@@ -108,7 +108,7 @@ def test_an_attention_mask_falls_back_to_dense_and_says_so(studio):
 
 def test_an_unexpected_decline_is_an_error_under_strict(studio, monkeypatch):
     positive = studio.condition()
-    positive[0][1]["attention_mask"] = torch.zeros(1, 108, 108)
+    positive[0][1]["attention_mask"] = torch.full((1, 108, 108), -1.0)
     positive[0][1]["attention_mask_img_shape"] = (8, 12)
     patched = studio.clear(studio.model, radius=2)
     with pytest.raises(AssertionError, match="an attention mask is given"):

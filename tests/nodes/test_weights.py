@@ -331,7 +331,7 @@ def test_trained_sites_belong_to_their_kind(studio, place):
     studio.sample(patched)
     assert {(r.kind, r.backend) for r in studio.record(patched).ran} == {("clear", "torch")}
     positive = studio.condition()
-    positive[0][1]["attention_mask"] = torch.zeros(1, 108, 108)
+    positive[0][1]["attention_mask"] = torch.full((1, 108, 108), -1.0)
     positive[0][1]["attention_mask_img_shape"] = (8, 12)
     with studio.runtime.expect_declines("mask"):
         studio.sample(patched, positive=positive)

@@ -1,6 +1,7 @@
 """The import law: nodes -> training -> attention -> kernels, and comfy only where it is allowed."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,8 @@ def violations(path: Path):
                 yield f"{relative}:{line} imports {name}; hosts do not import each other"
         if top == "triton" and layer != "kernels":
             yield f"{relative}:{line} imports triton outside kernels/"
+        if layer == "kernels" and top not in {"kernels", "torch", "triton", *sys.stdlib_module_names}:
+            yield f"{relative}:{line} imports {name}; kernels take tensors from torch and triton only"
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -80,6 +83,11 @@ def test_the_law_can_be_broken(tmp_path, monkeypatch):
     )
     lines = {int(text.split(":")[1].split()[0]) for text in violations(bad)}
     assert lines == {1, 2, 3, 4, 5}
+    bad = tmp_path / "kernels" / "bad.py"
+    bad.parent.mkdir()
+    bad.write_text("import math\nimport torch\nimport triton\nimport numpy\nfrom ..attention import layout\n")
+    lines = {int(text.split(":")[1].split()[0]) for text in violations(bad)}
+    assert lines == {4, 5}
 
 
 def test_the_root_module_imports_nothing_of_the_pack():

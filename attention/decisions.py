@@ -1,0 +1,122 @@
+"""What runs at one attention call: the user's settings, the facts of the call, and the decision.
+
+Decisions depend on shapes and the noise level only. Nothing runs here; `attention/runtime.py` acts on them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import AUTO, Call, choose_backend
+from .hosts import Host
+from .layout import Reason, TokenLayout
+from .specs import SiteSpec
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSettings:
+    """What a node asked for at a site.
+
+    Args:
+        spec: kind and parameters.
+        backend: `auto` or a name.
+        sigma_range: (highest, lowest) noise level at which the spec runs, in the host's own units; None is always.
+        min_tokens: calls with fewer tokens stay dense.
+        trained: the site's weights were distilled for the spec, so it ignores `sigma_range` and `min_tokens`, and a
+            fall-back to dense is named as such.
+        origin: the file those weights are from, for the record.
+    """
+
+    spec: SiteSpec
+    backend: str = AUTO
+    sigma_range: tuple[float, float] | None = None
+    min_tokens: int = 0
+    trained: bool = False
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CallFacts:
+    """What is known of one forward: its layout (or why there is none) and its noise level, if a setting needs it.
+
+    Args:
+        masks: by identity, the masks seen so far and whether they hide nothing; reading a mask waits for the device,
+            and the blocks of one forward share theirs.
+    """
+
+    layout: TokenLayout | Reason
+    sigma: float | None
+    masks: dict[int, tuple[Tensor, bool]] = field(default_factory=dict, compare=False)
+
+    def site_of(self, host: Host, options: Mapping[str, Any], num_tokens: int) -> str | None:
+        """Return the site that issues a call of so many tokens, or None for calls that belong to no site."""
+        site = host.site_of(options)
+        if site is None or isinstance(self.layout, Reason):
+            return site
+        return host.site_among(site, self.layout, num_tokens)
+
+    def at(self, host: Host, site: str) -> "CallFacts":
+        """Return the facts of one site."""
+        if isinstance(self.layout, Reason):
+            return self
+        return replace(self, layout=host.site_layout(site, self.layout))
+
+    def hides_nothing(self, mask: Tensor) -> bool:
+        """Return whether every query sees every key under `mask`."""
+        if id(mask) not in self.masks:
+            visible = mask if mask.dtype == torch.bool else mask == 0
+            self.masks[id(mask)] = mask, bool(visible.all())
+        return self.masks[id(mask)][1]
+
+
+def left_to_host(settings: SiteSettings, facts: CallFacts, num_tokens: int) -> Reason | None:
+    """Return the user's own setting that keeps this call dense, if one does."""
+    if settings.trained:
+        return None
+    if settings.sigma_range is not None and facts.sigma is not None:
+        highest, lowest = settings.sigma_range
+        if not lowest <= facts.sigma <= highest:
+            return Reason("sigma", "outside start_percent to end_percent")
+    if num_tokens < settings.min_tokens:
+        return Reason("min_tokens", f"{num_tokens} tokens, below min_tokens = {settings.min_tokens}")
+    return None
+
+
+def decide(
+    settings: SiteSettings,
+    facts: CallFacts,
+    shape: tuple[int, int, int, int],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    skip_reshape: bool,
+) -> tuple[Any, Call, tuple[Reason, ...]] | Reason:
+    """Return the backend, its call and why others were passed over, or why the call has to stay dense."""
+    # cheap questions come first
+    if isinstance(facts.layout, Reason):
+        return facts.layout
+    query, key, _ = inputs
+    if key.shape[2 if skip_reshape else 1] != shape[2]:
+        return Reason("split", "the model splits this self-attention into calls with some of the queries each")
+    mismatch = facts.layout.mismatch(shape[2])
+    if mismatch is not None:
+        return mismatch
+    if mask is not None and not facts.hides_nothing(mask):
+        return Reason("mask", "an attention mask is given, which windows cannot honour")
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    call = Call(settings.spec, facts.layout, shape, query.dtype, query.device, needs_grad)
+    backend, reasons = choose_backend(call, settings.backend)
+    if backend is not None:
+        return backend, call, reasons
+    codes = {reason.code for reason in reasons}
+    return Reason(codes.pop() if len(codes) == 1 else "backend", "; ".join(map(str, reasons)))
+
+
+def why_failed(backend: str, error: Exception) -> Reason:
+    """Return one sentence for a failure, without the numbers that would make each one look new."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return Reason("failed", f"backend {backend} ran out of memory")
+    first = next(iter(str(error).splitlines()), "")
+    return Reason("failed", f"backend {backend} failed: {type(error).__name__}: {first}"[:200])

@@ -1,0 +1,255 @@
+"""Feature maps: what turns a query or a key into features whose products stand for exp(q . k).
+
+A map takes (B, H, N, D) of any float dtype and returns (B, H, N, F) in fp32, never negative, so that a product of two
+is a weight. It is applied after the host's norms and rotary embedding, like the scores. Queries and keys have a map
+each. A new map is one class: a name, its number of features, its parameters, its cost, its forward.
+
+Cost is counted in multiply-adds per token and head, as `num_products`.
+"""
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FeatureMap(nn.Module):
+    """Base of all maps. Parameters are raw tensors of this leaf module, heads first, fp32.
+
+    Args:
+        heads, head_dim: H and D of the site.
+        feature_dim: F; 0 takes the map's own number.
+
+    Raises:
+        ValueError: the map cannot have that many features.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, heads: int, head_dim: int, feature_dim: int = 0) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        self.num_features = self.features(head_dim, feature_dim)
+
+    @classmethod
+    def features(cls, head_dim: int, feature_dim: int = 0) -> int:
+        """Return F for a head size; without parameters of its own a map has one feature per number of the head."""
+        if feature_dim not in (0, head_dim):
+            raise ValueError(
+                f"feature map {cls.name} has {head_dim} features here, so feature_dim is 0, got {feature_dim}"
+            )
+        return head_dim
+
+    @classmethod
+    def num_products(cls, head_dim: int, feature_dim: int = 0) -> int:
+        """Return the multiply-adds of one token and head."""
+        return 0
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw initial parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features (B, H, N, F), not negative, of (B, H, N, D): in fp32, or in float64 for float64."""
+        return self.map(x if x.dtype == torch.float64 else x.float())
+
+    def map(self, x: Tensor) -> Tensor:
+        """Return the features of fp32 or float64 numbers; parameters may lie on another device."""
+        raise NotImplementedError
+
+
+class Elu1(FeatureMap):
+    """1 + elu(x). Source: Katharopoulos et al., Transformers are RNNs (arXiv 2006.16236)."""
+
+    name = "elu1"
+
+    def map(self, x: Tensor) -> Tensor:
+        """See `FeatureMap.map`."""
+        return F.elu(x) + 1
+
+
+class Relu(FeatureMap):
+    """max(x, 0). A token without positive numbers has no weight; the denominator's floor covers that."""
+
+    name = "relu"
+
+    def map(self, x: Tensor) -> Tensor:
+        """See `FeatureMap.map`."""
+        return F.relu(x)
+
+
+class Favor(FeatureMap):
+    """Positive orthogonal random features: an unbiased estimate of exp(q . k / sqrt(D)), the same for all models.
+
+    phi(x) = exp(w . x' - |x'|^2 / 2) / sqrt(F) with x' = x / D^(1/4). Rows of w are orthogonal within blocks of D and
+    have the lengths of normal vectors; they are drawn from a fixed seed and are not learned.
+
+    Source: Choromanski et al., Rethinking Attention with Performers (arXiv 2009.14794), FAVOR+.
+    """
+
+    name = "favor"
+    SEED = 20201
+    LARGEST = 80.0  # of the exponent; beyond it fp32 overflows
+    directions: Tensor
+
+    def __init__(self, heads: int, head_dim: int, feature_dim: int = 0) -> None:
+        super().__init__(heads, head_dim, feature_dim)
+        directions = orthogonal_directions(self.num_features, head_dim, torch.Generator().manual_seed(self.SEED))
+        self.register_buffer("directions", directions, persistent=False)
+
+    @classmethod
+    def features(cls, head_dim: int, feature_dim: int = 0) -> int:
+        """See `FeatureMap.features`."""
+        return feature_dim or 2 * head_dim
+
+    @classmethod
+    def num_products(cls, head_dim: int, feature_dim: int = 0) -> int:
+        """See `FeatureMap.num_products`."""
+        return head_dim * cls.features(head_dim, feature_dim)
+
+    def map(self, x: Tensor) -> Tensor:
+        """See `FeatureMap.map`."""
+        x = x * self.head_dim**-0.25
+        exponent = x @ self.directions.to(x).T - x.square().sum(-1, keepdim=True) / 2
+        return exponent.clamp(max=self.LARGEST).exp() * self.num_features**-0.5
+
+
+class Hedgehog(FeatureMap):
+    """softmax(x W) and softmax(-x W) side by side: bounded, spiky like softmax weights.
+
+    W is (D, F / 2) per head and starts as the identity where it is square.
+
+    Source: Zhang et al., The Hedgehog & the Porcupine (arXiv 2402.04347), as used in LoLCATs (arXiv 2410.10254).
+    """
+
+    name = "hedgehog"
+
+    def __init__(self, heads: int, head_dim: int, feature_dim: int = 0) -> None:
+        super().__init__(heads, head_dim, feature_dim)
+        self.weight = nn.Parameter(torch.zeros(heads, head_dim, self.num_features // 2))
+        self.reset(torch.Generator().manual_seed(0))
+
+    @classmethod
+    def features(cls, head_dim: int, feature_dim: int = 0) -> int:
+        """See `FeatureMap.features`."""
+        return _even(cls.name, feature_dim) or 2 * head_dim
+
+    @classmethod
+    def num_products(cls, head_dim: int, feature_dim: int = 0) -> int:
+        """See `FeatureMap.num_products`."""
+        return head_dim * cls.features(head_dim, feature_dim) // 2
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """See `FeatureMap.reset`."""
+        half = self.num_features // 2
+        if half == self.head_dim:
+            self.weight.copy_(torch.eye(half))
+        else:
+            self.weight.copy_(torch.randn(self.weight.shape, generator=generator) * self.head_dim**-0.5)
+
+    def map(self, x: Tensor) -> Tensor:
+        """See `FeatureMap.map`."""
+        projected = x @ self.weight.to(x)
+        return torch.cat((projected.softmax(-1), (-projected).softmax(-1)), dim=-1)
+
+
+class Polynomial(FeatureMap):
+    """Attention Surgery's map: a small network per head, its output in two halves, the second squared.
+
+    Linear(D -> F), SiLU, Linear(F -> F), softplus; F = 2 D, so that both powers have D features: 1,185,792 parameters
+    at 12 heads of 128, as the paper's 1.2 M. The paper does not name its non-linearities, nor how it keeps features
+    positive; SiLU and softplus are ours.
+
+    Source: Attention Surgery (arXiv 2509.24899); sizes reconstructed from its parameter and FLOP counts.
+    """
+
+    name = "polynomial"
+    START = 0.01  # initial size of a feature, so that linear tokens start with little weight
+
+    def __init__(self, heads: int, head_dim: int, feature_dim: int = 0) -> None:
+        super().__init__(heads, head_dim, feature_dim)
+        width = self.num_features
+        self.weight_1 = nn.Parameter(torch.zeros(heads, head_dim, width))
+        self.bias_1 = nn.Parameter(torch.zeros(heads, 1, width))
+        self.weight_2 = nn.Parameter(torch.zeros(heads, width, width))
+        self.bias_2 = nn.Parameter(torch.zeros(heads, 1, width))
+        self.reset(torch.Generator().manual_seed(0))
+
+    @classmethod
+    def features(cls, head_dim: int, feature_dim: int = 0) -> int:
+        """See `FeatureMap.features`."""
+        return _even(cls.name, feature_dim) or 2 * head_dim
+
+    @classmethod
+    def num_products(cls, head_dim: int, feature_dim: int = 0) -> int:
+        """See `FeatureMap.num_products`."""
+        width = cls.features(head_dim, feature_dim)
+        return head_dim * width + width * width
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """See `FeatureMap.reset`."""
+        for weight in (self.weight_1, self.weight_2):
+            weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5)
+        self.bias_1.zero_()
+        self.bias_2.fill_(math.log(math.expm1(self.START)))  # softplus of it is START
+
+    def map(self, x: Tensor) -> Tensor:
+        """See `FeatureMap.map`."""
+        hidden = F.silu(x @ self.weight_1.to(x) + self.bias_1.to(x))
+        first, second = F.softplus(hidden @ self.weight_2.to(x) + self.bias_2.to(x)).chunk(2, dim=-1)
+        return torch.cat((first, second.square()), dim=-1)
+
+
+class LinFusion(FeatureMap):
+    """1 + elu(x + g(x)) with g = Linear, LayerNorm, LeakyReLU, Linear per head; g starts at 0, so the map as `elu1`.
+
+    Source: Liu et al., LinFusion (arXiv 2409.02097), whose g acts before the query and key projections; ours acts
+    after them, head by head, because the pack changes attention only.
+    """
+
+    name = "linfusion"
+
+    def __init__(self, heads: int, head_dim: int, feature_dim: int = 0) -> None:
+        super().__init__(heads, head_dim, feature_dim)
+        self.weight_1, self.weight_2 = (nn.Parameter(torch.zeros(heads, head_dim, head_dim)) for _ in range(2))
+        self.bias_1, self.bias_2 = (nn.Parameter(torch.zeros(heads, 1, head_dim)) for _ in range(2))
+        self.reset(torch.Generator().manual_seed(0))
+
+    @classmethod
+    def num_products(cls, head_dim: int, feature_dim: int = 0) -> int:
+        """See `FeatureMap.num_products`."""
+        return 2 * head_dim * head_dim
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """See `FeatureMap.reset`."""
+        for parameter in self.parameters():
+            parameter.zero_()
+        self.weight_1.copy_(torch.randn(self.weight_1.shape, generator=generator) * self.head_dim**-0.5)
+
+    def map(self, x: Tensor) -> Tensor:
+        """See `FeatureMap.map`."""
+        hidden = F.layer_norm(x @ self.weight_1.to(x) + self.bias_1.to(x), (self.head_dim,))
+        return F.elu(x + F.leaky_relu(hidden) @ self.weight_2.to(x) + self.bias_2.to(x)) + 1
+
+
+MAPS: dict[str, type[FeatureMap]] = {each.name: each for each in (Elu1, Relu, Favor, Hedgehog, Polynomial, LinFusion)}
+
+
+def orthogonal_directions(number: int, size: int, generator: torch.Generator) -> Tensor:
+    """Return (number, size) vectors, orthogonal in blocks of `size`, each as long as a normal vector of that size."""
+    blocks = []
+    for _ in range(math.ceil(number / size)):
+        directions, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+        lengths = torch.randn(size, size, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
+        blocks.append(directions.T * lengths)
+    return torch.cat(blocks)[:number].float()
+
+
+def _even(name: str, feature_dim: int) -> int:
+    if feature_dim % 2:
+        raise ValueError(f"feature map {name} has two equal halves, so feature_dim is even, got {feature_dim}")
+    return feature_dim

@@ -1,0 +1,74 @@
+"""Chroma, and Chroma Radiance, which works on pixels.
+
+Sequence: text, main grid. No references. Blocks that a Chroma model was told to skip issue no call, so their sites
+never run.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..layout import Reason, Segment, TokenLayout
+from .base import (
+    Host,
+    ModelCall,
+    Site,
+    double_single_norms,
+    double_single_sites,
+    main_segment,
+    missing_attributes,
+    missing_structure,
+    planned_main,
+    site_of_block,
+    wrong_inputs,
+)
+
+PIXELS_PER_LATENT = 8
+STRUCTURE = (
+    "txt_in",
+    "distilled_guidance_layer",
+    "pe_embedder",
+    "double_blocks.0.img_attn.qkv",
+    "single_blocks.0.linear1",
+)
+
+
+class ChromaHost(Host):
+    """Chroma: 19 double and 38 single blocks, head dimension 128; all modulations come from one small network.
+
+    It has no diffusers names here: CLEAR's files for FLUX.1 would fit its shapes, and are not for its weights.
+    """
+
+    name = "chroma"
+    title = "Chroma"
+    default_text_tokens = 128  # prompts are not padded; about 90 words
+
+    def mismatch(self, module: Any) -> Reason | None:
+        """See `Host.mismatch`."""
+        return missing_structure(self.title, module, STRUCTURE)
+
+    def sites(self, module: Any) -> tuple[Site, ...]:
+        """See `Host.sites`."""
+        return double_single_sites(module)
+
+    def layout(self, call: ModelCall) -> TokenLayout | Reason:
+        """See `Host.layout`."""
+        latent, text = call.argument(0, "x"), call.argument(2, "context")
+        problem = wrong_inputs(self.title, latent, (4,), text)
+        if problem:
+            return problem
+        main = main_segment(latent, (call.module.patch_size,) * 2)
+        return TokenLayout.of((Segment("text", text.shape[1]), main))
+
+    def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
+        """See `Host.planned_layout`; Chroma makes pictures, so `frames` is not used."""
+        works_on_pixels = not missing_attributes(module, ("img_in_patch",))
+        main = planned_main(width, height, module.patch_size * (1 if works_on_pixels else PIXELS_PER_LATENT))
+        return TokenLayout.of((Segment("text", text_tokens), main))
+
+    def norm_parameters(self, module: Any) -> tuple[str, ...]:
+        """See `Host.norm_parameters`: the query norms of every block."""
+        return double_single_norms(module)
+
+    def site_of(self, options: Mapping[str, Any]) -> str | None:
+        """See `Host.site_of`."""
+        return site_of_block(options, {"double": "double", "single": "single"})

@@ -1,0 +1,54 @@
+"""Models that no host can serve, each with its reason: a person who tries one is told why.
+
+What is listed here was read in ComfyUI 0.30.0; tests run some of these models, and turn red when ComfyUI changes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .base import missing_attributes
+
+HIDDEN = "ComfyUI does not let other code see its attention calls"
+NO_GRID = "its tokens lie on no grid, so there is nothing near or far to choose by"
+SOUND = "it makes sound, and windows are for pictures and video"
+UNET = "windows are for diffusion transformers"
+
+
+@dataclass(frozen=True, slots=True)
+class Unhookable:
+    """A kind of model.
+
+    Args:
+        title: for people.
+        structure: attribute paths that, together, only models of this kind have.
+        reason: why windows cannot run on it, as the end of a sentence.
+    """
+
+    title: str
+    structure: Sequence[str]
+    reason: str
+
+
+UNHOOKABLE = (
+    Unhookable("ERNIE-Image", ("text_proj", "time_embedding", "final_linear", "layers.0.adaLN_sa_ln"), HIDDEN),
+    Unhookable("PixArt", ("t_block", "y_embedder", "blocks.0.attn.qkv", "blocks.0.cross_attn"), HIDDEN),
+    Unhookable("Hunyuan-DiT", ("mlp_t5", "text_embedding_padding", "blocks.0.attn1"), HIDDEN),
+    Unhookable("SeedVR2", ("vid_in", "txt_in", "emb_in", "vid_out"), "its attention is local already"),
+    Unhookable("Hunyuan3D 2.0", ("latent_in", "cond_in", "double_blocks", "single_blocks"), NO_GRID),
+    Unhookable("Hunyuan3D 2.1", ("x_embedder", "guidance_cond_proj_dim", "blocks.0.attn1"), NO_GRID),
+    Unhookable("TripoSplat", ("cam_out_layer", "noise_repo_layers"), NO_GRID),
+    Unhookable("ACE-Step", ("genre_embedder", "lyric_encoder", "transformer_blocks"), SOUND),
+    Unhookable("ACE-Step 1.5", ("decoder.layers", "encoder.lyric_encoder", "detokenizer"), SOUND),
+    Unhookable("Stable Audio", ("to_timestep_embed", "preprocess_conv", "postprocess_conv"), SOUND),
+    Unhookable("a UNet such as Stable Diffusion XL", ("input_blocks", "middle_block", "output_blocks"), UNET),
+    Unhookable("Stable Cascade", ("down_blocks", "up_blocks", "clip_norm", "clf"), UNET),
+)
+
+
+def why_unhookable(module: Any) -> str | None:
+    """Return the sentence that tells why Linearize cannot work on this model, or None if it is none of these."""
+    for kind in UNHOOKABLE:
+        if not missing_attributes(module, kind.structure):
+            return f"Linearize cannot work on {kind.title}: {kind.reason}"
+    return None

@@ -1,0 +1,217 @@
+"""Linear attention in PyTorch, alone and beside exact keys under one denominator.
+
+Queries meet two sets of keys. *Exact* keys count with exp(score - c), where c belongs to the query; *linear* keys count
+with phi_q(q) . phi_k(k), through a state whose size does not depend on their number:
+
+    y = (sum exp(s - c) v + phi_q(q) S) / (sum exp(s - c) + phi_q(q) z),   S = sum phi_k(k) v^T,   z = sum phi_k(k)
+
+Everything here is chunked, so that neither scores nor features of all tokens are held at once; with gradients the
+chunks are computed again in the backward pass. State, features and denominators are fp32 (float64 for float64).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .feature_maps import FeatureMap
+from .layout import TokenLayout
+from .specs import LinearSpec
+
+Maps = tuple[FeatureMap, FeatureMap]  # phi_q, phi_k
+FLOOR = 1e-12  # of a denominator without exact keys
+CHUNK_VALUES = 2**22  # scores or features held at once
+
+
+@dataclass(frozen=True, slots=True)
+class LinearState:
+    """What queries need to know of linear keys.
+
+    Args:
+        total: (B, H, F, D), the sum of phi_k(k) v^T.
+        norm: (B, H, F, 1), the sum of phi_k(k).
+    """
+
+    total: Tensor
+    norm: Tensor
+
+    def __add__(self, other: "LinearState") -> "LinearState":
+        return LinearState(self.total + other.total, self.norm + other.norm)
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    spec: LinearSpec,
+    maps: Maps,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Return linear attention over the grids; global tokens are exact keys, and global queries see everything exactly.
+
+    Shapes:
+        query, key, value: (B, H, N, D), any strides, N = layout.num_tokens. Output: (B, H, N, D), contiguous.
+
+    Args:
+        maps: phi_q and phi_k of the site.
+        scale: factor on q . k of exact keys; None is 1 / sqrt(D).
+
+    Returns:
+        The output in the dtype of `query`.
+
+    Raises:
+        ValueError: the layout has another number of tokens than the tensors.
+    """
+    exact, linear = split_tokens(layout, None, query.device)
+    return mixed_attention(query, key, value, layout, exact, linear, maps, scale=scale)
+
+
+def mixed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    exact: Tensor,
+    linear: Tensor,
+    maps: Maps,
+    *,
+    scale: float | None = None,
+    stabilizer: str = "max",
+) -> Tensor:
+    """Return attention of grid queries over exact and linear keys, and dense attention of global queries.
+
+    Shapes:
+        query, key, value: (B, H, N, D). exact, linear: token indices; together every token once. Output: (B, H, N, D).
+    """
+    check_layout(layout, query, key, value)
+    phi_q, phi_k = maps
+    state = summarise(key.index_select(2, linear), value.index_select(2, linear), phi_k)
+    output = dense_for_global_queries(query, key, value, layout, scale)
+    parts = (key.index_select(2, exact), value.index_select(2, exact))
+    queries = grid_tokens(layout, query.device)
+    mixed = mix(query.index_select(2, queries), *parts, state, phi_q, scale=scale, stabilizer=stabilizer)
+    return output.index_copy(2, queries, mixed)
+
+
+def summarise(key: Tensor, value: Tensor, phi_k: FeatureMap) -> LinearState:
+    """Return the state of linear keys, (B, H, n, D) each; of no keys it is zero."""
+    batch, heads, _, size = key.shape
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    total = torch.zeros(batch, heads, phi_k.num_features, size, dtype=dtype, device=key.device)
+    norm = torch.zeros(batch, heads, phi_k.num_features, 1, dtype=dtype, device=key.device)
+
+    def add(part: slice) -> tuple[Tensor, Tensor]:
+        features = phi_k(key[:, :, part]).transpose(-1, -2)
+        return features @ value[:, :, part].to(dtype), features.sum(-1, keepdim=True)
+
+    for part in chunks(key.shape[2], batch * heads * phi_k.num_features):
+        more, weight = recomputed(add, part)
+        total, norm = total + more, norm + weight
+    return LinearState(total, norm)
+
+
+def mix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: LinearState,
+    phi_q: FeatureMap,
+    *,
+    scale: float | None = None,
+    stabilizer: str = "max",
+) -> Tensor:
+    """Return what queries make of exact keys and of a state.
+
+    Shapes:
+        query: (B, H, M, D). key, value: (B, H, K, D), K may be 0. Output: (B, H, M, D), in the dtype of `query`.
+
+    Args:
+        stabilizer: c of the formula above: "max", the largest score, as in Attention Surgery; or "lse", the log of the
+            sum of exponents, with which exact keys weigh 1 in all and any dense kernel computes them.
+    """
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    weigh = _weigh_none if key.shape[2] == 0 else _weigh_by_lse if stabilizer == "lse" else _weigh_by_max
+
+    def compute(part: slice) -> Tensor:
+        q = query[:, :, part]
+        features = phi_q(q)
+        numerator, denominator = weigh(q, key, value, factor)
+        numerator = numerator + features @ state.total
+        return (numerator / (denominator + features @ state.norm).clamp_min(FLOOR)).to(query.dtype)
+
+    held = phi_q.num_features if stabilizer == "lse" else max(phi_q.num_features, key.shape[2])
+    parts = [recomputed(compute, part) for part in chunks(query.shape[2], query.shape[0] * query.shape[1] * held)]
+    return torch.cat(parts, dim=2) if parts else query.new_empty(query.shape)
+
+
+Weighed = tuple[Tensor | float, Tensor | float]
+
+
+def _weigh_none(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Weighed:
+    return 0.0, 0.0
+
+
+def _weigh_by_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Weighed:
+    exact = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    return exact.to(torch.promote_types(query.dtype, torch.float32)), 1.0
+
+
+def _weigh_by_max(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Weighed:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = (query.to(dtype) * scale) @ key.to(dtype).transpose(-1, -2)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return weights @ value.to(dtype), weights.sum(-1, keepdim=True)
+
+
+def split_tokens(layout: TokenLayout, rate: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the indices of exact and of linear tokens: global ones are exact, and every `rate`-th of each grid."""
+    exact = torch.zeros(layout.num_tokens, dtype=torch.bool)
+    for start, stop in layout.global_ranges:
+        exact[start:stop] = True
+    if rate is not None:
+        for start, (frames, height, width) in layout.grids:
+            exact[start : start + frames * height * width : rate] = True
+    return exact.nonzero().flatten().to(device), (~exact).nonzero().flatten().to(device)
+
+
+def grid_tokens(layout: TokenLayout, device: torch.device) -> Tensor:
+    """Return the indices of all tokens that lie on a grid."""
+    return torch.cat([torch.arange(s, s + t * h * w, device=device) for s, (t, h, w) in layout.grids])
+
+
+def dense_for_global_queries(
+    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float | None
+) -> Tensor:
+    """Return an output whose global rows are dense attention over everything; the other rows are not written yet."""
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    for start, stop in layout.global_ranges:
+        dense = F.scaled_dot_product_attention(query[:, :, start:stop], key, value, scale=scale)
+        output = output.slice_scatter(dense, 2, start, stop)
+    return output
+
+
+def check_layout(layout: TokenLayout, *tensors: Tensor) -> None:
+    """Raise ValueError where a tensor has another number of tokens than the layout."""
+    for tensor in tensors:
+        mismatch = layout.mismatch(tensor.shape[2])
+        if mismatch:
+            raise ValueError(str(mismatch))
+
+
+def chunks(length: int, values_per_token: int) -> Iterator[slice]:
+    """Yield slices of 0..length that hold about CHUNK_VALUES values each."""
+    step = max(64, CHUNK_VALUES // max(1, values_per_token))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def recomputed(function: Callable, part: slice):
+    """Return function(part); with gradients its intermediate tensors are dropped and computed again when needed."""
+    if torch.is_grad_enabled():
+        return checkpoint(function, part, use_reentrant=False)
+    return function(part)

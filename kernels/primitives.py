@@ -1,0 +1,66 @@
+"""What the CLEAR kernels share: how a program finds its block, loads tokens and reads who sees whom.
+
+Device functions only; the tables they read are described in `kernels/clear.py`.
+"""
+
+import triton
+import triton.language as tl
+
+FIELDS = tl.constexpr(9)
+ABSOLUTE = tl.constexpr(2**30)
+NEVER = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def locate(heads, num_shared, num_tiles, num_heads, num_copies):
+    """Return batch, head and block of this program: shared blocks of all heads first, then tiles, tile fastest."""
+    program = tl.program_id(0)
+    is_shared = program < num_shared * num_copies
+    program = tl.where(is_shared, program, program - num_shared * num_copies)
+    per_copy = tl.where(is_shared, num_shared, num_tiles)
+    copy = program // per_copy
+    head = copy % num_heads
+    block = program % per_copy + tl.where(is_shared, 0, tl.load(heads + head))
+    return copy // num_heads, head, block
+
+
+@triton.jit
+def read_columns(columns, step, first_dense, num_dense, first_near, BLOCK: tl.constexpr):
+    """Return the (BLOCK,) columns of a step: dense blocks first, then the tile's own list."""
+    start = tl.where(step < num_dense, first_dense, first_near - num_dense * BLOCK) + step * BLOCK
+    return tl.load(columns + start + tl.arange(0, BLOCK))
+
+
+@triton.jit
+def load_tokens(pointer, tokens, stride, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Return (tokens, BLOCK_SIZE) values of one head, zero beyond SIZE."""
+    place = tl.arange(0, BLOCK_SIZE)
+    # a view of a fused projection passes 2^31 values at 100,000 tokens
+    pointers = pointer + tokens.to(tl.int64)[:, None] * stride + place[None, :]
+    if SIZE < BLOCK_SIZE:
+        return tl.load(pointers, mask=place[None, :] < SIZE, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_tokens(pointer, tokens, stride, values, is_real, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Store the rows of `values` that are real."""
+    place = tl.arange(0, BLOCK_SIZE)
+    pointers = pointer + tokens.to(tl.int64)[:, None] * stride + place[None, :]
+    tl.store(pointers, values.to(pointer.dtype.element_ty), mask=is_real[:, None] & (place[None, :] < SIZE))
+
+
+@triton.jit
+def masked_tokens(columns, origin):
+    """Return the tokens of masked columns; those that every row sees are not counted from the tile."""
+    return tl.where(columns < ABSOLUTE, columns + origin, columns - ABSOLUTE)
+
+
+@triton.jit
+def hide(scores, masks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return `scores` (ROWS, COLUMNS) with NEVER where bit 31 - c % 32 of masks[c // 32, row] is set for column c."""
+    row, group, bit = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS // 32)[None, :], tl.arange(0, 32)[None, None, :]
+    words = tl.load(masks + group * ROWS + row)[:, :, None]
+    # a bit becomes the sign, in two shifts: a thread's columns differ by eights, so the second is a constant
+    signs = (words << (bit & 7)) << (bit & 24)
+    return tl.where(tl.reshape(signs, [ROWS, COLUMNS]) < 0, NEVER, scores)

@@ -1,0 +1,92 @@
+"""Feature maps: what each promises, its size, and that it is never negative."""
+
+import pytest
+import torch
+
+from linearize.attention.feature_maps import MAPS, Favor, Polynomial, orthogonal_directions
+from linearize.attention.specs import FEATURE_MAPS
+
+
+def test_every_name_has_a_map():
+    assert tuple(MAPS) == FEATURE_MAPS
+
+
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_features_are_finite_and_not_negative(name, dtype):
+    feature_map = MAPS[name](3, 16)
+    for parameter in feature_map.parameters():
+        torch.nn.init.normal_(parameter)
+    for size in (1.0, 100.0, 60000.0 if dtype == torch.float16 else 1e6):
+        x = (torch.randn(2, 3, 7, 16) * size).clamp(-65000, 65000).to(dtype)
+        features = feature_map(x)
+        assert features.shape == (2, 3, 7, feature_map.num_features)
+        assert features.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert features.min() >= 0 and features.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_gradients_reach_every_parameter_and_the_input(name):
+    feature_map = MAPS[name](2, 8)
+    x = torch.randn(1, 2, 5, 8, requires_grad=True)
+    (feature_map(x) * torch.randn(1, 2, 5, feature_map.num_features)).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    late = {"weight_1", "bias_1"} if name == "linfusion" else set()  # behind a layer that starts at zero
+    for parameter_name, parameter in feature_map.named_parameters():
+        assert parameter.grad is not None and (parameter.grad.abs().sum() > 0 or parameter_name in late)
+
+
+def test_polynomial_has_the_papers_number_of_parameters():
+    """Attention Surgery, table 7: 1.2 M parameters and 30 GFLOPs at 12,600 tokens for degree 2 and 2 layers."""
+    feature_map = Polynomial(12, 128)
+    assert feature_map.num_features == 256
+    assert sum(parameter.numel() for parameter in feature_map.parameters()) == 1_185_792
+    biases = 12 * 2 * 256
+    flops = 2 * 12_600 * (12 * Polynomial.num_products(128) + biases)
+    assert round(flops / 1e9) == 30
+
+
+def test_polynomial_squares_its_second_half():
+    feature_map = Polynomial(1, 4)
+    with torch.no_grad():
+        feature_map.weight_2.zero_()
+        feature_map.bias_2.fill_(2.0)
+    features = feature_map(torch.randn(1, 1, 3, 4))
+    value = torch.nn.functional.softplus(torch.tensor(2.0))
+    assert torch.allclose(features[..., :4], value.expand(1, 1, 3, 4))
+    assert torch.allclose(features[..., 4:], value.square().expand(1, 1, 3, 4))
+
+
+def test_favor_estimates_the_exponential_without_bias():
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 1, 16) * 0.5, torch.randn(1, 1, 1, 16) * 0.5
+    truth = (q * k).sum().mul(16**-0.5).exp().item()
+    estimates = []
+    for seed in range(400):
+        feature_map = Favor(1, 16, 32)
+        feature_map.directions = orthogonal_directions(32, 16, torch.Generator().manual_seed(seed))
+        estimates.append((feature_map(q) * feature_map(k)).sum().item())
+    mean, error = torch.tensor(estimates).mean().item(), torch.tensor(estimates).std().item() / 20
+    assert abs(mean - truth) < 4 * error and error < 0.1 * truth
+
+
+def test_favor_directions_are_orthogonal_and_the_same_for_all():
+    directions = Favor(1, 16).directions
+    assert torch.equal(directions, Favor(5, 16).directions)
+    products = directions[:16] @ directions[:16].T
+    assert (products - torch.diag(products.diag())).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "feature_dim", "words"),
+    [("elu1", 8, "has 16 features"), ("hedgehog", 7, "even, got 7"), ("polynomial", 33, "even, got 33")],
+)
+def test_a_wrong_number_of_features_is_one_sentence(name, feature_dim, words):
+    with pytest.raises(ValueError, match=words):
+        MAPS[name](1, 16, feature_dim)
+
+
+def test_parameters_follow_the_input_to_its_dtype():
+    feature_map = MAPS["hedgehog"](2, 8)
+    x = torch.randn(1, 2, 3, 8, dtype=torch.float64)
+    assert (feature_map(x) - feature_map(x.float())).abs().max() < 1e-5

@@ -1,0 +1,152 @@
+"""Linear, hybrid and chunked attention against the float64 oracle, and the identities that hold between them."""
+
+import pytest
+import torch
+
+from linearize.attention import Segment, TokenLayout, grid_segment
+from linearize.attention.chunked import CausalStream, chunked_attention
+from linearize.attention.feature_maps import MAPS
+from linearize.attention.hybrid import hybrid_attention
+from linearize.attention.linear import linear_attention
+from linearize.attention.reference import reference_attention
+from linearize.attention.specs import ChunkedSpec, HybridSpec, LinearSpec
+
+LAYOUTS = {
+    "picture": TokenLayout((Segment("text", 5), grid_segment("main", 1, 7, 5))),
+    "no text": TokenLayout((grid_segment("main", 1, 3, 11),)),
+    "clip": TokenLayout((grid_segment("main", 7, 3, 2), Segment("text", 4))),
+    "two grids": TokenLayout((Segment("text", 1), grid_segment("main", 3, 2, 3), grid_segment("reference", 2, 2, 2))),
+    "one token": TokenLayout((grid_segment("main", 1, 1, 1),)),
+}
+SPECS = {
+    "linear": (linear_attention, LinearSpec()),
+    "hybrid 2": (hybrid_attention, HybridSpec(2)),
+    "hybrid 3 lse": (hybrid_attention, HybridSpec(3, stabilizer="lse")),
+    "hybrid 1000": (hybrid_attention, HybridSpec(1000)),
+    "chunked": (chunked_attention, ChunkedSpec(2, 1)),
+    "chunked causal": (chunked_attention, ChunkedSpec(3, 1, causal=True)),
+    "chunked wide overlap": (chunked_attention, ChunkedSpec(2, 3)),
+    "chunked no overlap": (chunked_attention, ChunkedSpec(3, 0, causal=True)),
+}
+
+
+def make_maps(name="polynomial", heads=2, size=8, seed=0):
+    maps = tuple(MAPS[name](heads, size) for _ in range(2))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in (parameter for each in maps for parameter in each.parameters()):
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return maps
+
+
+def tensors(layout, dtype=torch.float32, size=8, batch=2, grad=False):
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch, 2, layout.num_tokens, size)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_(grad) for _ in range(3)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(("function", "spec"), SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_forward_equals_the_reference(function, spec, layout, dtype, relative_error, tolerance):
+    inputs, maps = tensors(layout, dtype), make_maps()
+    with torch.no_grad():
+        output = function(*inputs, layout, spec, maps)
+        truth = reference_attention(*inputs, layout, spec, maps=maps)
+    assert output.dtype == dtype and output.isfinite().all()
+    assert relative_error(output, truth) < tolerance[dtype]
+
+
+@pytest.mark.parametrize(("function", "spec"), SPECS.values(), ids=SPECS)
+def test_gradients_equal_the_references(function, spec, relative_error, monkeypatch):
+    monkeypatch.setattr("linearize.attention.linear.CHUNK_VALUES", 64)  # several chunks, each computed again
+    layout, maps = LAYOUTS["clip"], make_maps()
+    inputs = tensors(layout, torch.float64, grad=True)
+    leaves = [*inputs, *(parameter for each in maps for parameter in each.parameters())]
+    weight = torch.randn(inputs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    output = function(*inputs, layout, spec, maps)
+    truth = reference_attention(*inputs, layout, spec, maps=maps)
+    found, expected = (torch.autograd.grad((each * weight).sum(), leaves) for each in (output, truth))
+    for mine, true in zip(found, expected, strict=True):
+        assert relative_error(mine, true) < (1e-10 if mine.dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_every_map_runs_in_every_kind(name, relative_error):
+    layout, maps = LAYOUTS["clip"], make_maps(name)
+    inputs = tensors(layout)
+    for function, spec in (SPECS["linear"], SPECS["hybrid 2"], SPECS["chunked causal"]):
+        with torch.no_grad():
+            error = relative_error(
+                function(*inputs, layout, spec, maps), reference_attention(*inputs, layout, spec, maps=maps)
+            )
+        assert error < 1e-4, spec.kind
+
+
+@pytest.mark.parametrize("stabilizer", ["max", "lse"])
+def test_rate_1_is_dense_attention(stabilizer):
+    layout = LAYOUTS["picture"]
+    inputs = tensors(layout)
+    output = hybrid_attention(*inputs, layout, HybridSpec(1, stabilizer=stabilizer), make_maps())
+    dense = torch.nn.functional.scaled_dot_product_attention(*inputs)
+    assert (output - dense).abs().max() < 1e-5
+
+
+def test_a_rate_beyond_the_grid_is_linear_with_its_first_token_exact(relative_error):
+    layout, maps = LAYOUTS["no text"], make_maps()
+    inputs = tensors(layout)
+    split = TokenLayout((Segment("first", 1), grid_segment("main", 1, 1, layout.num_tokens - 1)))
+    hybrid = hybrid_attention(*inputs, layout, HybridSpec(500), maps)
+    linear = linear_attention(*inputs, split, LinearSpec(), maps)
+    assert relative_error(hybrid[:, :, 1:], linear[:, :, 1:]) < 1e-5
+
+
+def test_a_chunk_that_holds_the_clip_is_dense_attention():
+    layout = LAYOUTS["clip"]
+    inputs = tensors(layout)
+    output = chunked_attention(*inputs, layout, ChunkedSpec(7, 0), make_maps())
+    dense = torch.nn.functional.scaled_dot_product_attention(*inputs)
+    assert (output - dense).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("chunk", "overlap"), [(3, 0), (3, 1), (2, 1), (2, 2), (1, 3)])
+def test_the_stream_equals_the_direct_form(chunk, overlap, relative_error):
+    layout, spec, maps = TokenLayout((grid_segment("main", 7, 3, 2),)), ChunkedSpec(chunk, overlap, True), make_maps()
+    inputs = tensors(layout, torch.float64)
+    stream, step = CausalStream(spec, maps, cells=6), chunk * 6
+    with torch.no_grad():
+        parts = [stream.step(*(t[:, :, start : start + step] for t in inputs)) for start in range(0, 42, step)]
+        assert relative_error(torch.cat(parts, 2), chunked_attention(*inputs, layout, spec, maps)) < 1e-12
+    assert stream._recent[0].shape[2] == overlap * 6
+
+
+def test_a_stream_has_to_be_causal():
+    with pytest.raises(ValueError, match="causal=True"):
+        CausalStream(ChunkedSpec(2, 1), make_maps(), 4)
+
+
+@pytest.mark.parametrize("name", ["linear", "hybrid 2", "chunked"])
+def test_large_half_precision_inputs_do_not_overflow(name):
+    layout = LAYOUTS["clip"]
+    function, spec = SPECS[name]
+    inputs = [tensor * 200 for tensor in tensors(layout, torch.float16)]
+    with torch.no_grad():
+        output = function(*inputs, layout, spec, make_maps())
+    assert output.isfinite().all() and output.abs().max() <= inputs[2].abs().max() * 1.01
+
+
+@pytest.mark.parametrize("name", ["linear", "hybrid 2", "hybrid 3 lse", "chunked"])
+def test_chunks_of_any_size_give_the_same(name, monkeypatch, relative_error):
+    layout, maps = LAYOUTS["two grids"], make_maps()
+    function, spec = SPECS[name]
+    inputs = tensors(layout)
+    whole = function(*inputs, layout, spec, maps)
+    monkeypatch.setattr("linearize.attention.linear.CHUNK_VALUES", 1)
+    assert relative_error(function(*inputs, layout, spec, maps), whole) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["linear", "hybrid 2", "chunked"])
+def test_a_wrong_number_of_tokens_is_one_sentence(name):
+    function, spec = SPECS[name]
+    inputs = tensors(LAYOUTS["picture"])
+    with pytest.raises(ValueError, match="expected"):
+        function(*inputs, LAYOUTS["clip"], spec, make_maps())

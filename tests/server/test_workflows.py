@@ -1,0 +1,123 @@
+"""Every shipped workflow against a real server: schema, validation, comfy-lint, and a run on the demo's model."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "demo" / "api" / "clear_demo.json"
+TEMPLATES = sorted((ROOT / "workflows" / "api").glob("*.json"))
+SMALLER = 8  # templates run at an eighth of their width and height
+
+
+def load(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def is_file(value):
+    return isinstance(value, str) and value.endswith(".safetensors")
+
+
+def core_files(workflow):
+    """Return (node id, input name) of the model files that ComfyUI's own loaders name."""
+    loaders = {key: node for key, node in workflow.items() if not node["class_type"].startswith("Linearize")}
+    return {(key, name) for key, node in loaders.items() for name, value in node["inputs"].items() if is_file(value)}
+
+
+def refused(live, server, workflow):
+    """Return (node id, input name, kind of error) of all that the server's validation refuses; nothing runs."""
+    with pytest.raises(live.ServerProblem) as problem:
+        server.queue(workflow)
+    errors = json.loads(str(problem.value))["node_errors"]
+    return {
+        (key, error["extra_info"]["input_name"], error["type"]) for key in errors for error in errors[key]["errors"]
+    }
+
+
+@pytest.mark.parametrize("path", [*TEMPLATES, DEMO], ids=lambda path: path.stem)
+def test_api_workflows_fit_object_info(server, path, tmp_path):
+    """Every node exists, every input is known, every link has the type its socket wants; comfy-lint agrees."""
+    workflow, known = load(path), server.get("/object_info")
+    for name, node in workflow.items():
+        info = known[node["class_type"]]
+        sockets = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        assert set(node["inputs"]) <= set(sockets), (name, node["class_type"])
+        assert set(info["input"].get("required", {})) <= set(node["inputs"]), (name, node["class_type"])
+        for each, value in node["inputs"].items():
+            if isinstance(value, list):
+                given = known[workflow[value[0]]["class_type"]]["output"][value[1]]
+                assert sockets[each][0] in (given, "*"), (name, each)
+    # the model files of the template are not on this machine, so their names are made known to the linter
+    for key, name in core_files(workflow):
+        socket = known[workflow[key]["class_type"]]["input"]["required"][name]
+        options = socket[0] if isinstance(socket[0], list) else socket[1]["options"]
+        options.append(workflow[key]["inputs"][name])
+    info_file = tmp_path / "object_info.json"
+    info_file.write_text(json.dumps(known), encoding="utf-8")
+    lint = Path(sys.executable).with_name("comfy-lint")
+    if not lint.exists():
+        lint = Path(shutil.which("comfy-lint") or lint)
+    command = [str(lint), str(path), "--schema-cache", str(info_file)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_the_server_misses_only_the_model_files(server, live, path):
+    """Model files get names that nobody has, so that the server refuses those, and would name anything else."""
+    workflow = load(path)
+    files = core_files(workflow)
+    for key, name in files:
+        workflow[key]["inputs"][name] = f"nobody has {workflow[key]['inputs'][name]}"
+    missing = {(key, name, "value_not_in_list") for key, name in files}
+    assert refused(live, server, workflow) == missing
+    clear = next(key for key, node in workflow.items() if node["class_type"] == "LinearizeCLEAR")
+    workflow[clear]["inputs"].update(radius=0, weights="nobody.safetensors")
+    wrong = {(clear, "radius", "value_smaller_than_min"), (clear, "weights", "value_not_in_list")}
+    assert refused(live, server, workflow) == missing | wrong
+
+
+def on_the_demo_model(workflow):
+    """Return a template with the demo's model, autoencoder and caption, without its LoRA, small and quick."""
+    demo = {node["class_type"]: node for node in load(DEMO).values()}
+    stand_ins = {
+        "UNETLoader": demo["UNETLoader"],
+        "VAELoader": demo["VAELoader"],
+        "CLIPTextEncode": demo["LinearizeDemoCaption"],
+    }
+    changed, moved = {}, {}
+    for key, node in workflow.items():
+        kind, inputs = node["class_type"], dict(node["inputs"])
+        if kind == "LoraLoaderModelOnly":
+            moved[key] = inputs["model"]
+        for name in ("width", "height"):
+            if isinstance(inputs.get(name), int):
+                inputs[name] //= SMALLER
+        if "steps" in inputs:
+            inputs["steps"] = 4
+        if kind == "LinearizeCLEAR":
+            inputs.update(radius=2, weights="none")
+        if kind not in ("DualCLIPLoader", "LoraLoaderModelOnly"):
+            changed[key] = stand_ins.get(kind, {"class_type": kind, "inputs": inputs})
+    for node in changed.values():
+        node["inputs"] = {
+            name: moved.get(value[0], value) if isinstance(value, list) else value
+            for name, value in node["inputs"].items()
+        }
+    return changed
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_a_template_runs_on_the_demo_model(server, path):
+    workflow = on_the_demo_model(load(path))
+    (report,) = (key for key, node in workflow.items() if node["class_type"] == "LinearizeReport")
+    outputs = server.run(workflow)
+    ran = outputs[report]["text"][0].split("in the last sampling:\n")[1]
+    assert re.match(r"clear \(\w+\): \d+ sites\n100% linearized", ran), ran
+    (save,) = (key for key, node in workflow.items() if node["class_type"] == "SaveImage")
+    assert len(outputs[save]["images"]) == 1
