@@ -82,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     demo = commands.add_parser(
         "demo", parents=[common], help="dense and linearized pictures from a real ComfyUI server"
     )
-    demo.add_argument("--size", type=int, default=1024, help="pixels per side (default 1024)")
+    demo.add_argument("--size", type=int, default=1024, help="a second size at which steps are timed (default 1024)")
     test = commands.add_parser("test", parents=[common], help="everything that continuous integration runs")
     test.add_argument("--all", action="store_true", help="the long versions of the tests")
     test.add_argument("--only", default="", help="some stages, such as unit,hosts")

@@ -8,15 +8,21 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import is_interpreted
+from .chunked import chunked_attention
 from .clear import clear_attention
 from .clear_triton import clear_refusal, clear_with_triton, device_refusal
+from .feature_maps import MAPS, Maps
+from .hybrid import hybrid_attention
 from .layout import Reason, TokenLayout
+from .linear import linear_attention
 from .memory import LongLived
 from .reference import MAX_TOKENS, reference_attention
-from .specs import ClearSpec, DenseSpec, SiteSpec, groups_of
+from .specs import ChunkedSpec, ClearSpec, DenseSpec, HeadSplit, HybridSpec, LinearSpec, SiteSpec, groups_of
+from .student import Learned, has_maps, new_maps
 
 AUTO = "auto"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -59,7 +65,7 @@ class Backend(Protocol):
         call: Call,
         *,
         scale: float | None,
-        pool_weight: Tensor | None,
+        learned: Learned,
         memory: LongLived | None,
     ) -> Tensor:
         """Return (B, H, N, D) in the dtype of `query`."""
@@ -72,21 +78,38 @@ class TorchBackend:
     name = "torch"
 
     def can_run(self, call: Call) -> Reason | None:  # noqa: D102
-        return _wrong_input(call) or _kinds_other_than(call, (ClearSpec,), "torch")
+        return _wrong_input(call)
 
-    def run(self, query, key, value, call, *, scale, pool_weight, memory):  # noqa: ANN001, ANN201, D102
+    def run(self, query, key, value, call, *, scale, learned, memory):  # noqa: ANN001, ANN201, D102
+        spec = call.spec
+        if isinstance(spec, (LinearSpec, HybridSpec, ChunkedSpec)):
+            maps = learned.maps or new_maps(spec, query.shape[1], query.shape[3])
+            return _with_maps(query, key, value, call.layout, spec, maps, scale)
         order: list[int] = []
         parts: list[Tensor] = []
         for group in groups_of(call.spec, query.shape[1]):
-            assert isinstance(group.spec, ClearSpec)
             every_head = len(group.heads) == query.shape[1]
             q, k, v = (query, key, value) if every_head else (_heads(t, group.heads) for t in (query, key, value))
-            options = {"scale": scale, "pool_weight": pool_weight, "memory": memory}
+            options = {"scale": scale, "pool_weight": learned.pool, "memory": memory}
+            if isinstance(group.spec, DenseSpec):
+                parts.append(F.scaled_dot_product_attention(q, k, v, scale=scale))
+                order += group.heads
+                continue
+            assert isinstance(group.spec, ClearSpec)
             parts.append(clear_attention(q, k, v, call.layout, group.spec, **options))
             order += group.heads
         if len(parts) == 1:
             return parts[0]
         return _heads(torch.cat(parts, dim=1), sorted(range(len(order)), key=order.__getitem__))
+
+
+def _with_maps(query, key, value, layout, spec, maps, scale):  # noqa: ANN001, ANN202
+    """Run a kind that has feature maps."""
+    if isinstance(spec, LinearSpec):
+        return linear_attention(query, key, value, layout, spec, maps, scale=scale)
+    if isinstance(spec, HybridSpec):
+        return hybrid_attention(query, key, value, layout, spec, maps, scale=scale)
+    return chunked_attention(query, key, value, layout, spec, maps, scale=scale)
 
 
 def _heads(tensor: Tensor, heads: Sequence[int]) -> Tensor:
@@ -106,8 +129,8 @@ class TritonBackend:
             or device_refusal(call.device, call.dtype, call.shape[3], call.needs_grad)
         )
 
-    def run(self, query, key, value, call, *, scale, pool_weight, memory):  # noqa: ANN001, ANN201, D102
-        options = {"scale": scale, "pool_weight": pool_weight, "memory": memory}
+    def run(self, query, key, value, call, *, scale, learned, memory):  # noqa: ANN001, ANN201, D102
+        options = {"scale": scale, "pool_weight": learned.pool, "memory": memory}
         return clear_with_triton(query, key, value, call.layout, call.spec, **options)
 
 
@@ -120,11 +143,14 @@ class ReferenceBackend:
         if call.layout.num_tokens > MAX_TOKENS:
             text = f"the reference holds every pair of tokens and stops at {MAX_TOKENS}, this call has {call.shape[2]}"
             return Reason("tokens", text)
-        return _wrong_input(call) or _kinds_other_than(call, (DenseSpec, ClearSpec), "reference")
+        return _wrong_input(call)
 
-    def run(self, query, key, value, call, *, scale, pool_weight, memory):  # noqa: ANN001, ANN201, D102
-        result = reference_attention(query, key, value, call.layout, call.spec, scale=scale, pool_weight=pool_weight)
-        return result.to(query.dtype)
+    def run(self, query, key, value, call, *, scale, learned, memory):  # noqa: ANN001, ANN201, D102
+        maps = learned.maps
+        if maps is None and isinstance(call.spec, (LinearSpec, HybridSpec, ChunkedSpec)):
+            maps = new_maps(call.spec, query.shape[1], query.shape[3])
+        options = {"scale": scale, "pool_weight": learned.pool, "maps": maps}
+        return reference_attention(query, key, value, call.layout, call.spec, **options).to(query.dtype)
 
 
 TRITON = TritonBackend()
@@ -134,18 +160,21 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TRITON, TO
 AUTO_ORDER: tuple[Backend, ...] = (TRITON, TORCH)
 
 
-def refused(spec: SiteSpec, num_heads: int) -> Reason | None:
-    """Return why no backend of this version runs a spec at a site of `num_heads` heads, or None if one does.
+def refused(spec: SiteSpec, num_heads: int, head_dim: int) -> Reason | None:
+    """Return why no backend runs a spec at a site of `num_heads` heads of `head_dim`, or None if one does.
 
     Needs no tokens, so that a plan can be refused before sampling starts.
     """
     try:
-        kinds = {group.spec.kind for group in groups_of(spec, num_heads)}
+        groups = groups_of(spec, num_heads)
+        for group in groups:
+            if isinstance(group.spec, (LinearSpec, HybridSpec, ChunkedSpec)):
+                MAPS[group.spec.feature_map].features(head_dim, group.spec.feature_dim)
     except ValueError as error:
         return Reason("heads", str(error))
-    unknown = sorted(kinds - {ClearSpec.kind, DenseSpec.kind})
-    if unknown:
-        return Reason("kind", f"this version of Linearize does not run kind {unknown[0]}; it runs dense and clear")
+    mixed = [group.spec.kind for group in groups if isinstance(spec, HeadSplit) and has_maps(group.spec)]
+    if mixed:
+        return Reason("kind", f"kind {mixed[0]} runs on all heads of a site, this plan gives it some of them")
     return None
 
 
@@ -184,6 +213,7 @@ def attention(
     *,
     scale: float | None = None,
     pool_weight: Tensor | None = None,
+    maps: Maps | None = None,
     backend: str = AUTO,
     memory: LongLived | None = None,
 ) -> Tensor:
@@ -197,6 +227,7 @@ def attention(
         spec: kind and parameters; `radius_per_head` makes one with a radius for each head.
         scale: factor on q . k; None takes the spec's own, usually 1 / sqrt(D).
         pool_weight: (d, d) weights of pooled tokens; None means 1 / d^2.
+        maps: phi_q and phi_k for kinds that have them; None takes untrained ones.
         backend: `auto`, `triton`, `torch` or `reference`.
         memory: keeps tables between calls.
 
@@ -212,17 +243,14 @@ def attention(
     chosen, reasons = choose_backend(call, backend)
     if chosen is None:
         raise ValueError("; ".join(map(str, reasons)))
-    return chosen.run(query, key, value, call, scale=scale, pool_weight=pool_weight, memory=memory)
+    return chosen.run(query, key, value, call, scale=scale, learned=Learned(pool_weight, maps), memory=memory)
 
 
 def _wrong_input(call: Call) -> Reason | None:
     if call.dtype not in FLOATS:
         return Reason("dtype", f"attention needs floating point tensors, got {call.dtype}")
-    try:
-        groups_of(call.spec, call.shape[1])
-    except ValueError as error:
-        return Reason("heads", str(error))
-    return call.layout.mismatch(call.shape[2])
+    unfit = refused(call.spec, call.shape[1], call.shape[3])
+    return unfit or call.layout.mismatch(call.shape[2])
 
 
 def _kinds_other_than(call: Call, supported: tuple[type, ...], backend: str) -> Reason | None:

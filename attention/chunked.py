@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .feature_maps import Maps
 from .layout import Grid, TokenLayout
-from .linear import LinearState, Maps, check_layout, dense_for_global_queries, mix, summarise
+from .linear import TORCH, Engine, LinearState, check_layout, dense_for_global_queries, mix, summarise
 from .specs import ChunkedSpec
 
 
@@ -40,6 +41,7 @@ def chunked_attention(
     maps: Maps,
     *,
     scale: float | None = None,
+    engine: Engine | None = None,
 ) -> Tensor:
     """Return chunked attention of each grid.
 
@@ -54,6 +56,7 @@ def chunked_attention(
         spec: chunk_frames, overlap_frames, causal.
         maps: phi_q and phi_k of the site.
         scale: factor on q . k of exact keys; None is 1 / sqrt(D).
+        engine: None is PyTorch.
 
     Returns:
         The output in the dtype of `query`.
@@ -62,13 +65,14 @@ def chunked_attention(
         ValueError: the layout has another number of tokens than the tensors.
     """
     check_layout(layout, query, key, value)
+    engine = engine or TORCH
     output = dense_for_global_queries(query, key, value, layout, scale)
     shared = [(key[:, :, start:stop], value[:, :, start:stop]) for start, stop in layout.global_ranges]
     for start, grid in layout.grids:
         own = slice(start, start + math.prod(grid))
-        others = _state_of_other_grids(key, value, layout, start, maps)
+        others = _state_of_other_grids(key, value, layout, start, maps, engine)
         q, k, v = (tensor[:, :, own] for tensor in (query, key, value))
-        result = _one_grid(q, k, v, grid, spec, maps, shared, others, scale)
+        result = _one_grid(q, k, v, grid, spec, maps, shared, others, scale, engine)
         output = output.slice_scatter(result, 2, own.start, own.stop)
     return output
 
@@ -83,13 +87,14 @@ def _one_grid(
     shared: list[tuple[Tensor, Tensor]],
     others: LinearState,
     scale: float | None,
+    engine: Engine,
 ) -> Tensor:
     frames, cells = grid[0], grid[1] * grid[2]
     phi_q, phi_k = maps
 
     def state(first: int, stop: int) -> LinearState:
         part = slice(first * cells, stop * cells)
-        return summarise(key[:, :, part], value[:, :, part], phi_k)
+        return engine.summarise(key[:, :, part], value[:, :, part], phi_k)
 
     steps = list(chunks_of(frames, spec))
     after = [others]  # of the frames behind each chunk, from the last chunk on; sums, never differences
@@ -106,16 +111,19 @@ def _one_grid(
         keys = torch.cat([*(k for k, _ in shared), key[:, :, exact]], dim=2)
         values = torch.cat([*(v for _, v in shared), value[:, :, exact]], dim=2)
         queries = query[:, :, step.start * cells : step.stop * cells]
-        results.append(mix(queries, keys, values, outside if before is None else outside + before, phi_q, scale=scale))
+        seen = outside if before is None else outside + before
+        results.append(engine.mix(queries, keys, values, seen, phi_q, scale=scale))
     return torch.cat(results, dim=2)
 
 
-def _state_of_other_grids(key: Tensor, value: Tensor, layout: TokenLayout, own: int, maps: Maps) -> LinearState:
-    state = summarise(key[:, :, :0], value[:, :, :0], maps[1])
+def _state_of_other_grids(
+    key: Tensor, value: Tensor, layout: TokenLayout, own: int, maps: Maps, engine: Engine
+) -> LinearState:
+    state = engine.summarise(key[:, :, :0], value[:, :, :0], maps[1])
     for start, grid in layout.grids:
         if start != own:
             part = slice(start, start + math.prod(grid))
-            state = state + summarise(key[:, :, part], value[:, :, part], maps[1])
+            state = state + engine.summarise(key[:, :, part], value[:, :, part], maps[1])
     return state
 
 

@@ -5,7 +5,7 @@ The tables come from `clear_blocks.py`, the mathematics are in `kernels/`. Nothi
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -123,29 +123,40 @@ def _size(table: Table) -> int:
 
 
 def _self_test_result(case: Tested) -> Reason | None:
-    """Return why the kernels failed their test, or None; the test runs once per process."""
+    return tested_once(case, _tested, _self_test)
+
+
+def tested_once(
+    case: Tested, tested: dict[Tested, Reason | None], test: Callable[[Tested], Reason | None]
+) -> Reason | None:
+    """Return why kernels failed their test, or None; the test runs once per process."""
     with _lock:
-        if case not in _tested:
+        if case not in tested:
             try:
-                _tested[case] = _self_test(case)
+                tested[case] = test(case)
             except torch.OutOfMemoryError:  # says nothing of the kernels, so the next call tries again
                 return Reason("memory", "backend triton had no memory left to test itself")
-            if _tested[case] is not None:
-                log.warning("Linearize: %s; other backends are used", _tested[case])
-        return _tested[case]
+            if tested[case] is not None:
+                log.warning("Linearize: %s; other backends are used", tested[case])
+        return tested[case]
 
 
 def _self_test(case: Tested) -> Reason | None:
-    device, dtype, head_dim, needs_grad = case
+    return judge(case, lambda: self_test_error(*case), tuning.KERNELS)
+
+
+def judge(case: Tested, measure: Callable[[], float], kernels: tuple[str, ...]) -> Reason | None:
+    """Return why a test of kernels failed, or None; where a tile of theirs does not fit, the safe one is tried."""
+    device, dtype, head_dim, _ = case
     try:
         try:
-            found = self_test_error(device, dtype, head_dim, needs_grad)
+            found = measure()
         except Exception as error:
             # by name, because Triton is imported in kernels/ only
             too_large = type(error).__name__ == "OutOfResources"
-            if not too_large or not tuning.reduce_tiles(architecture(device), head_dim):
+            if not too_large or not tuning.reduce_tiles(architecture(device), head_dim, kernels):
                 raise
-            found = self_test_error(device, dtype, head_dim, needs_grad)
+            found = measure()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler or driver may throw anything

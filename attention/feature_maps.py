@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class FeatureMap(nn.Module):
-    """Base of all maps. Parameters are raw tensors of this leaf module, heads first, fp32.
+    """Base of all maps. Parameters are raw fp32 tensors of this leaf module, heads first, and 0 until `reset`.
 
     Args:
         heads, head_dim: H and D of the site.
@@ -128,7 +128,6 @@ class Hedgehog(FeatureMap):
     def __init__(self, heads: int, head_dim: int, feature_dim: int = 0) -> None:
         super().__init__(heads, head_dim, feature_dim)
         self.weight = nn.Parameter(torch.zeros(heads, head_dim, self.num_features // 2))
-        self.reset(torch.Generator().manual_seed(0))
 
     @classmethod
     def features(cls, head_dim: int, feature_dim: int = 0) -> int:
@@ -175,7 +174,6 @@ class Polynomial(FeatureMap):
         self.bias_1 = nn.Parameter(torch.zeros(heads, 1, width))
         self.weight_2 = nn.Parameter(torch.zeros(heads, width, width))
         self.bias_2 = nn.Parameter(torch.zeros(heads, 1, width))
-        self.reset(torch.Generator().manual_seed(0))
 
     @classmethod
     def features(cls, head_dim: int, feature_dim: int = 0) -> int:
@@ -216,7 +214,6 @@ class LinFusion(FeatureMap):
         super().__init__(heads, head_dim, feature_dim)
         self.weight_1, self.weight_2 = (nn.Parameter(torch.zeros(heads, head_dim, head_dim)) for _ in range(2))
         self.bias_1, self.bias_2 = (nn.Parameter(torch.zeros(heads, 1, head_dim)) for _ in range(2))
-        self.reset(torch.Generator().manual_seed(0))
 
     @classmethod
     def num_products(cls, head_dim: int, feature_dim: int = 0) -> int:
@@ -236,6 +233,7 @@ class LinFusion(FeatureMap):
         return F.elu(x + F.leaky_relu(hidden) @ self.weight_2.to(x) + self.bias_2.to(x)) + 1
 
 
+Maps = tuple[FeatureMap, FeatureMap]  # phi_q and phi_k of a site
 MAPS: dict[str, type[FeatureMap]] = {each.name: each for each in (Elu1, Relu, Favor, Hedgehog, Polynomial, LinFusion)}
 
 

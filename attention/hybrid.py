@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from .feature_maps import Maps
 from .layout import TokenLayout
-from .linear import Maps, mixed_attention, split_tokens
+from .linear import Engine, mixed_attention, split_tokens
 from .specs import HybridSpec
 
 
@@ -16,6 +17,7 @@ def hybrid_attention(
     maps: Maps,
     *,
     scale: float | None = None,
+    engine: Engine | None = None,
 ) -> Tensor:
     """Return hybrid attention.
 
@@ -29,6 +31,7 @@ def hybrid_attention(
         spec: rate and stabilizer.
         maps: phi_q and phi_k of the site.
         scale: factor on q . k of exact keys; None is 1 / sqrt(D).
+        engine: None is PyTorch.
 
     Returns:
         The output in the dtype of `query`.
@@ -43,5 +46,5 @@ def hybrid_attention(
         ours.
     """
     exact, linear = split_tokens(layout, spec.rate, query.device)
-    options = {"scale": scale, "stabilizer": spec.stabilizer}
+    options = {"scale": scale, "stabilizer": spec.stabilizer, "engine": engine}
     return mixed_attention(query, key, value, layout, exact, linear, maps, **options)

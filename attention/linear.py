@@ -11,17 +11,17 @@ chunks are computed again in the backward pass. State, features and denominators
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .feature_maps import FeatureMap
+from .feature_maps import FeatureMap, Maps
 from .layout import TokenLayout
 from .specs import LinearSpec
 
-Maps = tuple[FeatureMap, FeatureMap]  # phi_q, phi_k
 FLOOR = 1e-12  # of a denominator without exact keys
 CHUNK_VALUES = 2**22  # scores or features held at once
 
@@ -42,6 +42,13 @@ class LinearState:
         return LinearState(self.total + other.total, self.norm + other.norm)
 
 
+class Engine(NamedTuple):
+    """Who computes states and what queries make of them: `TORCH` below, or kernels with the same signatures."""
+
+    summarise: Callable[..., LinearState]
+    mix: Callable[..., Tensor]
+
+
 def linear_attention(
     query: Tensor,
     key: Tensor,
@@ -51,6 +58,7 @@ def linear_attention(
     maps: Maps,
     *,
     scale: float | None = None,
+    engine: Engine | None = None,
 ) -> Tensor:
     """Return linear attention over the grids; global tokens are exact keys, and global queries see everything exactly.
 
@@ -60,6 +68,7 @@ def linear_attention(
     Args:
         maps: phi_q and phi_k of the site.
         scale: factor on q . k of exact keys; None is 1 / sqrt(D).
+        engine: None is PyTorch.
 
     Returns:
         The output in the dtype of `query`.
@@ -68,7 +77,7 @@ def linear_attention(
         ValueError: the layout has another number of tokens than the tensors.
     """
     exact, linear = split_tokens(layout, None, query.device)
-    return mixed_attention(query, key, value, layout, exact, linear, maps, scale=scale)
+    return mixed_attention(query, key, value, layout, exact, linear, maps, scale=scale, engine=engine)
 
 
 def mixed_attention(
@@ -82,6 +91,7 @@ def mixed_attention(
     *,
     scale: float | None = None,
     stabilizer: str = "max",
+    engine: Engine | None = None,
 ) -> Tensor:
     """Return attention of grid queries over exact and linear keys, and dense attention of global queries.
 
@@ -90,6 +100,7 @@ def mixed_attention(
     """
     check_layout(layout, query, key, value)
     phi_q, phi_k = maps
+    summarise, mix = engine or TORCH
     state = summarise(key.index_select(2, linear), value.index_select(2, linear), phi_k)
     output = dense_for_global_queries(query, key, value, layout, scale)
     parts = (key.index_select(2, exact), value.index_select(2, exact))
@@ -149,6 +160,7 @@ def mix(
     return torch.cat(parts, dim=2) if parts else query.new_empty(query.shape)
 
 
+TORCH = Engine(summarise, mix)
 Weighed = tuple[Tensor | float, Tensor | float]
 
 

@@ -106,7 +106,7 @@ class RunRecord:
         lines = []
         for (kind, backend), sites in sorted(self.sites_by_kind.items()):
             lines.append(f"{kind} ({backend}): {sites} {'site' if sites == 1 else 'sites'}")
-        lines.append(f"{self.share_linearized:.0%} linearized, {self.share_computed:.1%} of pairs kept")
+        lines.append(f"{self.share_linearized:.0%} linearized, {self.share_computed:.1%} of attention FLOPs")
         for label, counts in (("dense by setting", self.skipped), ("fell back to dense", self.declined)):
             reasons: Counter[str] = Counter()
             for (_, reason), calls in counts.items():

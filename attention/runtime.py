@@ -68,7 +68,7 @@ class Runtime:
     host: Host
     sites: Mapping[str, SiteSettings]
     memory: LongLived
-    parameters: StudentParameters = field(default_factory=lambda: StudentParameters({}))
+    parameters: StudentParameters = field(default_factory=StudentParameters)
     status: Callable[[str], None] | None = None
     record: RunRecord = field(default_factory=RunRecord)
     _finite: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Runtime:
         """
         if self.host.name != earlier.host.name:
             raise ValueError(f"settings for {self.host.title} cannot follow settings for {earlier.host.title}")
-        pools = earlier.parameters.without(set(self.sites)).pools() | self.parameters.pools()
+        parameters = earlier.parameters.without(set(self.sites)).joined(self.parameters)
         statuses = [status for status in (earlier.status, self.status) if status is not None]
 
         def status(text: str) -> None:
@@ -98,7 +98,7 @@ class Runtime:
                 each(text)
 
         sites = {**earlier.sites, **self.sites}
-        return replace(self.copy(), sites=sites, parameters=StudentParameters(pools), status=status)
+        return replace(self.copy(), sites=sites, parameters=parameters, status=status)
 
     def start_run(self) -> None:
         """Forget the last run, but for the sites that gave infinities or NaN."""
@@ -147,7 +147,8 @@ class Runtime:
             if left_to_host(wish, facts, layout.num_tokens) is not None:
                 continue
             shape = (latent.shape[0], sizes.num_heads, layout.num_tokens, sizes.head_dim)
-            backend, reasons = choose_backend(Call(wish.spec, layout, shape, latent.dtype, latent.device), wish.backend)
+            call_facts = Call(wish.spec, layout, shape, call.dtype or latent.dtype, latent.device)
+            backend, reasons = choose_backend(call_facts, wish.backend)
             if backend is None and wish.backend != AUTO and not isinstance(wish.spec, DenseSpec):
                 raise ValueError(f"backend {wish.backend} cannot run here: {reasons[0].text}; choose backend {AUTO}")
 
@@ -227,7 +228,8 @@ class AttentionOverride:
             return host_attention()
         output, backend, call = result
         cost = attention_cost(settings.spec, call.layout, shape[1], shape[3])
-        runtime.record.count_run(Ran(site, settings.spec.kind, backend.name), call.layout, cost.pairs, dense_pairs)
+        ran, pairs = Ran(site, settings.spec.kind, backend.name), cost.flops // (4 * shape[3])
+        runtime.record.count_run(ran, call.layout, pairs, dense_pairs)
         runtime.note_output(site, output)
         if skip_output_reshape:
             return output
@@ -259,7 +261,7 @@ def run_planned(
         failure = None
         try:
             query, key, value = (_to_bhnd(tensor, shape[1], shape[3], skip_reshape) for tensor in inputs)
-            options = {"scale": kwargs.get("scale"), "pool_weight": runtime.parameters.pool_weight(site, query.device)}
+            options = {"scale": kwargs.get("scale"), "learned": runtime.parameters.learned(site, query.device)}
             return backend.run(query, key, value, call, **options, memory=runtime.memory), backend, call
         except Exception as error:  # whatever a device or driver throws must not cost the user a picture
             failure = why_failed(backend.name, error)
@@ -305,9 +307,10 @@ def model_call_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     current = options.get(OVERRIDE_KEY)
     if current is not None and not getattr(current, "linearize_override", False):
         options[RUNTIME_KEY].record.first = describe_override(current)
-    # apply_model belongs to the model around the diffusion model
+    # apply_model belongs to the model around the diffusion model, and casts the latent later
     module = getattr(executor.class_obj, "diffusion_model", executor.class_obj)
-    noted = options[RUNTIME_KEY].begin_call(ModelCall(module, args, kwargs), options)
+    dtype = getattr(executor.class_obj, "get_dtype_inference", lambda: None)()
+    noted = options[RUNTIME_KEY].begin_call(ModelCall(module, args, kwargs, dtype), options)
     if isinstance(place, int):
         args = (*args[:place], noted, *args[place + 1 :])
     else:

@@ -15,10 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .feature_maps import FeatureMap, Maps
 from .fingerprint import LENGTH
 from .hosts.base import Site
 from .plans import Plan, describe_sites
-from .specs import ClearSpec, DenseSpec, HeadSplit, SiteSpec, groups_of
+from .specs import ChunkedSpec, ClearSpec, DenseSpec, HeadSplit, HybridSpec, LinearSpec, SiteSpec, groups_of
+from .student import empty_maps
 from .tensor_file import TensorFile, open_tensor_file, problem, quote, write_tensor_file
 
 STUDENT_FORMAT = "linearize/1"
@@ -281,7 +283,43 @@ def check_student(student: StudentFile, host_name: str, sites: Sequence[Site]) -
         if found is None or found["site"] not in specs:
             raise ValueError(f"the student has {quote(name)}, this model has only {describe_sites(ids)}")
         _check_part(name, found["part"], tensor, specs[found["site"]])
+    student_maps(student, specs, sites)
     return specs
+
+
+def student_maps(student: StudentFile, specs: Mapping[str, SiteSpec], sites: Sequence[Site]) -> dict[str, Maps]:
+    """Return phi_q and phi_k of every site whose kind has feature maps, with the student's parameters.
+
+    Raises:
+        ValueError: a parameter of a map is missing, unknown, or of another shape; or the map does not fit the site.
+    """
+    found = {}
+    for site in sites:
+        spec = specs[site.id]
+        if isinstance(spec, (LinearSpec, HybridSpec, ChunkedSpec)):
+            try:
+                found[site.id] = empty_maps(spec, site.num_heads, site.head_dim)
+            except ValueError as error:
+                raise ValueError(f"the student does not fit {site.id}: {error}") from None
+            for part, feature_map in zip(("phi_q", "phi_k"), found[site.id], strict=True):
+                _fill(feature_map, f"{site.id}.{part}.", student.parameters)
+    return found
+
+
+def _fill(feature_map: FeatureMap, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    wanted = dict(feature_map.named_parameters())
+    if given.keys() != wanted.keys():
+        name = sorted(given.keys() ^ wanted.keys())[0]
+        what = "lacks" if name in wanted else "has"
+        raise ValueError(f"the student {what} {quote(prefix + name)}; feature map {feature_map.name} has "
+                         f"{', '.join(wanted) or 'no parameters'}")  # fmt: skip
+    for name, parameter in wanted.items():
+        if parameter.shape != given[name].shape:
+            raise ValueError(
+                f"{quote(prefix + name)} has shape {tuple(given[name].shape)}, the site has {tuple(parameter.shape)}"
+            )
+        parameter.data = given[name].detach()
 
 
 def _check_part(name: str, part: str, tensor: Tensor, spec: SiteSpec) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 COMFYUI = Path(os.environ.get("LINEARIZE_COMFYUI", ROOT / ".comfyui" / "comfyui"))
 BUNDLE = ROOT / "build" / "gpu_bundle"
-MAX_BYTES = 60 * 2**20
+MAX_BYTES = 8 * 2**20
 PACKAGES = ("comfy_kitchen", "comfy_aimdo")  # imported by ComfyUI's model code
 NATIVE = shutil.ignore_patterns("*.so*", "*.dll", "*.pyd", "__pycache__")  # built for this machine; there are fallbacks
 CHECKOUT = '''"""The checkout under its own name."""

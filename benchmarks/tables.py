@@ -70,19 +70,18 @@ def demo_table() -> str:
     """Return the demo's own table."""
     data = json.loads(DEMO.read_text(encoding="utf-8"))
     sizes = [str(size) for size in data["sizes"]]
-    heads = [f"s a step at {size} (pairs)" for size in sizes]
-    lines = [f"| attention | {' | '.join(heads)} | PSNR, dB | SSIM | mirror |", "|---|" + "---:|" * (len(sizes) + 3)]
+    heads = [*(f"s a step at {size} (pairs)" for size in sizes), "PSNR, dB", "SSIM", "mirror", "MiB"]
+    lines = [f"| attention | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for row in data["rows"]:
         name = row["variant"].replace("_", ", radius ")
         costs = " | ".join(f"{row['seconds'][size]:.2f} ({row['pairs'][size]:.0%})" for size in sizes)
         measures = " | ".join("" if row[key] is None else f"{row[key]:.{digits}f}" for key, digits in MEASURES)
-        lines.append(f"| {name} | {costs} | {measures} |")
-    peak = max(row["memory_mib"] for row in data["rows"])
+        lines.append(f"| {name} | {costs} | {measures} | {row['memory_mib']:.0f} |")
     lines += [
         "",
         f"Pictures of {data['size']} x {data['size']} pixels, {data['steps']} steps. {data['machine']},",
-        f"ComfyUI on the CPU, torch {data['torch']}, {data['date']}, commit {data['commit']}; the whole demo took",
-        f"{data['seconds']} s, and the server held {peak:.0f} MiB at its peak.",
+        f"ComfyUI on {data['device']}, torch {data['torch']}, {data['date']}, commit {data['commit']}; the whole demo",
+        f"took {data['seconds']} s. MiB is the peak of a server's process; pairs are of {data['text']} text tokens.",
     ]
     return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
 `.venv/bin/python demo/author_workflows.py` after a change in an API file, a note or `workflow_layouts.py`; needs
 Chromium and run.py's test tools. It rewrites `demo/clear_demo.json`, the workflows in `workflows/` and their
-thumbnails, or only those that it is given by name.
+thumbnails, or only those that it is given by name, and the blueprint with the template that it is made of.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tomllib
+from author_blueprint import TEMPLATE, write_blueprint
 from live_server import ROOT, LiveServer, live_server
 from PIL import Image
 from playwright.sync_api import FloatRect, Page, ViewportSize, sync_playwright
@@ -34,7 +35,9 @@ BOUNDS = """() => {
             x(Math.max(...boxes.map(b => b[0] + b[2]))), y(Math.max(...boxes.map(b => b[1] + b[3])))];
 }"""
 OURS = "Linearize"
-LOADERS = ("UNETLoader", "DualCLIPLoader", "VAELoader", "LoraLoaderModelOnly")
+LOADERS = (
+    "UNETLoader", "CheckpointLoaderSimple", "CLIPLoader", "DualCLIPLoader", "VAELoader", "LoraLoaderModelOnly",
+)  # fmt: skip
 GAP, TITLE = 60, 58  # pixels between columns; between nodes of a column, for the title bar and the badge on it
 THUMBNAIL = (1024, 1024)
 VIEWPORT: ViewportSize = {"width": 5000, "height": 1400}  # far out, the frontend draws boxes without their texts
@@ -186,6 +189,8 @@ def main() -> int:
             write_workflows(server, browser, sys.argv[1:])
         finally:
             browser.close()
+    if not sys.argv[1:] or TEMPLATE.stem in sys.argv[1:]:
+        write_blueprint()
     return 0
 
 

@@ -17,7 +17,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +142,15 @@ def prepare_base() -> None:
 
 
 @contextlib.contextmanager
-def live_server(port: int | None = None, environment: dict[str, str] | None = None) -> Iterator[LiveServer]:
+def live_server(
+    port: int | None = None, environment: dict[str, str] | None = None, options: Sequence[str] = ()
+) -> Iterator[LiveServer]:
     """Start the server, wait until it answers, stop it at the end.
 
     Args:
         port: None takes a free one.
         environment: added to this process's own.
+        options: added to ComfyUI's command line.
 
     Raises:
         ServerProblem: the port is taken, or the server ended or stayed silent; the end of its output is given.
@@ -159,7 +162,7 @@ def live_server(port: int | None = None, environment: dict[str, str] | None = No
     log = BASE.parent / f"server-{port}.log"
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            server_command(port), stdout=output, stderr=subprocess.STDOUT, cwd=BASE,
+            [*server_command(port), *options], stdout=output, stderr=subprocess.STDOUT, cwd=BASE,
             env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **(environment or {})},
         )  # fmt: skip
         server = LiveServer(port, log, process)

@@ -38,6 +38,7 @@ CAPTIONS = (
 )
 SIZE, STEPS, TIMED_STEPS, TURNS = 512, 16, 6, 2  # pixels; the model is trained for 512
 SECONDS = 1800  # the longest that one queued run may take
+TEXT_TOKENS = 12  # of the demo's captions
 CELL = 320  # pixels per picture of the sheet
 
 
@@ -46,12 +47,12 @@ class Row:
     """What one variant cost and how far its pictures are from the dense ones.
 
     Args:
-        seconds: seconds per step of the sampling alone, by pixels a side; the fastest of the turns.
+        seconds: seconds per step of a run without decoding, by pixels a side; the fastest of the turns.
         pairs: share of the query-key pairs of dense attention that were computed, by pixels a side, 0 to 1.
         share_linearized: share of attention calls that ran on CLEAR, 0 to 1.
         psnr, ssim: mean over the captions, against dense; None for dense itself. PSNR in dB.
         reflection: mean correlation of the lake with the land mirrored in it, -1 to 1.
-        memory_mib: the most memory that the server's process held.
+        memory_mib: the most memory that a server of its own held, while painting and for a step at the timed size.
     """
 
     variant: str
@@ -130,7 +131,7 @@ def what_ran(report: str) -> tuple[float, float]:
     """
     planned, _, ran = report.partition("in the last sampling:")
     sites = re.search(r"(\d+) sites?:", planned)
-    shares = re.search(r"(\d+)% linearized, ([\d.]+)% of pairs kept", ran)
+    shares = re.search(r"(\d+)% linearized, ([\d.]+)% of attention FLOPs", ran)
     kinds = re.findall(r"^(\w+) \(\w+\): (\d+) sites?$", ran, flags=re.MULTILINE)
     on_clear = sum(int(number) for kind, number in kinds if kind == "clear")
     if not (sites and shares and shares[1] == "100" and on_clear == int(sites[1])):
@@ -145,15 +146,22 @@ def run(server: LiveServer, workflow: dict[str, Any]) -> tuple[dict[str, Any], f
     return {workflow[key]["class_type"]: output for key, output in outputs.items()}, server.seconds(prompt)
 
 
-def paint(server: LiveServer, variant: str) -> tuple[list[dict[str, str]], float]:
-    """Run a variant for every caption; return where the server saved the pictures, and its peak memory in MiB."""
-    memory, saved = PeakMemory(server.process), []
-    for caption in CAPTIONS:
-        outputs, _ = run(server, workflow_for(VARIANTS[variant], caption))
-        if VARIANTS[variant] is not None:
-            what_ran(outputs["LinearizeReport"]["text"][0])
-        saved.append(outputs["SaveImage"]["images"][0])
-    return saved, memory.stop()
+def paint(variant: str, timed_size: int) -> tuple[list[dict[str, str]], float, float]:
+    """Run a variant for every caption on a server of its own.
+
+    Returns:
+        Where the server saved the pictures, the share of attention calls that ran on CLEAR, and its peak memory in MiB.
+    """
+    share, saved = 0.0, []
+    with live_server() as server:
+        memory = PeakMemory(server.process)
+        for caption in CAPTIONS:
+            outputs, _ = run(server, workflow_for(VARIANTS[variant], caption))
+            if VARIANTS[variant] is not None:
+                share = what_ran(outputs["LinearizeReport"]["text"][0])[0]
+            saved.append(outputs["SaveImage"]["images"][0])
+        run(server, sampling_only(workflow_for(VARIANTS[variant], CAPTIONS[0], timed_size, 1)))
+        return saved, share, memory.stop()
 
 
 def time_steps(server: LiveServer, size: int) -> dict[str, tuple[float, float]]:
@@ -191,7 +199,11 @@ def save_pictures(pictures: dict[str, list[Image.Image]]) -> None:
     sheet = Image.new("RGB", (CELL * len(pictures), (CELL + 22) * len(CAPTIONS) + 22), "white")
     draw = ImageDraw.Draw(sheet)
     for column, (name, row) in enumerate(pictures.items()):
-        draw.text((column * CELL + 6, 4), name.replace("_", " radius ", 1).replace("_", " "), fill="black")
+        draw.text(
+            (column * CELL + 6, 4),
+            name.replace("_", " radius ", 1).replace("_", " ").replace("difference", "difference x 8"),
+            fill="black",
+        )
         for line, picture in enumerate(row):
             picture.save(OUTPUT / f"{name}_{line + 1}.png")
             sheet.paste(
@@ -218,31 +230,46 @@ def print_table(rows: list[Row], sizes: tuple[int, ...], seconds: float) -> None
         )
     print(
         f"Pictures: {SIZE} x {SIZE} pixels, {STEPS} steps, {len(CAPTIONS)} captions, untrained windows. PSNR and SSIM"
-        " are against dense.\nMirror is how well the lake repeats the land, 1 at best. Seconds are of sampling alone."
+        " are against dense.\nMirror is how well the lake repeats the land, 1 at best. Seconds count no decoding."
     )
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
     about = {
         "date": datetime.date.today().isoformat(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "torch": importlib.metadata.version("torch"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU",
         "seconds": round(seconds),
     }
-    table = {"size": SIZE, "steps": STEPS, "sizes": list(sizes), **about, "rows": list(map(asdict, rows))}
+    table = {
+        "size": SIZE,
+        "steps": STEPS,
+        "sizes": list(sizes),
+        "text": TEXT_TOKENS,
+        **about,
+        "rows": list(map(asdict, rows)),
+    }
     (OUTPUT / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def commit() -> str:
+    """Return the commit of the checkout, with + if something was changed since; empty without git."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def run_demo(timed_size: int) -> None:
     """Paint, compare and time every variant, then write pictures and table."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
     start, sizes = time.monotonic(), tuple(dict.fromkeys((SIZE, timed_size)))
-    print("Starting ComfyUI ...", flush=True)
+    saved, share, memory, times = {}, {}, {}, {}
+    for variant in VARIANTS:
+        print(f"starting ComfyUI; painting {len(CAPTIONS)} pictures: {variant} ...", flush=True)
+        saved[variant], share[variant], memory[variant] = paint(variant, timed_size)
     with live_server() as server:
         run(server, workflow_for(4, CAPTIONS[0], SIZE, 1))  # loads the models
-        saved, memory, times = {}, {}, {}
-        for variant in VARIANTS:
-            print(f"painting {len(CAPTIONS)} pictures: {variant} ...", flush=True)
-            saved[variant], memory[variant] = paint(server, variant)
         for size in sizes:
             print(f"timing {TIMED_STEPS} steps at {size} x {size} pixels ...", flush=True)
             times[str(size)] = time_steps(server, size)
@@ -255,8 +282,7 @@ def run_demo(timed_size: int) -> None:
             if variant != "dense":
                 psnr, ssim, pictures[f"{variant}_difference"] = measure(server, saved, variant)
             seconds, pairs = ({size: found[variant][part] for size, found in times.items()} for part in (0, 1))
-            share = 0.0 if VARIANTS[variant] is None else 1.0  # what_ran would have stopped at less
-            rows.append(Row(variant, seconds, pairs, share, psnr, ssim, mirror, memory[variant]))
+            rows.append(Row(variant, seconds, pairs, share[variant], psnr, ssim, mirror, memory[variant]))
     save_pictures(pictures)
     print_table(rows, sizes, time.monotonic() - start)
     print(f"\nThe pictures are in {OUTPUT.relative_to(ROOT)}: open sheet.png there to see them side by side.")

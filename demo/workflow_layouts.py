@@ -5,6 +5,9 @@ Data only; `author_workflows.py` applies it. A workflow's note lies beside its A
 
 HUB = "https://huggingface.co"
 ENCODERS = f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main"
+WAN_21 = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
+WAN_22 = f"{HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
+HUNYUAN_VIDEO = f"{HUB}/Comfy-Org/HunyuanVideo_repackaged/resolve/main/split_files"
 MODELS = {  # file: (address, models folder)
     "flux1-dev.safetensors": (
         f"{HUB}/Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors",
@@ -20,6 +23,41 @@ MODELS = {  # file: (address, models folder)
         f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors",
         "vae",
     ),
+    "wan2.1_t2v_1.3B_fp16.safetensors": (
+        f"{WAN_21}/diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors",
+        "diffusion_models",
+    ),
+    "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors": (
+        f"{WAN_22}/diffusion_models/wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
+        "diffusion_models",
+    ),
+    "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": (
+        f"{WAN_22}/diffusion_models/wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors",
+        "diffusion_models",
+    ),
+    "umt5_xxl_fp8_e4m3fn_scaled.safetensors": (
+        f"{WAN_21}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+        "text_encoders",
+    ),
+    "wan_2.1_vae.safetensors": (f"{WAN_22}/vae/wan_2.1_vae.safetensors", "vae"),
+    "sd3.5_large_fp8_scaled.safetensors": (
+        f"{HUB}/Comfy-Org/stable-diffusion-3.5-fp8/resolve/main/sd3.5_large_fp8_scaled.safetensors",
+        "checkpoints",
+    ),
+    "hunyuan_video_t2v_720p_bf16.safetensors": (
+        f"{HUNYUAN_VIDEO}/diffusion_models/hunyuan_video_t2v_720p_bf16.safetensors",
+        "diffusion_models",
+    ),
+    "llava_llama3_fp8_scaled.safetensors": (
+        f"{HUNYUAN_VIDEO}/text_encoders/llava_llama3_fp8_scaled.safetensors",
+        "text_encoders",
+    ),
+    "hunyuan_video_vae_bf16.safetensors": (f"{HUNYUAN_VIDEO}/vae/hunyuan_video_vae_bf16.safetensors", "vae"),
+    "ltx-video-2b-v0.9.safetensors": (
+        f"{HUB}/Lightricks/LTX-Video/resolve/main/ltx-video-2b-v0.9.safetensors",
+        "checkpoints",
+    ),
+    "t5xxl_fp16.safetensors": (f"{ENCODERS}/t5xxl_fp16.safetensors", "text_encoders"),
     "clear_local_16.safetensors": (
         f"{HUB}/Huage001/CLEAR/resolve/main/clear_local_16.safetensors",
         "linearize",
@@ -31,7 +69,9 @@ SIZES = {  # type: (width, height); no height keeps what the frontend chose
     "MarkdownNote": (340, 360),
     "UNETLoader": (340, None),
     "CLIPTextEncode": (280, 200),
+    "CheckpointLoaderSimple": (340, None),
     "KSampler": (300, 500),
+    "SaveVideo": (440, 340),
     "LinearizeCLEAR": (400, 380),
     "LinearizeHighRes": (400, 420),
     "LinearizeReport": (440, 600),
@@ -89,5 +129,40 @@ LAYOUTS = {  # workflow: columns; `note` is the note
         "Enlarge to 4096: 24 25 26",
         "Repaint at 4096: 27 28 29 30",
         "Result: 22 23",
+    ),
+    "workflows/wan21_t2v_clear": (
+        "note 1 2 3",
+        "Windows and prompts: 4 5",
+        "Windows and prompts: 6 7",
+        "Sampling: 8 9 10",
+        "Result: 11 12 13",
+    ),
+    "workflows/wan22_t2v_clear": (
+        "note 1 2 3 4",
+        "Windows, high and low noise: 5 7 6 8",
+        "Prompts: 9 10 11",
+        "Sampling: 12 13",
+        "Result: 14 15 16",
+        "Result: 17 18",
+    ),
+    "workflows/sd35_clear": (
+        "note 1",
+        "Windows and prompts: 2 3 4",
+        "Sampling: 5 6 7",
+        "Result: 8 9",
+    ),
+    "workflows/hunyuan_video_clear": (
+        "note 1 2 3",
+        "Windows and prompt: 4 5 6",
+        "Sampling: 8 7 9 10 11 12",
+        "Sampling: 13 14",
+        "Result: 15 16 17",
+    ),
+    "workflows/ltx_video_clear": (
+        "note 1 2",
+        "Windows and prompts: 3 4 5",
+        "Sampling: 6 7 8 9",
+        "Sampling: 10 11",
+        "Result: 12 13 14",
     ),
 }

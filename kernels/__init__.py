@@ -5,6 +5,19 @@ Importing this package imports no Triton; the files with kernels are imported wh
 
 from .capability import architecture, is_interpreted, refusal
 from .clear import Table, attend
+from .mixed import mixed_attend
+from .state import FUSED_MAPS, linear_state
 from .tuning import Tile, tile_for
 
-__all__ = ["Table", "Tile", "architecture", "attend", "is_interpreted", "refusal", "tile_for"]
+__all__ = [
+    "FUSED_MAPS",
+    "Table",
+    "Tile",
+    "architecture",
+    "attend",
+    "is_interpreted",
+    "linear_state",
+    "mixed_attend",
+    "refusal",
+    "tile_for",
+]

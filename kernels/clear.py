@@ -9,13 +9,13 @@ Deterministic: no atomics, a fixed order of columns. Accumulates in fp32. Any st
 """
 
 import contextlib
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .launch import block_size, log2_scale, on_device_of, rows_together, strides
 from .tuning import Tile
 
 NUM_TENSORS, NUM_NUMBERS = 5, 6
@@ -94,12 +94,12 @@ def clear_forward(
     from .clear_forward import clear_forward_kernel
 
     kernel: Any = clear_forward_kernel
-    query, key, value = (_rows_together(tensor) for tensor in (query, key, value))
+    query, key, value = (rows_together(tensor) for tensor in (query, key, value))
     out, lse = _like_output(query), _like_statistics(query)
     with _launch(query, tensors, numbers, 0) as (grid, table, sizes, options):
         kernel[grid](
-            query, key, value, out, lse, *table, *_strides(query, key, value),
-            _log2_scale(scale), query.shape[2], *sizes, **options,
+            query, key, value, out, lse, *table, *strides(query, key, value),
+            log2_scale(scale), query.shape[2], *sizes, **options,
         )  # fmt: skip
     return out, lse
 
@@ -120,19 +120,19 @@ def clear_backward(
 
     dq_kernel: Any = clear_dq_kernel
     dk_dv_kernel: Any = clear_dk_dv_kernel
-    inputs = [_rows_together(tensor) for tensor in (query, key, value, grad)]
+    inputs = [rows_together(tensor) for tensor in (query, key, value, grad)]
     query, key, value, grad = inputs
     dq, dk, dv = (_like_output(tensor) for tensor in (query, key, value))
     delta = torch.empty_like(lse)
     with _launch(query, tensors, numbers, 1) as (grid, table, sizes, options):
         dq_kernel[grid](
-            query, key, value, out, grad, lse, delta, dq, *table, *_strides(*inputs),
-            _log2_scale(scale), query.shape[2], *sizes, **options,
+            query, key, value, out, grad, lse, delta, dq, *table, *strides(*inputs),
+            log2_scale(scale), query.shape[2], *sizes, **options,
         )  # fmt: skip
     with _launch(query, tensors, numbers, 2) as (grid, table, sizes, options):
         dk_dv_kernel[grid](
-            query, key, value, grad, lse, delta, dk, dv, *table, *_strides(*inputs),
-            _log2_scale(scale), query.shape[2], key.shape[2], *sizes, **options,
+            query, key, value, grad, lse, delta, dk, dv, *table, *strides(*inputs),
+            log2_scale(scale), query.shape[2], key.shape[2], *sizes, **options,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -145,30 +145,15 @@ def _launch(query: Tensor, tensors: list[Tensor], numbers: list[int], index: int
     tile, (batch, heads, _, size) = Tile(*rest), query.shape
     options = {
         "SIZE": size,
-        "BLOCK_SIZE": max(16, 1 << (size - 1).bit_length()),
+        "BLOCK_SIZE": block_size(size),
         "BLOCK_ROWS": tile.rows,
         "BLOCK_COLUMNS": tile.columns,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-    on_device = torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext()
-    with on_device:
+    with on_device_of(query):
         grid = ((num_shared + num_tiles) * batch * heads,)
         yield grid, table, (heads, batch * heads, num_shared, num_tiles), options
-
-
-def _log2_scale(scale: float) -> float:
-    """Return the scale for exp2; a scale of 0 still has to bury hidden scores."""
-    assert scale >= 0
-    return max(scale, 1e-20) / math.log(2)
-
-
-def _rows_together(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [tensor.stride(axis) for tensor in tensors for axis in (0, 1, 2)]
 
 
 def _like_output(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .clear import LinearizeCLEAR
 from .compare import LinearizeCompare
 from .high_res import LinearizeHighRes
+from .linear import LinearizeHybrid, LinearizeLinear
 from .load_student import LinearizeLoadStudent
 from .model_files import register_folder
 from .plan import LinearizeApply, LinearizeUniformPlan
@@ -25,6 +26,8 @@ class LinearizeExtension(ComfyExtension):
         """Return the node classes."""
         return [
             LinearizeCLEAR,
+            LinearizeHybrid,
+            LinearizeLinear,
             LinearizeLoadStudent,
             LinearizeApply,
             LinearizeUniformPlan,

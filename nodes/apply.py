@@ -8,7 +8,7 @@ from ..attention.fingerprint import distance, fingerprint, match
 from ..attention.plans import Plan, describe_sites, select_sites
 from ..attention.runtime import SiteSettings
 from ..attention.specs import DenseSpec
-from ..attention.student_file import StudentFile, check_student
+from ..attention.student_file import StudentFile, check_student, student_maps
 from . import patching
 
 
@@ -47,16 +47,15 @@ def apply_student(model: Any, student: StudentFile, node_id: str | None) -> Any:
     sites = host.sites(module)
     specs = check_student(student, host.name, sites)
     pools = {name.removesuffix(".pool"): t for name, t in student.parameters.items() if name.endswith(".pool")}
-    learned = bool(student.deltas)
+    maps = student_maps(student, specs, sites)
+    learned = set(specs) if student.deltas else {*pools, *maps}
     settings = {
-        site: SiteSettings(
-            spec, trained=(learned or site in pools) and not isinstance(spec, DenseSpec), origin=student.origin
-        )
+        site: SiteSettings(spec, trained=site in learned and not isinstance(spec, DenseSpec), origin=student.origin)
         for site, spec in specs.items()
     }
     notes = (student_note(student), *base_notes(model, student))
     status = patching.show_on_node(node_id, notes)
-    return patching.patch_model(model, settings, status, pools=pools, deltas=student.deltas)[0]
+    return patching.patch_model(model, settings, status, pools=pools, maps=maps, deltas=student.deltas)[0]
 
 
 def student_note(student: StudentFile) -> str:

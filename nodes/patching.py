@@ -20,6 +20,7 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ..attention.backends import refused
+from ..attention.feature_maps import Maps
 from ..attention.high_res import with_proportional_scale
 from ..attention.hosts import Host, WeightTarget, find_host
 from ..attention.memory import LongLived
@@ -31,7 +32,8 @@ from ..attention.runtime import (
     SiteSettings,
     model_call_wrapper,
 )
-from ..attention.student import StudentParameters
+from ..attention.specs import ChunkedSpec, HybridSpec, LinearSpec
+from ..attention.student import StudentParameters, new_maps
 from .injection import site_injection
 from .receipt import write_receipt
 
@@ -81,6 +83,7 @@ def patch_model(
     *,
     projections: Sequence[PlacedTensor] = (),
     pools: Mapping[str, Tensor] | None = None,
+    maps: Mapping[str, Maps] | None = None,
     deltas: Mapping[str, Tensor] | None = None,
 ) -> tuple[Any, Runtime]:
     """Return a clone of `model` whose sites run as asked, and the runtime that will record it.
@@ -94,6 +97,7 @@ def patch_model(
         status: told the summary when a sampling run ends.
         projections: distilled weights of `sites`, which replace the model's own below every LoRA.
         pools: pooling weights by site.
+        maps: feature maps by site; a site that needs some and is not named gets untrained ones.
         deltas: changes of weights under ComfyUI's LoRA keys.
 
     Raises:
@@ -101,11 +105,17 @@ def patch_model(
             changes.
     """
     host, module = host_of(model)
+    found = dict(maps or {})
     for site in host.sites(module):
-        reason = refused(sites[site.id].spec, site.num_heads) if site.id in sites else None
+        if site.id not in sites:
+            continue
+        spec = sites[site.id].spec
+        reason = refused(spec, site.num_heads, site.head_dim)
         if reason is not None:
             raise ValueError(f"{site.id}: {reason.text}")
-    runtime = Runtime(host, dict(sites), LongLived(pause_recording), StudentParameters(pools or {}), status)
+        if isinstance(spec, (LinearSpec, HybridSpec, ChunkedSpec)) and site.id not in found:
+            found[site.id] = new_maps(spec, site.num_heads, site.head_dim)
+    runtime = Runtime(host, dict(sites), LongLived(pause_recording), StudentParameters(pools, found), status)
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
     earlier = options.get(RUNTIME_KEY)
@@ -279,12 +289,12 @@ def parameter_patcher(parameters: StudentParameters) -> Any:
         offload_device=comfy.model_management.unet_offload_device(),
     )
     # deep clones for several GPUs are made from this
-    patcher.cached_patcher_init = (_new_parameter_patcher, (parameters.pools(),))
+    patcher.cached_patcher_init = (_new_parameter_patcher, (parameters.pools(), parameters.maps()))
     return patcher
 
 
-def _new_parameter_patcher(pools: Mapping[str, Tensor], disable_dynamic: bool = False) -> Any:
-    return parameter_patcher(StudentParameters(pools))
+def _new_parameter_patcher(pools: Mapping[str, Tensor], maps: Mapping[str, Maps], disable_dynamic: bool = False) -> Any:
+    return parameter_patcher(StudentParameters(pools, maps))
 
 
 def pause_recording() -> contextlib.AbstractContextManager[Any]:

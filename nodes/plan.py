@@ -7,6 +7,7 @@ from ..attention.plans import Plan
 from ..attention.specs import ClearSpec, spec_from_json
 from ..attention.student_file import StudentFile
 from .apply import apply_plan, apply_student
+from .kind_inputs import chunked_inputs, feature_map_inputs, hybrid_inputs
 from .sockets import CATEGORY, CATEGORY_PLAN, AttentionPlan, AttentionStudent
 
 DEFAULTS = ClearSpec()
@@ -50,8 +51,15 @@ class LinearizeUniformPlan(io.ComfyNode):
             inputs=[
                 io.DynamicCombo.Input(
                     "kind",
-                    options=[io.DynamicCombo.Option("clear", CLEAR_INPUTS), io.DynamicCombo.Option("dense", [])],
-                    tooltip="clear sees a disc around each token. dense leaves the sites as they are.",
+                    options=[
+                        io.DynamicCombo.Option("clear", CLEAR_INPUTS),
+                        io.DynamicCombo.Option("dense", []),
+                        io.DynamicCombo.Option("hybrid", hybrid_inputs()),
+                        io.DynamicCombo.Option("linear", feature_map_inputs()),
+                        io.DynamicCombo.Option("chunked", chunked_inputs()),
+                    ],
+                    tooltip="clear sees a disc around each token. dense leaves the sites as they are. hybrid keeps "
+                    "every rate-th key exact, linear none; chunked keeps those of some frames.",
                 ),
                 io.String.Input(
                     "sites",

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI = Path(os.environ.get("LINEARIZE_COMFYUI", ROOT / ".comfyui" / "comfyui"))
 BASE = Path(os.environ.get("LINEARIZE_BASE", ROOT / ".comfyui" / "base"))
-TINY = ("flux", "wan", "vace", "sd3")  # linearize_tiny_*.safetensors
+TINY = ("flux", "wan", "wan_low", "vace", "sd3", "hunyuan_video", "ltx")  # linearize_tiny_*.safetensors
 
 os.environ.setdefault("LINEARIZE_STRICT", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -21,6 +21,17 @@ SD3 = {
 }  # fmt: skip
 
 
+HUNYUAN_VIDEO = {  # 6 M parameters; the head dimension is always 128
+    "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2],
+    "context_in_dim": 64, "vec_in_dim": 768, "hidden_size": 256, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1,
+    "depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 256, "qkv_bias": True, "guidance_embed": True,
+    "byt5": False, "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
+}  # fmt: skip
+LTX = {  # 3 M parameters; always 32 heads and a text width of 4096
+    "in_channels": 128, "num_layers": 2, "attention_head_dim": 8, "cross_attention_dim": 256,
+}  # fmt: skip
+
+
 def random_weights(shapes: dict, seed: int = 0) -> dict:
     """Return tensors for a state dict of `shapes` that keep activations near unit size."""
     import torch
@@ -52,6 +63,13 @@ def write_tiny_wan(path: Path) -> None:
     _write(path, WanModel, WAN, "WAN21_T2V")
 
 
+def write_tiny_wan_low(path: Path) -> None:
+    """Write the second expert of a Wan 2.2 whose first is `write_tiny_wan`: the same shapes, other weights."""
+    from comfy.ldm.wan.model import WanModel
+
+    _write(path, WanModel, WAN, "WAN21_T2V", seed=1)
+
+
 def write_tiny_vace(path: Path) -> None:
     """Write a Wan 2.1 with VACE blocks."""
     from comfy.ldm.wan.model import VaceWanModel
@@ -66,14 +84,28 @@ def write_tiny_sd3(path: Path) -> None:
     _write(path, OpenAISignatureMMDITWrapper, SD3, "SD3")
 
 
-def _write(path: Path, model_class: type, config: dict, family: str) -> None:
+def write_tiny_hunyuan_video(path: Path) -> None:
+    """Write a HunyuanVideo, text to video."""
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo
+
+    _write(path, HunyuanVideo, HUNYUAN_VIDEO, "HunyuanVideo")
+
+
+def write_tiny_ltx(path: Path) -> None:
+    """Write an LTX-Video."""
+    from comfy.ldm.lightricks.model import LTXVModel
+
+    _write(path, LTXVModel, LTX, "LTXV")
+
+
+def _write(path: Path, model_class: type, config: dict, family: str, seed: int = 0) -> None:
     import comfy.model_detection
     import comfy.ops
     import torch
     from safetensors.torch import save_file
 
     model = model_class(**config, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
-    weights = random_weights(model.state_dict())
+    weights = random_weights(model.state_dict(), seed)
     found = type(comfy.model_detection.model_config_from_unet(weights, "")).__name__
     if not found.startswith(family):
         raise SystemExit(f"ComfyUI takes this checkpoint for {found}, not for {family}")

@@ -5,8 +5,10 @@ from typing import Any
 
 from .auraflow import AuraFlowHost
 from .base import Host, ModelCall, Site, WeightTarget
+from .boogu import BooguHost
 from .chroma import ChromaHost
 from .cogvideox import CogVideoXHost
+from .cosmos import CosmosHost
 from .cosmos_predict2 import CosmosPredict2Host
 from .flux import FluxHost
 from .flux2 import Flux2Host
@@ -20,8 +22,10 @@ from .lens import LensHost
 from .ltx import LTXHost
 from .lumina import LuminaHost
 from .mage_flow import MageFlowHost
+from .minimax_h3 import MiniMaxH3Host
 from .mochi import MochiHost
 from .omnigen2 import OmniGen2Host
+from .pixeldit import PixelDiTHost
 from .qwen_image import QwenImageHost
 from .sd3 import SD3Host
 from .unhookable import why_unhookable
@@ -44,11 +48,15 @@ HOSTS: tuple[Host, ...] = (
     LTXHost(),
     HiDreamHost(),
     CosmosPredict2Host(),
+    CosmosHost(),
     CogVideoXHost(),
     AuraFlowHost(),
     MochiHost(),
     OmniGen2Host(),
+    BooguHost(),
     Ideogram4Host(),
+    MiniMaxH3Host(),
+    PixelDiTHost(),
 )
 
 log = logging.getLogger("linearize")

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from ..layout import Grid, Reason, Segment, TokenLayout, grid_segment
 from ..site_hooks import current_site
 
@@ -45,11 +47,13 @@ class ModelCall:
     Args:
         module: the diffusion model.
         args, kwargs: those of the diffusion model, or of the model around it; see `Host.wrapped`.
+        dtype: in which the diffusion model computes, where the latent among the arguments does not tell it yet.
     """
 
     module: Any
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
+    dtype: torch.dtype | None = None
 
     def argument(self, position: int, name: str) -> Any:
         """Return an argument given by position or by name, else None."""

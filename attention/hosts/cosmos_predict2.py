@@ -47,11 +47,11 @@ class CosmosPredict2Host(Host):
 
     def sites(self, module: Any) -> tuple[Site, ...]:
         """See `Host.sites`."""
-        return numbered_sites("block", len(module.blocks), module.num_heads, module.model_channels // module.num_heads)
+        return numbered_sites("blocks", len(module.blocks), module.num_heads, module.model_channels // module.num_heads)
 
     def site_modules(self, module: Any) -> dict[str, str]:
         """See `Host.site_modules`."""
-        return {f"block.{i}": f"blocks.{i}.self_attn" for i in range(len(module.blocks))}
+        return {f"blocks.{i}": f"blocks.{i}.self_attn" for i in range(len(module.blocks))}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
         """See `Host.layout`."""
@@ -84,7 +84,7 @@ class CosmosPredict2Host(Host):
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
         """See `Host.diffusers_sites`."""
-        return {f"transformer_blocks.{i}.attn1": f"block.{i}" for i in range(len(module.blocks))}
+        return {f"transformer_blocks.{i}.attn1": f"blocks.{i}" for i in range(len(module.blocks))}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
         """See `Host.norm_parameters`: the query norms of every self-attention."""

@@ -37,11 +37,11 @@ class Ideogram4Host(Host):
     def sites(self, module: Any) -> tuple[Site, ...]:
         """See `Host.sites`."""
         attention = module.layers[0].attention
-        return numbered_sites("block", len(module.layers), attention.num_heads, attention.head_dim)
+        return numbered_sites("blocks", len(module.layers), attention.num_heads, attention.head_dim)
 
     def site_modules(self, module: Any) -> dict[str, str]:
         """See `Host.site_modules`."""
-        return {f"block.{i}": f"layers.{i}.attention" for i in range(len(module.layers))}
+        return {f"blocks.{i}": f"layers.{i}.attention" for i in range(len(module.layers))}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
         """See `Host.layout`."""

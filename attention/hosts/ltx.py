@@ -48,11 +48,11 @@ class LTXHost(Host):
     def sites(self, module: Any) -> tuple[Site, ...]:
         """See `Host.sites`."""
         sizes = module.num_attention_heads, module.attention_head_dim
-        return numbered_sites("block", len(module.transformer_blocks), *sizes)
+        return numbered_sites("blocks", len(module.transformer_blocks), *sizes)
 
     def site_modules(self, module: Any) -> dict[str, str]:
         """See `Host.site_modules`."""
-        return {f"block.{i}": f"transformer_blocks.{i}.attn1" for i in range(len(module.transformer_blocks))}
+        return {f"blocks.{i}": f"transformer_blocks.{i}.attn1" for i in range(len(module.transformer_blocks))}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
         """See `Host.layout`; of video and sound, the video comes first."""

@@ -49,11 +49,11 @@ class MochiHost(Host):
 
     def sites(self, module: Any) -> tuple[Site, ...]:
         """See `Host.sites`."""
-        return numbered_sites("block", len(module.blocks), module.num_heads, module.head_dim)
+        return numbered_sites("blocks", len(module.blocks), module.num_heads, module.head_dim)
 
     def site_modules(self, module: Any) -> dict[str, str]:
         """See `Host.site_modules`."""
-        return {f"block.{i}": f"blocks.{i}.attn" for i in range(len(module.blocks))}
+        return {f"blocks.{i}": f"blocks.{i}.attn" for i in range(len(module.blocks))}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
         """See `Host.layout`."""
@@ -85,7 +85,7 @@ class MochiHost(Host):
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
         """See `Host.diffusers_sites`."""
-        return {f"transformer_blocks.{i}.attn1": f"block.{i}" for i in range(len(module.blocks))}
+        return {f"transformer_blocks.{i}.attn1": f"blocks.{i}" for i in range(len(module.blocks))}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
         """See `Host.norm_parameters`: the query norms of the video."""

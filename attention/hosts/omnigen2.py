@@ -50,11 +50,11 @@ class OmniGen2Host(Host):
     def sites(self, module: Any) -> tuple[Site, ...]:
         """See `Host.sites`."""
         attention = module.layers[0].attn
-        return numbered_sites("block", len(module.layers), attention.heads, attention.dim_head)
+        return numbered_sites("blocks", len(module.layers), attention.heads, attention.dim_head)
 
     def site_modules(self, module: Any) -> dict[str, str]:
         """See `Host.site_modules`."""
-        return {f"block.{i}": f"layers.{i}.attn" for i in range(len(module.layers))}
+        return {f"blocks.{i}": f"layers.{i}.attn" for i in range(len(module.layers))}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
         """See `Host.layout`."""

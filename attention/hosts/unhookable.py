@@ -13,6 +13,7 @@ HIDDEN = "ComfyUI does not let other code see its attention calls"
 NO_GRID = "its tokens lie on no grid, so there is nothing near or far to choose by"
 SOUND = "it makes sound, and windows are for pictures and video"
 UNET = "windows are for diffusion transformers"
+SPLIT = "its pictures attend to more tokens than they have, in calls that windows do not cover"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ UNHOOKABLE = (
     Unhookable("Stable Audio", ("to_timestep_embed", "preprocess_conv", "postprocess_conv"), SOUND),
     Unhookable("a UNet such as Stable Diffusion XL", ("input_blocks", "middle_block", "output_blocks"), UNET),
     Unhookable("Stable Cascade", ("down_blocks", "up_blocks", "clip_norm", "clf"), UNET),
+    Unhookable("HiDream-O1", ("language_model", "t_embedder1", "x_embedder.proj1", "final_layer2"), SPLIT),
 )
 
 

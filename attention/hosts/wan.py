@@ -5,7 +5,7 @@ reference frames joined in time, then what a variant appends: references, motion
 latents. All but the main grid are global tokens. Text is seen in cross-attention, which is never a site.
 
 The VACE blocks run with the options of the block before them, and the text may have as many tokens as the video, so
-sites are told by their modules.
+sites are told by their modules. The autoregressive form hides its calls from other code: there nothing runs.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class WanHost(Host):
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`: `block.N`, and `vace.N` after the block that it runs after."""
+        """See `Host.sites`: `blocks.N`, and `vace.N` after the block that it runs after."""
         heads, head_dim = module.num_heads, module.dim // module.num_heads
         return tuple(Site(site, heads, head_dim) for site, _ in _blocks(module))
 
@@ -107,7 +107,7 @@ def _blocks(module: Any) -> list[tuple[str, str]]:
     vace = getattr(module, "vace_layers_mapping", {})
     found = []
     for i in range(len(module.blocks)):
-        found.append((f"block.{i}", f"blocks.{i}"))
+        found.append((f"blocks.{i}", f"blocks.{i}"))
         if i in vace:
             found.append((f"vace.{vace[i]}", f"vace_blocks.{vace[i]}"))
     return found

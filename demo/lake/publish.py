@@ -1,6 +1,6 @@
 """Write what training made: the model file, a sample sheet, the loss curve and the scores.
 
-`python demo/lake/publish.py` after `train.py` and `train_autoencoder.py`; needs matplotlib for the curve.
+`.venv/bin/python demo/lake/publish.py` after `train.py` and `train_autoencoder.py`; wants `pip install matplotlib`.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def write_curve(folder: Path) -> None:
         axis.plot(steps[window - 1 :], mean, color=line.get_color(), linewidth=1.4, label=stage)
     axis.set(xlabel="step", ylabel="velocity error (mean square)", yscale="log")
     axis.legend(fontsize=8)
-    figure.savefig(MODELS / "loss.svg")
+    figure.savefig(MODELS / "loss.png", dpi=100)
 
 
 def main() -> None:

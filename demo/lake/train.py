@@ -1,4 +1,4 @@
-"""Train the demo's FLUX on pictures of lakes: `python demo/lake/train.py`. Stops and resumes at any step.
+"""Train the demo's FLUX on pictures of lakes: `python demo/lake/train.py`. Saves every 100 steps, and resumes.
 
 Stages grow the picture; coarse grids get the rotary places of the fine one, so that a place means the same all through.
 The last stage distils guidance into the model, as FLUX.1-dev had it done: one forward then does the work of two.

@@ -1,6 +1,7 @@
 """Conditioning for the demo's models: a caption as numbers, made by hashing its words, so that no encoder is needed."""
 
 import hashlib
+import re
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def encode_caption(caption: str) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the caption has more than TOKENS words.
     """
-    words = caption.lower().replace(",", " ").split()
+    words = re.findall(r"\w+", caption.lower())
     if len(words) > TOKENS:
         raise ValueError(f"the demo's models read {TOKENS} words, this caption has {len(words)}; leave some out")
     codes = [torch.zeros(HALF), *map(_code, words)]

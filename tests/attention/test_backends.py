@@ -19,6 +19,8 @@ from linearize.attention import (
 from linearize.attention import backends as backends_module
 from linearize.attention.backends import BACKENDS, Call, choose_backend
 from linearize.attention.layout import Reason
+from linearize.attention.specs import ChunkedSpec, LinearSpec
+from linearize.attention.student import has_maps, new_maps
 
 LAYOUT = TokenLayout.of((Segment("text", 5), grid_segment("main", 1, 9, 14)))
 SHAPE = (1, 3, LAYOUT.num_tokens, 8)
@@ -74,9 +76,8 @@ def test_auto_prefers_triton_and_takes_torch_where_it_refuses(monkeypatch):
 @pytest.mark.parametrize(
     ("facts", "code"),
     [
-        (call(HybridSpec()), "kind"),
-        (call(DenseSpec()), "kind"),
-        (call(HeadSplit((HeadGroup((0, 1, 2), HybridSpec()),))), "kind"),
+        (call(HeadSplit((HeadGroup((0, 1), HybridSpec()), HeadGroup((2,), ClearSpec(2))))), "kind"),
+        (call(HybridSpec(feature_map="elu1", feature_dim=3)), "heads"),
         (call(radius_per_head((2, 3))), "heads"),
         (call(ClearSpec(), dtype=torch.int32), "dtype"),
         (call(ClearSpec(), shape=(1, 3, 7, 8)), "layout"),
@@ -96,7 +97,27 @@ def test_the_reference_stops_at_its_size():
 
 def test_explicit_backends_do_not_fall_back():
     query = torch.randn(SHAPE)
-    with pytest.raises(ValueError, match="backend torch does not run kind hybrid"):
-        attention(query, query, query, LAYOUT, HybridSpec(), backend="torch")
+    with pytest.raises(ValueError, match="backend triton"):
+        attention(query, query, query, LAYOUT, HybridSpec(), backend="triton")
     with pytest.raises(ValueError, match="backend is one of auto, triton, torch, reference, got 'flex'"):
         attention(query, query, query, LAYOUT, ClearSpec(), backend="flex")
+
+
+@pytest.mark.parametrize("spec", [DenseSpec(), LinearSpec("hedgehog"), HybridSpec(3), ChunkedSpec(2, 1)], ids=str)
+@pytest.mark.parametrize("with_maps", [False, True])
+def test_every_kind_runs_on_torch_as_in_the_reference(spec, with_maps, relative_error):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, *SHAPE, generator=generator).unbind(0)
+    maps = new_maps(spec, SHAPE[1], SHAPE[3]) if with_maps and has_maps(spec) else None
+    for each in maps or ():
+        for parameter in each.parameters():
+            torch.nn.init.normal_(parameter, std=0.4, generator=generator)
+    results = [attention(query, key, value, LAYOUT, spec, maps=maps, backend=name) for name in ("torch", "reference")]
+    assert relative_error(*results) < 1e-4
+
+
+def test_a_site_may_mix_windows_and_dense_heads(relative_error):
+    query, key, value = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)).unbind(0)
+    spec = HeadSplit((HeadGroup((0, 2), ClearSpec(2)), HeadGroup((1,), DenseSpec())))
+    results = [attention(query, key, value, LAYOUT, spec, backend=name) for name in ("torch", "reference")]
+    assert relative_error(*results) < 1e-5

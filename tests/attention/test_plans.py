@@ -49,7 +49,7 @@ def test_describe_sites_is_an_expression():
     chosen = ("double.0", "double.2", "double.3", "single.5")
     assert describe_sites(chosen) == "double.0, double.2-3, single.5"
     assert select_sites(describe_sites(chosen), SITES) == chosen
-    assert describe_sites(["block.0", "vace.0", "block.1", "block.2", "vace.1"]) == "block.0-2, vace.0-1"
+    assert describe_sites(["blocks.0", "vace.0", "blocks.1", "blocks.2", "vace.1"]) == "blocks.0-2, vace.0-1"
     assert describe_sites([]) == ""
 
 

@@ -1,5 +1,6 @@
 """The override's contract with its caller, call by call, on a host made for the test."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from linearize.attention import ClearSpec, DenseSpec, Segment, TokenLayout, grid_segment, reference_attention
 from linearize.attention import backends as backends_module
-from linearize.attention.hosts import ModelCall
+from linearize.attention.hosts import ModelCall, Site
 from linearize.attention.layout import Reason
 from linearize.attention.memory import LongLived
 from linearize.attention.runtime import (
@@ -365,3 +366,21 @@ def test_the_noise_level_is_read_only_where_a_setting_needs_it():
     timed = Runtime(host, {"a": SiteSettings(ClearSpec(2), sigma_range=(1.0, 0.0))}, LongLived())
     found = [state.begin_call(ModelCall(None, (), {}), options)[CALL_KEY].sigma for state in (plain, timed)]
     assert found == [None, 0.5]
+
+
+def test_a_wish_is_judged_by_the_dtype_that_the_model_computes_in():
+    """Around the diffusion model the latent is still fp32, whatever the model is."""
+    host = SimpleNamespace(layout=lambda call: LAYOUT, sites=lambda module: (Site("a", HEADS, HEAD_DIM),))
+    state = Runtime(host, {"a": SiteSettings(ClearSpec(2), backend="reference")}, LongLived())
+    options, latent = {RUNTIME_KEY: state}, torch.zeros(1, 4, 5, 6)
+
+    def executor(*args, **kwargs):
+        return "ran"
+
+    for dtype, words in (
+        (torch.bfloat16, None),
+        (torch.int8, "attention needs floating point tensors, got torch.int8"),
+    ):
+        executor.class_obj = SimpleNamespace(diffusion_model=None, get_dtype_inference=lambda dtype=dtype: dtype)
+        with contextlib.nullcontext() if words is None else pytest.raises(ValueError, match=words):
+            assert model_call_wrapper(executor, latent, transformer_options=options) == "ran"

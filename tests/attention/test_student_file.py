@@ -10,7 +10,15 @@ from linearize.attention import student_file
 from linearize.attention.fingerprint import fingerprint
 from linearize.attention.hosts.base import Site
 from linearize.attention.plans import Plan
-from linearize.attention.specs import ClearSpec, DenseSpec, HeadGroup, HeadSplit, LinearSpec, radius_per_head
+from linearize.attention.specs import (
+    ClearSpec,
+    DenseSpec,
+    HeadGroup,
+    HeadSplit,
+    HybridSpec,
+    LinearSpec,
+    radius_per_head,
+)
 from linearize.attention.student_file import StudentFile, check_student, load_student, save_student, student_of
 from linearize.attention.tensor_file import FileProblem, open_tensor_file, write_tensor_file
 
@@ -42,7 +50,9 @@ def student(**changes):
         "parameters": {
             "double.0.pool": random(4, 4),
             "single.2.phi_q.weight": random(4, 8, 8),
-            "single.2.phi_k.mlp.0.bias": random(8).bfloat16(),
+            "single.2.phi_k.weight": random(4, 8, 8).bfloat16(),
+            "single.3.phi_q.weight": random(4, 8, 8),
+            "single.3.phi_k.weight": random(4, 8, 8).half(),
         },
         "deltas": {
             f"{KEY}.lora_up.weight": random(24, 2),
@@ -318,6 +328,13 @@ def test_a_split_site_has_one_pooling_weight():
         ({"parameters": {"single.0.pool": torch.ones(4, 4)}}, "'single.0.pool', its plan pools no tokens at that site"),
         ({"parameters": {"single.2.pool": torch.ones(4, 4)}}, "'single.2.pool', its plan pools no tokens"),
         ({"parameters": {"double.0.phi_q.weight": torch.ones(4)}}, "its plan has no feature map at that site"),
+        ({"parameters": {}}, "lacks 'single.2.phi_q.weight'; feature map hedgehog has weight"),
+        ({"parameters": {"single.2.phi_q.weight": torch.ones(4, 8, 7)}}, "has shape (4, 8, 7), the site has (4, 8, 8)"),
+        ({"parameters": {"single.2.phi_q.bias": torch.ones(4)}}, "has 'single.2.phi_q.bias'"),
+        (
+            {"plan": plan(**{"single.0": HybridSpec(2, "elu1", 3)}), "parameters": {}},
+            "does not fit single.0: feature map elu1 has 8 features here",
+        ),
     ],
 )
 def test_a_student_that_does_not_fit_is_one_clear_sentence(changes, words):

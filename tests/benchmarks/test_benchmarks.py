@@ -2,8 +2,10 @@
 
 import csv
 import importlib.util
+import os
 import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -136,6 +138,21 @@ def test_the_gpu_bundle_holds_comfyuis_models(benchmarks, tmp_path):
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert {"comfy/ldm/flux/model.py", "comfy_kitchen/__init__.py", "linearize/__init__.py"} <= names
     assert all(name.endswith(".py") for name in names if name.startswith("comfy/"))
+    script = (
+        "import sys; sys.argv = ['x', '--cpu']; import comfy.options; comfy.options.enable_args_parsing();"
+        "import torch, comfy.ops, linearize.attention; from comfy.ldm.flux.model import Flux;"
+        "model = Flux(image_model='flux', in_channels=4, out_channels=4, vec_in_dim=8, context_in_dim=8,"
+        " hidden_size=128, mlp_ratio=1.0, num_heads=1, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56],"
+        " theta=10000, patch_size=2, qkv_bias=True, guidance_embed=False, txt_ids_dims=[], dtype=torch.float32,"
+        " device='cpu', operations=comfy.ops.disable_weight_init);"
+        "out = model(torch.zeros(1, 4, 4, 4), torch.zeros(1), torch.zeros(1, 2, 8), torch.zeros(1, 8));"
+        "assert out.shape == (1, 4, 4, 4) and comfy.ops.__file__.startswith(sys.path[1])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-1500:]
 
 
 def test_nothing_wrong_is_timed(benchmarks, monkeypatch):
@@ -145,9 +162,11 @@ def test_nothing_wrong_is_timed(benchmarks, monkeypatch):
         run.check("cpu")
 
 
-def test_commands_of_the_gpu_list_exist():
+def test_commands_of_the_gpu_list_exist(benchmarks):
     commands = re.findall(r"`((?:\w+=\w+ )?(?:python|pytest) [^`]+)`", (ROOT / "benchmarks" / "gpu.md").read_text())
     assert len(commands) >= 3
     for command in commands:
         paths = [word for word in command.split() if "/" in word]
         assert paths and all((ROOT / path).exists() for path in paths), command
+        suite = re.search(r"--suite (\S+)", command)
+        assert suite is None or suite[1] in (*benchmarks("registry").SUITES, "declined"), command

@@ -106,6 +106,7 @@ class Family:
         heads, head_dim: of each site's calls.
         patch: latent cells of a token along each axis of `Case.latent`.
         cases: by name; "plain" is the one that the slower checks use.
+        batches: whether ComfyUI runs more than one item at a time; if so, a case has a batch of 2.
         oracle: makes the model for the probes, where `build`'s mixes tokens before the first site (refiners).
     """
 
@@ -119,6 +120,7 @@ class Family:
     head_dim: int
     patch: tuple[int, ...]
     cases: Mapping[str, Case]
+    batches: bool = True
     oracle: Callable[[], nn.Module] | None = None
 
 

@@ -48,7 +48,7 @@ TWO_FRAMES = {
 
 def family(name, make, patch, cases):
     return Family(
-        name=name, host="cogvideox", build=make, inputs=inputs, forward=forward, sites=("block.0", "block.1"),
+        name=name, host="cogvideox", build=make, inputs=inputs, forward=forward, sites=("blocks.0", "blocks.1"),
         heads=3, head_dim=32, patch=patch, cases=cases,
     )  # fmt: skip
 

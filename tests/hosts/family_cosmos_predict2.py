@@ -41,7 +41,7 @@ def forward(model, inputs, options):
 
 def calls(tokens, text):
     """Each site, and after it the attention to the text."""
-    return tuple(call for i in range(2) for call in ((f"block.{i}", tokens, tokens), (None, tokens, text)))
+    return tuple(call for i in range(2) for call in ((f"blocks.{i}", tokens, tokens), (None, tokens, text)))
 
 
 VIDEO = {"latent": (3, 8, 10), "segments": (("main", 60, (3, 4, 5)),)}
@@ -64,7 +64,7 @@ TWO_FRAMES = {
 def family(name, make, width, patch, cases):
     return Family(
         name=name, host="cosmos_predict2", build=make, inputs=inputs(width), forward=forward,
-        sites=("block.0", "block.1"), heads=2, head_dim=32, patch=patch, cases=cases,
+        sites=("blocks.0", "blocks.1"), heads=2, head_dim=32, patch=patch, cases=cases,
     )  # fmt: skip
 
 

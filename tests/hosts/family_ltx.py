@@ -7,7 +7,7 @@ CONFIG = {
     "in_channels": 4, "cross_attention_dim": 64, "attention_head_dim": 32, "num_attention_heads": 2,
     "caption_channels": 16, "num_layers": 2,
 }  # fmt: skip
-SITES = ("block.0", "block.1")
+SITES = ("blocks.0", "blocks.1")
 GRID = ("main", 60, (3, 4, 5))
 
 

@@ -6,7 +6,7 @@ CONFIG = {
     "patch_size": 2, "in_channels": 4, "hidden_size": 64, "num_layers": 2, "num_refiner_layers": 1,
     "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 16, "axes_dim_rope": (8, 4, 4), "text_feat_dim": 16,
 }  # fmt: skip
-SITES = ("block.0", "block.1")
+SITES = ("blocks.0", "blocks.1")
 
 
 def build(**config):

@@ -3,7 +3,7 @@
 from families import Case, Family, Inputs, default_operations, noise, through_apply_model
 
 CONFIG = {
-    "patch_size": 2, "in_channels": 4, "depth": 2, "mlp_ratio": 2.0, "adm_in_channels": 32,
+    "patch_size": 2, "in_channels": 4, "depth": 2, "mlp_ratio": 2.0, "adm_in_channels": 12,
     "pos_embed_max_size": 20, "num_patches": 400, "input_size": None,
     "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 16, "out_features": 128}},
 }  # fmt: skip
@@ -21,7 +21,7 @@ def build(**config):
 
 
 def inputs(case):
-    extra = {"y": noise(case.batch, 32, seed=2)}
+    extra = {"y": noise(case.batch, 12, seed=2)}
     return Inputs(noise(case.batch, 4, *case.latent), noise(case.batch, case.text, 16, seed=1), extra=extra)
 
 

@@ -7,7 +7,7 @@ CONFIG = {
     "patch_size": (1, 2, 2), "in_dim": 4, "out_dim": 4, "dim": 64, "ffn_dim": 32, "freq_dim": 16, "text_dim": 16,
     "num_heads": 2, "num_layers": 2,
 }  # fmt: skip
-SITES = ("block.0", "block.1")
+SITES = ("blocks.0", "blocks.1")
 GRID = ("main", 60, (3, 4, 5))  # of a latent of 3 x 8 x 10
 CELL = (slice(None), slice(None), slice(0, 1), slice(2, 4), slice(4, 6))  # one patch: row 1, column 2
 
@@ -104,7 +104,7 @@ FUN = with_batch(
     pixels=None,
 ) | {"no reference": Case(**VIDEO, calls=calls(60, (60, 5), (60, 5)))}
 
-VACE_SITES = ("block.0", "vace.0", "block.1", "block.2", "vace.1", "block.3")
+VACE_SITES = ("blocks.0", "vace.0", "blocks.1", "blocks.2", "vace.1", "blocks.3")
 VACE = with_batch(VIDEO, options={"vace_context": (1, 6, 3, 8, 10)}, calls=calls(60, (60, 5), sites=VACE_SITES))
 
 REFERENCE_AFTER = {
@@ -195,5 +195,6 @@ FAMILIES = (
     family("wan humo", build_humo, HUMO),
     family("wan scail", build("SCAILWanModel"), SCAIL),
     family("wan dancer", build_dancer, DANCER),
+    family("wan causal", build("CausalWanModel", "ar_model"), with_batch(VIDEO, calls=calls(60, (60, 5)))),
     family("wan animate", build_animate, with_batch(VIDEO, calls=calls(60, (60, 5), (60, 5)))),
 )

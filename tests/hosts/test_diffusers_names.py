@@ -1,10 +1,12 @@
 """Names of diffusers against ComfyUI's own tables for LoRAs, where it has one."""
 
+import family_auraflow
 import family_flux
 import family_flux2
 import family_hunyuan_video
 import family_krea2
 import family_lumina
+import family_sd3
 import pytest
 from families import collect
 
@@ -16,6 +18,9 @@ TABLES = {  # by family: ComfyUI's function, and the sizes that it asks for
     "hunyuan_video": ("flux_to_diffusers", family_hunyuan_video.CONFIG),
     "z_image": ("z_image_to_diffusers", family_lumina.Z_IMAGE),
     "krea2": ("krea2_to_diffusers", family_krea2.CONFIG),
+    "sd3": ("mmdit_to_diffusers", family_sd3.CONFIG),
+    "sd3.5 medium": ("mmdit_to_diffusers", family_sd3.CONFIG | {"num_blocks": 3}),
+    "auraflow": ("auraflow_to_diffusers", family_auraflow.CONFIG),
 }
 
 

@@ -88,6 +88,12 @@ def cascade():
     return StageC(**meta())
 
 
+def hidream_o1():
+    from comfy.ldm.hidream_o1.model import HiDreamO1Transformer
+
+    return HiDreamO1Transformer(**meta())
+
+
 def meta():
     """As `default_operations`, without memory for the weights."""
     return {**default_operations(), "device": "meta"}
@@ -106,6 +112,7 @@ MODELS = {
     "Stable Audio": stable_audio,
     "a UNet such as Stable Diffusion XL": sdxl,
     "Stable Cascade": cascade,
+    "HiDream-O1": hidream_o1,
 }
 
 

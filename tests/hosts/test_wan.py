@@ -33,7 +33,7 @@ def test_diffusers_names(tiny):
     found = {name: targets[name].key for name in ("blocks.1.attn1.to_out.0.bias", "vace_blocks.1.attn1.to_k.weight")}
     assert list(found.values()) == ["blocks.1.self_attn.o.bias", "vace_blocks.1.self_attn.k.weight"]
     sites = host.diffusers_sites(model)
-    assert (sites["blocks.3.attn1"], sites["vace_blocks.1.attn1"]) == ("block.3", "vace.1")
+    assert (sites["blocks.3.attn1"], sites["vace_blocks.1.attn1"]) == ("blocks.3", "vace.1")
 
 
 def test_hooked_modules_issue_self_attention_only(tiny):

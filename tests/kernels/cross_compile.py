@@ -1,7 +1,7 @@
 """Compile the kernels for cards that are not here, with the tiles they would get; print what each needs, as JSON.
 
-`python cross_compile.py bf16 sm86:128 gfx942:64`: dtype, then architecture:head size. Needs Triton, no GPU. Not under
-the interpreter, so the tests run it as a process of its own.
+`python cross_compile.py clear bf16 sm86:128 gfx942:64`: family (clear or mixed), dtype, then architecture:head size.
+Needs Triton, no GPU. Not under the interpreter, so the tests run it as a process of its own.
 """
 
 import json
@@ -19,11 +19,27 @@ from triton.compiler import ASTSource
 from linearize.kernels import tile_for
 from linearize.kernels.clear_backward import clear_dk_dv_kernel, clear_dq_kernel
 from linearize.kernels.clear_forward import clear_forward_kernel
-from linearize.kernels.tuning import KERNELS
+from linearize.kernels.mixed_backward import mixed_dk_dv_kernel, mixed_dq_kernel, mixed_dx_kernel
+from linearize.kernels.mixed_forward import mixed_forward_kernel
+from linearize.kernels.state_forward import state_kernel
+from linearize.kernels.tuning import KERNELS, MIXED_KERNELS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TYPES = {"lse": "*fp32", "delta": "*fp32", "scale": "fp32"}
-TABLES = ("blocks", "rows", "columns", "masks", "heads")
+FAMILIES = {
+    "clear": dict(zip(KERNELS, (clear_forward_kernel, clear_dq_kernel, clear_dk_dv_kernel), strict=True)),
+    "mixed": dict(
+        zip(
+            MIXED_KERNELS,
+            (mixed_forward_kernel, mixed_dx_kernel, mixed_dq_kernel, mixed_dk_dv_kernel, state_kernel),
+            strict=True,
+        )
+    ),
+}
+STATISTICS = ("lse", "delta", "den", "pull", "norm", "centre", "total")
+# features come in float32, as maps give them: the larger of what can be
+TYPES = {**dict.fromkeys((*STATISTICS, "x", "dx"), "*fp32"), "scale": "fp32", "share": "i32"}
+TABLES = ("blocks", "rows", "columns", "masks", "heads", "top_key")
+NUM_FEATURES = 256
 
 
 def signature_of(kernel, dtype, constants):
@@ -35,6 +51,8 @@ def signature_of(kernel, dtype, constants):
             continue
         counted = "i64" if parameter.annotation_type == "i64" else "i32" if name.startswith("num_") else f"*{dtype}"
         types[name] = TYPES.get(name) or ("*i32" if name in TABLES else counted)
+        if name == "state":
+            types[name] = "*bf16" if dtype == "bf16" else "*fp32"
         if types[name].startswith("*") or types[name] == "i64":  # pointers and strides are multiples of 16
             attributes[(number,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, types, values, attributes)
@@ -45,7 +63,9 @@ def compile_for(name, kernel, target, size, dtype):
     # 8.9 has the tiles of 8.6
     tile = tile_for(name, {"sm89": "sm86"}.get(target, target) if is_nvidia else "amd", size)
     constants = {"SIZE": size, "BLOCK_SIZE": max(16, 1 << (size - 1).bit_length()),
-                 "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}  # fmt: skip
+                 "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "FEATURES": NUM_FEATURES,
+                 "BLOCK_FEATURES": 64 if dtype == "bf16" else 32, "MAP": "given", "HAS_EXACT": False,
+                 "PRECISION": "tf32" if is_nvidia else "ieee", "IS_WEIGHTED": True}  # fmt: skip
     gpu = (
         GPUTarget("cuda", int(target[2:]), 32)
         if is_nvidia
@@ -67,9 +87,8 @@ def compile_for(name, kernel, target, size, dtype):
 
 
 def main():
-    dtype, *targets = sys.argv[1:]
-    kernels = zip(KERNELS, (clear_forward_kernel, clear_dq_kernel, clear_dk_dv_kernel), strict=True)
-    for name, kernel in kernels:
+    family, dtype, *targets = sys.argv[1:]
+    for name, kernel in FAMILIES[family].items():
         for target, _, size in (each.partition(":") for each in targets):
             sys.stdout.write(json.dumps(compile_for(name, kernel, target, int(size), dtype)) + "\n")
 

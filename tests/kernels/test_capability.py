@@ -12,6 +12,7 @@ from linearize.attention import clear_triton as backend
 from linearize.attention.backends import BACKENDS, Call, choose_backend
 from linearize.attention.clear_blocks import GRID_TILES, query_table
 from linearize.attention.specs import groups_of
+from linearize.attention.student import Learned
 from linearize.kernels import Tile, capability, refusal, tile_for, tuning
 
 LAYOUT = TokenLayout.of((Segment("text", 5), grid_segment("main", 1, 9, 14)))
@@ -149,7 +150,7 @@ def test_dense_results_fail_the_self_test(untested, exact_dtype, monkeypatch):
     monkeypatch.setattr(
         backend, "clear_with_triton", lambda q, k, v, layout, spec, **_: BACKENDS["torch"].run(
             q, k, v + 0 * v.sum(2, keepdim=True), SimpleNamespace(layout=layout, spec=spec),
-            scale=None, pool_weight=None, memory=None,
+            scale=None, learned=Learned(), memory=None,
         ),
     )  # fmt: skip
     assert backend.self_test_error(untested, exact_dtype, 16, False) == float("inf")

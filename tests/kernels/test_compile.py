@@ -12,18 +12,19 @@ import pytest
 SCRIPT = Path(__file__).with_name("cross_compile.py")
 SHARED_BYTES = {"sm80": 166912, "sm86": 101376, "sm89": 101376, "sm90": 232448, "sm100": 232448, "sm120": 101376,
                 "gfx942": 65536, "gfx1100": 65536, "gfx1201": 65536}  # fmt: skip
+FAMILIES = ("clear", "mixed")
 EVERYTHING = [
     (dtype, [f"{card}:{size}" for card in SHARED_BYTES for size in (64, 96, 128)]) for dtype in ("fp16", "bf16")
 ]
 EVERYTHING.append(("bf16", [f"{card}:256" for card in SHARED_BYTES if card.startswith("sm")]))
 
 
-def compiled(dtype, targets, cache):
+def compiled(family, dtype, targets, cache):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
-    command = [sys.executable, str(SCRIPT), dtype, *targets]
+    command = [sys.executable, str(SCRIPT), family, dtype, *targets]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
@@ -38,12 +39,14 @@ def check(found):
             assert each["async_copies"] > 0 or each["tile"][3] == 1, each
 
 
-def test_the_tiles_of_flux_fit_a_consumer_card_and_a_large_one(tmp_path):
-    check(compiled("bf16", ["sm89:128", "sm90:128"], tmp_path))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tiles_of_flux_and_wan_fit_a_consumer_card_and_a_large_one(family, tmp_path):
+    check(compiled(family, "bf16", ["sm89:128", "sm90:128"], tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("LINEARIZE_TEST_ALL"), reason="runs with --all")
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "targets"), EVERYTHING, ids=["fp16", "bf16", "256"])
-def test_every_tile_fits_every_card(dtype, targets, tmp_path):
-    check(compiled(dtype, targets, tmp_path))
+def test_every_tile_fits_every_card(family, dtype, targets, tmp_path):
+    check(compiled(family, dtype, targets, tmp_path))

@@ -16,6 +16,17 @@ SCHEMAS = {
          "end_percent", "min_tokens", "backend"],
         ["MODEL", "ATTENTION_PLAN"],
     ),
+    "LinearizeHybrid": (
+        "Hybrid Attention", "linearize",
+        ["model", "rate", "feature_map", "stabilizer", "feature_dim", "sites", "start_percent", "end_percent",
+         "min_tokens", "backend"],
+        ["MODEL", "ATTENTION_PLAN"],
+    ),
+    "LinearizeLinear": (
+        "Linear Attention", "linearize",
+        ["model", "feature_map", "feature_dim", "sites", "start_percent", "end_percent", "min_tokens", "backend"],
+        ["MODEL", "ATTENTION_PLAN"],
+    ),
     "LinearizeReport": (
         "Attention Report", "linearize/inspect", ["model", "width", "height", "frames", "after"], ["STRING", "IMAGE"],
     ),

@@ -39,3 +39,19 @@ def test_calls_with_and_without_text_have_layouts_of_their_own(sd3):
     assert sd3.ran(patched) == {"image.0": ("clear", "torch")}
     (layout,) = sd3.record(patched).layouts
     assert [(s.role, s.grid) for s in layout.segments] == [("main", (1, 8, 12))]
+
+
+def test_torch_compile(sd3):
+    """The layout is noted outside of what ComfyUI compiles, and must be each call's own all the same."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    patched = sd3.clear(sd3.model, radius=2, end_percent=0.5)
+    compiled = patched.clone(disable_dynamic=True)
+    set_torch_compile_wrapper(model=compiled, backend="eager")
+    for size in ((16, 24), (24, 16)):
+        expected = sd3.sample(patched, size=size, steps=4)
+        assert (sd3.sample(compiled, size=size, steps=4) - expected).abs().max() < 1e-4
+        assert sd3.record(compiled).ran == sd3.record(patched).ran
+        assert sd3.record(compiled).layouts == sd3.record(patched).layouts
+    assert {(r.kind, r.backend) for r in sd3.record(compiled).ran} == {("clear", "torch"), ("dense", "host")}
+    torch._dynamo.reset()

@@ -86,10 +86,37 @@ def test_a_student_runs_its_plan_parameters_and_deltas(comfy, studio, make, file
     }
     assert torch.allclose(weight(patched), before + change, atol=1e-6)
     runtime = studio.patching.runtime_of(patched)
-    assert torch.equal(runtime.parameters.pool_weight("single.1", torch.device("cpu")), pool)
+    assert torch.equal(runtime.parameters.learned("single.1", torch.device("cpu")).pool, pool)
     assert [runtime.sites[site].trained for site in SITES] == [True, False, True, True]
     assert student.base_model == "tiny" and student.host == "flux"
     assert torch.equal(weight(studio.model), before)
+
+
+def test_a_student_brings_its_feature_maps(comfy, studio, make, files):
+    """The file's parameters run, cast from bf16, and another set of them paints another latent."""
+
+    def maps(seed):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"weight_1": (2, 128, 256), "bias_1": (2, 1, 256), "weight_2": (2, 256, 256), "bias_2": (2, 1, 256)}
+        return {
+            f"single.1.{part}.{name}": (torch.randn(shape, generator=generator) * 0.05).bfloat16()
+            for part in ("phi_q", "phi_k")
+            for name, shape in shapes.items()
+        }
+
+    latents = []
+    for seed in (1, 1, 2):
+        name = files(
+            f"maps_{seed}.safetensors", host="flux", plan=make(**{"single.1": make.hybrid(3)}), parameters=maps(seed)
+        )
+        patched, _ = load(comfy, studio.model, name)
+        latents.append(studio.sample(patched))
+        runtime = studio.patching.runtime_of(patched)
+        assert studio.ran(patched)["single.1"] == ("hybrid", "torch")
+        assert runtime.sites["single.1"].trained and set(runtime.parameters.maps()) == {"single.1"}
+        stored = runtime.parameters.maps()["single.1"][1].weight_2
+        assert torch.equal(stored.cpu(), maps(seed)["single.1.phi_k.weight_2"])
+    assert torch.equal(latents[0], latents[1]) and (latents[0] - latents[2]).abs().max() > 1e-5
 
 
 def test_a_student_on_another_model_through_apply(comfy, studio, make, files):
@@ -218,7 +245,10 @@ def wrong(make):
     return {
         "another host": ({"host": "wan", "plan": make("wan")}, "host 'wan', this model is 'flux'"),
         "unknown site": ({"host": "flux", "plan": make(**{"single.9": make.clear(3)})}, "names no site of this model"),
-        "a kind that does not run": ({"host": "flux", "plan": make(default=make.hybrid())}, "does not run kind hybrid"),
+        "a map without parameters": (
+            {"host": "flux", "plan": make(default=make.hybrid())},
+            "the student lacks 'double.0.phi_q",
+        ),
         "pool of no site": (
             {"host": "flux", "plan": clear, "parameters": {"triple.0.pool": torch.ones(2, 2)}},
             "triple.0.pool",
@@ -247,7 +277,7 @@ def wrong(make):
 
 @pytest.mark.parametrize(
     "case",
-    ["another host", "unknown site", "a kind that does not run", "pool of no site", "unknown module", "wrong shape",
+    ["another host", "unknown site", "a map without parameters", "pool of no site", "unknown module", "wrong shape",
      "bias of a layer without one", "pickle", "truncated", "empty"],
 )  # fmt: skip
 def test_wrong_files_are_one_sentence_and_the_model_is_untouched(comfy, studio, make, files, case):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 OVERRIDE = "optimized_attention_override"
-SITES = ("block.0", "block.1")
-VACE_SITES = ("block.0", "vace.0", "block.1")
+SITES = ("blocks.0", "blocks.1")
+VACE_SITES = ("blocks.0", "vace.0", "blocks.1")
 EVERYWHERE = dict.fromkeys(SITES, ("clear", "torch"))
 
 
@@ -297,3 +297,21 @@ def test_a_node_that_was_there_with_hooks_of_its_own(wan):
     assert other.model is not patched.model
     assert torch.equal(wan.sample(other), expected) and wan.ran(other) == EVERYWHERE
     assert hooked(other) == len(SITES)
+
+
+def test_a_plan_for_some_sites_and_its_report(vace, comfy):
+    kind = {"kind": "clear", "radius": 2, "temporal_radius": 1, "down_factor": 1, "proportional": False}
+    with torch.inference_mode():
+        plan = comfy.node("LinearizeUniformPlan")(kind=kind, sites="vace, blocks.1", host="wan")[0]
+        patched = comfy.node("LinearizeApply")(model=vace.model, attention=plan)[0]
+    latent = vace.sample(patched)
+    assert vace.ran(patched) == dict.fromkeys(("vace.0", "blocks.1"), ("clear", "torch"))
+    with torch.inference_mode():
+        text = comfy.node("LinearizeReport")(model=patched, width=832, height=480, frames=81, after=latent)[0]
+    assert "Wan, 832 x 480 x 81: 32,760 tokens (0 global), 3 sites: blocks.0-1, vace.0" in text
+    assert "clear radius 2 temporal_radius 1: 2 sites (vace.0,blocks.1)" in text
+
+
+def test_the_recipe_for_large_pictures_is_not_for_wan(wan, comfy):
+    with pytest.raises(ValueError, match="this recipe is for FLUX.1, the model is Wan"):
+        comfy.node("LinearizeHighRes")(model=wan.model, width=2048, height=2048)

@@ -14,7 +14,7 @@ WORKFLOWS = [*TEMPLATES, ROOT / "demo" / "clear_demo.json"]
 TITLE_BAR = 30  # pixels that the frontend draws above a node's position
 USERS_OWN = {"flux_lora.safetensors"}  # a name that stands for a file of the user's
 SEEDS = ("seed", "noise_seed")
-FOLDERS = {"diffusion_models", "text_encoders", "vae", "loras", "linearize"}
+FOLDERS = {"checkpoints", "diffusion_models", "text_encoders", "vae", "loras", "linearize"}
 FORBIDDEN_TEXT = re.compile(r"^(/|~|\\|[A-Za-z]:[\\/]|file:)|hf_[A-Za-z0-9]{8,}|[?&](token|key)=", re.IGNORECASE)
 
 

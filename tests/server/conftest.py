@@ -1,11 +1,13 @@
 """One real server for all tests of this folder."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+STAND_INS = Path(__file__).resolve().parent / "custom_nodes"
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +21,10 @@ def live():
 
 
 @pytest.fixture(scope="session")
-def server(live):
-    """A server that is strict about declines."""
-    with live.live_server(environment={"LINEARIZE_STRICT": "1"}) as running:
+def server(live, tmp_path_factory):
+    """A server that is strict about declines, and has the nodes that stand in for encoders."""
+    paths = tmp_path_factory.mktemp("server") / "paths.yaml"
+    paths.write_text(f"tests:\n  custom_nodes: {json.dumps(str(STAND_INS))}\n", encoding="utf-8")
+    options = ["--extra-model-paths-config", str(paths)]
+    with live.live_server(environment={"LINEARIZE_STRICT": "1"}, options=options) as running:
         yield running

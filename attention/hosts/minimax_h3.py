@@ -1,0 +1,92 @@
+"""MiniMax H3, video with sound.
+
+Sequence: text, first and last frame or reference blocks, sound (two channels), main grid (frames, rows, columns). All
+but the grid are global tokens, so the sound sees what it saw before. The refiner of the text is never touched.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..layout import Reason, Segment, TokenLayout
+from .base import (
+    Host,
+    ModelCall,
+    Site,
+    grid_of,
+    main_segment,
+    missing_structure,
+    numbered_sites,
+    planned_main,
+)
+
+PIXELS_PER_LATENT = 16
+FRAMES_PER_SECOND, SOUND_PER_SECOND, SOUND_CHANNELS = 24, 40, 2
+PERIOD_FRAMES, PERIOD_LATENTS = 17, 5  # after the first 5 frames, which are 2 latent frames
+STRUCTURE = (
+    "video_patch_proj",
+    "audio_patch_proj",
+    "condition_proj",
+    "token_refiner.blocks",
+    "blocks.0.attn.qkv_proj",
+    "blocks.0.attn.q_norm",
+    "blocks.0.adaln_proj",
+    "final_layer.video_out",
+)
+
+
+class MiniMaxH3Host(Host):
+    """MiniMax H3: 50 blocks, head dimension 128."""
+
+    name = "minimax_h3"
+    title = "MiniMax H3"
+    default_text_tokens = 256  # prompts are not padded
+
+    def mismatch(self, module: Any) -> Reason | None:
+        """See `Host.mismatch`."""
+        return missing_structure(self.title, module, STRUCTURE)
+
+    def sites(self, module: Any) -> tuple[Site, ...]:
+        """See `Host.sites`."""
+        attention = module.blocks[0].attn
+        return numbered_sites("blocks", len(module.blocks), attention.heads, attention.head_dim)
+
+    def site_modules(self, module: Any) -> dict[str, str]:
+        """See `Host.site_modules`."""
+        return {f"blocks.{i}": f"blocks.{i}.attn" for i in range(len(module.blocks))}
+
+    def layout(self, call: ModelCall) -> TokenLayout | Reason:
+        """See `Host.layout`; the latent is a video and its sound."""
+        latents, text = call.argument(0, "x"), call.argument(2, "context")
+        if not isinstance(latents, list) or len(latents) != 2 or getattr(text, "ndim", 0) != 3:
+            return Reason(
+                "arguments", f"{self.title} was called without the video, sound and text that tell its tokens"
+            )
+        video, sound = latents
+        main = main_segment(video, call.module.patch_size)
+        given = call.kwargs.get("minimax_payload") or {}
+        _, rows, columns = grid_of(video, call.module.patch_size)
+        keyframes = [Segment("reference", rows * columns) for _ in given.get("keyframes") or ()]
+        references = [Segment("reference", _tokens_of(block)) for block in given.get("refs") or ()]
+        audio = Segment("sound", SOUND_CHANNELS * sound.shape[-1])
+        return TokenLayout.of((Segment("text", text.shape[1]), *keyframes, *references, audio, main))
+
+    def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
+        """See `Host.planned_layout`; ComfyUI rounds a clip up to 5, 22, 39 and so on frames."""
+        periods = max(math.ceil((frames - 5) / PERIOD_FRAMES), 0)
+        seconds = (periods * PERIOD_FRAMES + 5) / FRAMES_PER_SECOND
+        main = planned_main(width, height, PIXELS_PER_LATENT * module.patch_size[-1], periods * PERIOD_LATENTS + 2)
+        sound = Segment("sound", SOUND_CHANNELS * round(seconds * SOUND_PER_SECOND))
+        return TokenLayout.of((Segment("text", text_tokens), sound, main))
+
+    def norm_parameters(self, module: Any) -> tuple[str, ...]:
+        """See `Host.norm_parameters`: the query norms of every block."""
+        return tuple(f"{path}.q_norm.weight" for path in self.site_modules(module).values())
+
+
+def _tokens_of(block: Mapping[str, Any]) -> int:
+    """Return the tokens of a reference block: a picture, a sound, or a video with or without sound."""
+    sound = SOUND_CHANNELS * block.get("ref_audio_t", 0)
+    if block["kind"] == "audio":
+        return sound
+    return sound + block.get("latent_t", 1) * (block["latent_h"] // 2) * (block["latent_w"] // 2)

@@ -1,0 +1,192 @@
+"""Exact and linear keys under one denominator as an operator of PyTorch: `mixed_attend`, its launches, its gradients.
+
+It knows no tokens and no rate: exact keys come gathered, linear ones as a state. Features of queries are given, or made
+of the numbers at hand where their map acts on each number alone.
+
+dtypes: float16, bfloat16; the interpreter also float32. The linear part of bfloat16 is multiplied in bfloat16, after
+the state was centred, that of others in tf32, so that no feature overflows. Head sizes: up to 256; any number of
+features. Devices: NVIDIA from Ampere on; AMD where Triton runs. Gradients: all tensors, through the maximum too; once
+differentiable. Deterministic: no atomics, a fixed order of keys. Accumulates in fp32. Any strides, 64-bit offsets.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .capability import architecture
+from .launch import block_size, log2_scale, on_device_of, rows_together, strides
+from .state import GIVEN, precision, weighted_state
+from .tuning import tile_for
+
+FLOOR = 1e-12
+
+
+def mixed_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    numbers: Tensor,
+    state: Tensor,
+    norm: Tensor,
+    *,
+    scale: float,
+    feature_map: str = GIVEN,
+    exact: Tensor | None = None,
+) -> Tensor:
+    """Return (sum exp(s - c) v + phi S) / (sum exp(s - c) + phi z) with s = scale q . k and c = max s of each query.
+
+    Shapes:
+        query: (B, H, M, D), M at least 1. key, value: (B, H, K, D), K may be 0: then the denominator is at least 1e-12.
+        numbers: (B, H, M, F). state S: (B, H, F, D) and norm z: (B, H, F), float32. Output: (B, H, M, D), contiguous.
+
+    Args:
+        numbers: what `feature_map` turns into features phi, which are not negative.
+        scale: at least 0.
+        feature_map: "given" where numbers are features, or one of FUSED_MAPS.
+        exact: (B, H, M, D), softmax attention from elsewhere. It replaces the first sums: (exact + phi S) /
+            (1 + phi z), which is the above with c = log sum exp s. `key` is empty then.
+
+    Returns:
+        The output in the dtype of `query`.
+
+    Notes:
+        Of keys with equal scores the first gets the gradient of the maximum, where `amax` shares it between them.
+
+    Source: Attention Surgery (arXiv 2509.24899), equation of section 3.
+    """
+    assert exact is None or key.shape[2] == 0
+    tensors = (query, key, value, numbers, state, norm, exact)
+    return torch.ops.linearize.mixed_forward(*tensors, scale, feature_map)[0]
+
+
+def mixed_forward(
+    query: Tensor, key: Tensor, value: Tensor, numbers: Tensor, state: Tensor, norm: Tensor, exact: Tensor | None,
+    scale: float, feature_map: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the output, and (B, H, M) float32 statistics: c + log2 of each denominator, and the denominator."""
+    from .mixed_forward import mixed_forward_kernel
+
+    kernel: Any = mixed_forward_kernel
+    inputs = [rows_together(tensor) for tensor in (query, key, value, numbers, query if exact is None else exact)]
+    out, lse, den = _forward_shapes(query)
+    with on_device_of(query):
+        grid, options = _launch("mixed_forward", query, query.shape[2])
+        kernel[grid](
+            *inputs, *_centred(state, norm, query.dtype), out, lse, den, *strides(*inputs),
+            log2_scale(scale), query.shape[2], key.shape[2], query.shape[1],
+            **_linear_options(numbers, query, feature_map), HAS_EXACT=exact is not None, **options,
+        )  # fmt: skip
+    return out, lse, den
+
+
+def mixed_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, numbers: Tensor, state: Tensor, norm: Tensor,
+    out: Tensor, lse: Tensor, den: Tensor, scale: float, feature_map: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of query, key, value, numbers, state and norm, contiguous."""
+    from .mixed_backward import mixed_dk_dv_kernel, mixed_dq_kernel, mixed_dx_kernel
+
+    dx_kernel: Any = mixed_dx_kernel
+    dq_kernel: Any = mixed_dq_kernel
+    dk_dv_kernel: Any = mixed_dk_dv_kernel
+    query, key, value, x, grad = (rows_together(tensor) for tensor in (query, key, value, numbers, grad))
+    dq, dk, dv, dx = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value, x))
+    delta, pull = (torch.empty(den.shape, dtype=torch.float32, device=den.device) for _ in range(2))
+    top_key = torch.empty(den.shape, dtype=torch.int32, device=den.device)
+    sizes = (log2_scale(scale), query.shape[2], key.shape[2], query.shape[1])
+    with on_device_of(query):
+        grid, options = _launch("mixed_dx", query, query.shape[2])
+        dx_kernel[grid](
+            x, grad, out, *_centred(state, norm, query.dtype), den, delta, dx, *strides(x, grad),
+            query.shape[2], query.shape[1], **_linear_options(x, query, feature_map), **options,
+        )  # fmt: skip
+        grid, options = _launch("mixed_dq", query, query.shape[2])
+        dq_kernel[grid](
+            query, key, value, grad, lse, den, delta, pull, top_key, dq,
+            *strides(query, key, value, grad), *sizes, **options,
+        )  # fmt: skip
+        if key.shape[2]:
+            grid, options = _launch("mixed_dk_dv", query, key.shape[2])
+            dk_dv_kernel[grid](
+                query, key, value, grad, lse, delta, pull, top_key, dk, dv,
+                *strides(query, key, value, grad), *sizes, **options,
+            )  # fmt: skip
+    return dq, dk, dv, dx, *weighted_state(x, grad, feature_map, (den, delta))
+
+
+def _centred(state: Tensor, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return S - z m^T in the dtype of products, z, and m, the mean that is added back where nothing is rounded."""
+    centre = state.sum(2) / norm.sum(2).clamp_min(FLOOR)[..., None]
+    centred = state - norm[..., None] * centre[:, :, None]
+    return centred.to(dtype if dtype == torch.bfloat16 else torch.float32).contiguous(), norm.contiguous(), centre
+
+
+def _launch(kernel: str, query: Tensor, num_rows: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Return grid and compile-time options of one kernel."""
+    batch, heads, _, size = query.shape
+    tile = tile_for(kernel, architecture(query.device), size)
+    options = {
+        "SIZE": size,
+        "BLOCK_SIZE": block_size(size),
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLUMNS": tile.columns,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    return (-(-num_rows // tile.rows), batch * heads), options
+
+
+def _linear_options(numbers: Tensor, query: Tensor, feature_map: str) -> dict[str, Any]:
+    block = 64 if query.dtype == torch.bfloat16 else 32  # 128 bytes in the dtype of products
+    return {"FEATURES": numbers.shape[-1], "BLOCK_FEATURES": block, "MAP": feature_map, "PRECISION": precision()}
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, exact, ctx.scale, ctx.feature_map = inputs
+    ctx.has_exact = exact is not None
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    d_exact = (grad / saved[-1][..., None]).to(grad.dtype) if ctx.has_exact else None
+    gradients = torch.ops.linearize.mixed_backward(grad, *saved, ctx.scale, ctx.feature_map)
+    return *gradients, d_exact, None, None
+
+
+def _forward_shapes(query: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse, den = (torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))
+    return out, lse, den
+
+
+def _backward_shapes(_: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in tensors[:6])
+
+
+def _refuse(*_: Any) -> None:
+    raise RuntimeError("the gradients of mixed attention cannot be differentiated again")
+
+
+def _define() -> torch.library.Library | None:
+    """Define the operators once per process: the pack may be imported under two names."""
+    if hasattr(torch.ops.linearize, "mixed_forward"):
+        return None
+    library = torch.library.Library("linearize", "FRAGMENT")
+    inputs = "Tensor query, Tensor key, Tensor value, Tensor numbers, Tensor state, Tensor norm"
+    options = "float scale, str feature_map"
+    library.define(f"mixed_forward({inputs}, Tensor? exact, {options}) -> (Tensor, Tensor, Tensor)")
+    saved = f"Tensor grad, {inputs}, Tensor out, Tensor lse, Tensor den"
+    library.define(f"mixed_backward({saved}, {options}) -> ({', '.join(['Tensor'] * 6)})")
+    for function in (mixed_forward, mixed_backward):
+        library.impl(function.__name__, function, "CompositeExplicitAutograd")
+    forward, backward = "linearize::mixed_forward", "linearize::mixed_backward"
+    torch.library.register_fake(forward, _forward_shapes, lib=library)
+    torch.library.register_fake(backward, _backward_shapes, lib=library)
+    torch.library.register_autograd(forward, _differentiate, setup_context=_save, lib=library)
+    torch.library.register_autograd(backward, _refuse, lib=library)
+    return library
+
+
+_library = _define()  # an operator lives as long as its library

@@ -1,0 +1,145 @@
+"""Inputs that several nodes share: the parameters of a kind, and where and when it runs."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..attention.backends import AUTO, BACKENDS
+from ..attention.feature_maps import MAPS
+from ..attention.plans import Plan, group_sites, select_sites
+from ..attention.runtime import SiteSettings
+from ..attention.specs import STABILIZERS, ChunkedSpec, HybridSpec, LinearSpec, SiteSpec
+from . import patching
+
+UNTRAINED_MAP = "favor"  # needs no training
+
+
+def feature_map_inputs() -> list[Any]:
+    """Return the inputs that choose a feature map."""
+    return [
+        io.Combo.Input(
+            "feature_map",
+            options=list(MAPS),
+            default=UNTRAINED_MAP,
+            tooltip="What stands for the softmax of keys that are not exact. favor, elu1 and relu have nothing to "
+            "learn; hedgehog, polynomial and linfusion give noise until they are trained.",
+        ),
+        io.Int.Input(
+            "feature_dim",
+            default=0,
+            min=0,
+            max=1024,
+            advanced=True,
+            tooltip="Features per head. 0 takes the map's own number; more cost more.",
+        ),
+    ]
+
+
+def hybrid_inputs() -> list[Any]:
+    """Return the inputs of kind hybrid."""
+    feature_map, feature_dim = feature_map_inputs()
+    return [
+        io.Int.Input(
+            "rate",
+            default=HybridSpec().rate,
+            min=1,
+            max=2**20,
+            tooltip="Every rate-th token stays an exact key, the others are linear. 1 is dense attention.",
+        ),
+        feature_map,
+        io.Combo.Input(
+            "stabilizer",
+            options=list(STABILIZERS),
+            default=STABILIZERS[0],
+            advanced=True,
+            tooltip="How exact and linear keys are weighed against each other: max as in Attention Surgery, lse so "
+            "that exact keys weigh 1 in all. Trained maps work with the one they were trained for.",
+        ),
+        feature_dim,
+    ]
+
+
+def chunked_inputs() -> list[Any]:
+    """Return the inputs of kind chunked."""
+    default = ChunkedSpec()
+    return [
+        io.Int.Input(
+            "chunk_frames",
+            default=default.chunk_frames,
+            min=1,
+            max=1024,
+            tooltip="Latent frames per chunk; inside a chunk attention is exact.",
+        ),
+        io.Int.Input(
+            "overlap_frames",
+            default=default.overlap_frames,
+            min=0,
+            max=1024,
+            tooltip="Latent frames before a chunk that it still sees exactly.",
+        ),
+        io.Boolean.Input("causal", default=default.causal, tooltip="Leaves out the frames that come after a chunk."),
+        *feature_map_inputs(),
+    ]
+
+
+def place_inputs() -> list[Any]:
+    """Return the advanced inputs that say where, when and how a kind runs."""
+    percent = {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}
+    return [
+        io.String.Input(
+            "sites",
+            default="all",
+            advanced=True,
+            tooltip="Which self-attention sites: all, double, single, single.10-37, or several with commas.",
+        ),
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            **percent,
+            tooltip="Part of sampling at which the kind begins; before it attention is dense.",
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            **percent,
+            tooltip="Part of sampling at which the kind ends; after it attention is dense.",
+        ),
+        io.Int.Input(
+            "min_tokens", default=0, min=0, max=2**20, advanced=True, tooltip="Calls with fewer tokens stay dense."
+        ),
+        io.Combo.Input(
+            "backend",
+            options=[AUTO, *BACKENDS],
+            default=AUTO,
+            advanced=True,
+            tooltip="auto takes the fastest that can run; torch runs everywhere; reference is float64, for checking.",
+        ),
+    ]
+
+
+def run_kind(
+    model: Any,
+    spec: LinearSpec | HybridSpec,
+    sites: str,
+    start_percent: float,
+    end_percent: float,
+    min_tokens: int,
+    backend: str,
+    node_id: str | None,
+) -> tuple[Any, Plan]:
+    """Return a clone of `model` that runs an untrained kind, and the plan of all its sites.
+
+    Raises:
+        ValueError: no host knows the model, `sites` names none, or the part of sampling is empty.
+    """
+    host, module = patching.host_of(model)
+    sigma_range = patching.sigma_range(model, start_percent, end_percent)
+    chosen = select_sites(sites, [site.id for site in host.sites(module)])
+    notes = ["untrained: the model's own weights"]
+    if any(True for _ in MAPS[spec.feature_map](1, 2).parameters()):
+        notes.append(f"feature map {spec.feature_map} is not trained either; load a student, or use {UNTRAINED_MAP}")
+    settings = SiteSettings(spec, backend, sigma_range, min_tokens)
+    status = patching.show_on_node(node_id, notes)
+    patched, runtime = patching.patch_model(model, dict.fromkeys(chosen, settings), status)
+    specs: dict[str, SiteSpec] = {site: each.spec for site, each in runtime.sites.items()}
+    return patched, Plan(host.name, rules=group_sites(specs))

@@ -1,0 +1,79 @@
+"""Stand-ins for text encoders and autoencoders, gigabytes each, so that shipped workflows run on tiny models.
+
+A pack of its own that only the test server loads.
+"""
+
+import hashlib
+
+import torch
+from comfy_api.latest import ComfyExtension, io
+
+TOKENS = 12
+GRAY_TO_WHITE = 4.0  # standard deviations of a latent between black and white
+
+
+class LinearizeTestText(io.ComfyNode):
+    """Seeded noise as conditioning: the same text gives the same tokens."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return inputs and outputs."""
+        return io.Schema(
+            node_id="LinearizeTestText",
+            category="linearize/test",
+            inputs=[
+                io.String.Input("text"),
+                io.Int.Input("width", min=1, max=65536),
+                io.Int.Input("pooled_width", min=0, max=65536),
+                io.Boolean.Input("mask", default=False),
+            ],
+            outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(cls, text: str, width: int, pooled_width: int, mask: bool) -> io.NodeOutput:
+        """Return tokens, a pooled vector, and a mask that hides nothing, of a batch of one."""
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        generator = torch.Generator().manual_seed(seed)
+        extra = {}
+        if pooled_width:
+            extra["pooled_output"] = torch.randn(1, pooled_width, generator=generator)
+        if mask:
+            extra["attention_mask"] = torch.ones(1, TOKENS, dtype=torch.long)
+        return io.NodeOutput([[torch.randn(1, TOKENS, width, generator=generator), extra]])
+
+
+class LinearizeTestDecode(io.ComfyNode):
+    """The first three channels of a latent as pictures, one per latent frame."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return inputs and outputs."""
+        return io.Schema(
+            node_id="LinearizeTestDecode",
+            category="linearize/test",
+            inputs=[io.Latent.Input("samples")],
+            outputs=[io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, samples: dict) -> io.NodeOutput:
+        """Return pictures (frames, height, width, 3), twice as large so that codecs take odd sizes."""
+        latent = samples["samples"]
+        frames = latent[0].movedim(0, 1) if latent.ndim == 5 else latent
+        pictures = frames[:, :3].movedim(1, -1).float() / GRAY_TO_WHITE + 0.5
+        larger = pictures.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+        return io.NodeOutput(larger.clamp(0, 1))
+
+
+class StandIns(ComfyExtension):
+    """The two nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Return the node classes."""
+        return [LinearizeTestText, LinearizeTestDecode]
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    """Return the extension."""
+    return StandIns()

@@ -1,0 +1,150 @@
+"""The shipped workflows of hosts other than FLUX.1, whole, on tiny checkpoints that ComfyUI's own loader recognises.
+
+Their pictures are coloured noise. FLUX.1's templates are in test_workflows.py.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "workflows" / "api"
+WINDOWS = {"radius": 2, "temporal_radius": 2}  # the shipped ones cover all of a tiny latent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny:
+    """What a template runs on here.
+
+    Args:
+        models: checkpoints, in the order of the template's loaders.
+        sites: number of self-attentions of each.
+        size: (width, height, frames) in pixels.
+        text_width, pooled_width, mask: what its text encoder would give.
+    """
+
+    models: tuple[str, ...]
+    sites: int
+    size: tuple[int, int, int]
+    text_width: int = 4096
+    pooled_width: int = 0
+    mask: bool = False
+
+
+TEMPLATES = {
+    "wan21_t2v_clear": Tiny(models=("wan",), sites=2, size=(160, 96, 17)),
+    "wan22_t2v_clear": Tiny(models=("wan", "wan_low"), sites=2, size=(160, 96, 17)),
+    "sd35_clear": Tiny(models=("sd3",), sites=3, size=(192, 128, 1), pooled_width=2048),
+    "hunyuan_video_clear": Tiny(
+        models=("hunyuan_video",), sites=2, size=(160, 96, 17), text_width=64, pooled_width=768
+    ),
+    "ltx_video_clear": Tiny(models=("ltx",), sites=2, size=(256, 192, 33), mask=True),
+}
+
+
+def on_tiny_models(name, steps=None, **settings):
+    """Return a template on tiny models with small windows; `settings` go to its CLEAR nodes."""
+    workflow = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    tiny = TEMPLATES[name]
+    models, changed = iter(tiny.models), {}
+    for key, node in workflow.items():
+        kind, inputs = node["class_type"], dict(node["inputs"])
+        sizes = dict(zip(("width", "height", "length", "frames"), (*tiny.size, tiny.size[2]), strict=True))
+        inputs |= {each: value for each, value in sizes.items() if each in inputs}
+        if steps and "steps" in inputs:
+            inputs |= {
+                each: inputs[each] * steps // inputs["steps"]
+                for each in ("start_at_step", "end_at_step")
+                if each in inputs
+            }
+            inputs["steps"] = steps
+        if kind == "LinearizeCLEAR":
+            inputs |= {**WINDOWS, **settings}
+        elif kind in ("UNETLoader", "CheckpointLoaderSimple"):
+            kind, inputs = "UNETLoader", {"unet_name": f"linearize_tiny_{next(models)}.safetensors"}
+            inputs["weight_dtype"] = "default"
+        elif kind == "CLIPTextEncode":
+            kind, text = "LinearizeTestText", inputs["text"]
+            inputs = {"text": text, "width": tiny.text_width, "pooled_width": tiny.pooled_width, "mask": tiny.mask}
+        elif kind.startswith("VAEDecode"):
+            kind, inputs = "LinearizeTestDecode", {"samples": inputs["samples"]}
+        if kind not in ("CLIPLoader", "DualCLIPLoader", "VAELoader"):
+            changed[key] = {"class_type": kind, "inputs": inputs}
+    return changed
+
+
+def of_type(workflow, *kinds):
+    return [key for key, node in workflow.items() if node["class_type"] in kinds]
+
+
+def what_ran(workflow, outputs):
+    """Return what each report says of the sampling before it."""
+    reports = of_type(workflow, "LinearizeReport")
+    return [outputs[key]["text"][0].split("in the last sampling:\n")[1] for key in reports]
+
+
+def test_every_template_is_run_by_these_tests():
+    assert {path.stem for path in FOLDER.glob("*.json") if not path.stem.startswith("flux")} == set(TEMPLATES)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_runs_on_tiny_models(comfy, server, name):
+    """Every self-attention of every model ran on windows, says the report behind its sampler."""
+    tiny, workflow = TEMPLATES[name], on_tiny_models(name, steps=4, start_percent=0.0)
+    outputs = server.run(workflow)
+    reports = what_ran(workflow, outputs)
+    assert len(reports) == len(tiny.models)
+    for ran in reports:
+        share = re.fullmatch(rf"clear \(\w+\): {tiny.sites} sites\n100% linearized, (.+)% of attention FLOPs", ran)
+        assert share and 0 < float(share[1]) < 100, ran
+    (save,) = of_type(workflow, "SaveImage", "SaveVideo")
+    (saved,) = outputs[save]["images"]
+    assert saved["filename"].endswith(".png" if tiny.size[2] == 1 else ".mp4")
+    assert len(server.image(saved)) > 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    {
+        "wan21_t2v_clear": [(75, 82)],
+        "wan22_t2v_clear": [(50, 60), (100, 100)],  # of 20 steps the expert for high noise has 10
+        "sd35_clear": [(75, 80)],
+        "hunyuan_video_clear": [(75, 80)],
+        "ltx_video_clear": [(80, 95)],  # the scheduler reads the size: fewer early steps for so few tokens
+    }.items(),
+)
+def test_the_first_steps_are_dense_as_shipped(comfy, server, name, shares):
+    """About a fifth of them, as the notes say; the rest ran on windows."""
+    workflow = on_tiny_models(name)
+    for ran, (least, most) in zip(what_ran(workflow, server.run(workflow)), shares, strict=True):
+        share = re.search(r"^(\d+)% linearized", ran, re.MULTILINE)
+        assert share and least <= int(share[1]) <= most, ran
+        assert ("dense by setting" in ran) == (most < 100) and "fell back" not in ran
+
+
+def test_both_experts_of_wan_22_take_part():
+    """The template gives each its own loader, windows and part of the steps."""
+    workflow = json.loads((FOLDER / "wan22_t2v_clear.json").read_text(encoding="utf-8"))
+    loaders = of_type(workflow, "UNETLoader")
+    assert ["high_noise" in workflow[key]["inputs"]["unet_name"] for key in loaders] == [True, False]
+    reached = set()
+    for sampler in of_type(workflow, "KSamplerAdvanced"):
+        key, kinds = workflow[sampler]["inputs"]["model"][0], []
+        while "model" in workflow[key]["inputs"]:
+            kinds.append(workflow[key]["class_type"])
+            key = workflow[key]["inputs"]["model"][0]
+        assert kinds == ["LinearizeCLEAR", "ModelSamplingSD3"]
+        reached.add(key)
+    assert reached == set(loaders)
+
+
+def test_comfyui_offers_the_blueprint(server):
+    """The node library asks for the list, then for what a person takes from it."""
+    (file,) = (ROOT / "subgraphs").glob("*.json")
+    listed = server.get("/global_subgraphs")
+    (key,) = (key for key, entry in listed.items() if entry["info"]["node_pack"] == "custom_nodes.linearize")
+    assert listed[key]["name"] == file.stem == "Linearize Wan 2.2"
+    assert server.get(f"/global_subgraphs/{key}")["data"] == file.read_text(encoding="utf-8")
