@@ -20,6 +20,7 @@ from .hybrid import hybrid_attention
 from .layout import Reason, TokenLayout
 from .linear import linear_attention
 from .memory import LongLived
+from .mixed_triton import mixed_device_refusal, mixed_with_triton
 from .reference import MAX_TOKENS, reference_attention
 from .specs import ChunkedSpec, ClearSpec, DenseSpec, HeadSplit, HybridSpec, LinearSpec, SiteSpec, groups_of
 from .student import Learned, has_maps, new_maps
@@ -124,12 +125,19 @@ class TritonBackend:
     def can_run(self, call: Call) -> Reason | None:  # noqa: D102
         return (
             _wrong_input(call)
-            or _kinds_other_than(call, (ClearSpec,), "triton")
+            or _kinds_other_than(call, (ClearSpec, LinearSpec, HybridSpec, ChunkedSpec), "triton")
             or clear_refusal(call.spec, call.shape)
-            or device_refusal(call.device, call.dtype, call.shape[3], call.needs_grad)
+            or self._device_refusal(call)
         )
 
+    def _device_refusal(self, call: Call) -> Reason | None:
+        ask = mixed_device_refusal if has_maps(call.spec) else device_refusal
+        return ask(call.device, call.dtype, call.shape[3], call.needs_grad)
+
     def run(self, query, key, value, call, *, scale, learned, memory):  # noqa: ANN001, ANN201, D102
+        if isinstance(call.spec, (LinearSpec, HybridSpec, ChunkedSpec)):
+            maps = learned.maps or new_maps(call.spec, query.shape[1], query.shape[3])
+            return mixed_with_triton(query, key, value, call.layout, call.spec, maps, scale=scale)
         options = {"scale": scale, "pool_weight": learned.pool, "memory": memory}
         return clear_with_triton(query, key, value, call.layout, call.spec, **options)
 

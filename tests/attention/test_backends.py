@@ -95,10 +95,13 @@ def test_the_reference_stops_at_its_size():
     assert backend is None and "stops at 4608" in reasons[0].text
 
 
-def test_explicit_backends_do_not_fall_back():
+def test_explicit_backends_do_not_fall_back(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     query = torch.randn(SHAPE)
-    with pytest.raises(ValueError, match="backend triton"):
+    with pytest.raises(ValueError, match="backend triton needs an NVIDIA or AMD GPU"):
         attention(query, query, query, LAYOUT, HybridSpec(), backend="triton")
+    with pytest.raises(ValueError, match="backend triton does not run kind dense"):
+        attention(query, query, query, LAYOUT, DenseSpec(), backend="triton")
     with pytest.raises(ValueError, match="backend is one of auto, triton, torch, reference, got 'flex'"):
         attention(query, query, query, LAYOUT, ClearSpec(), backend="flex")
 

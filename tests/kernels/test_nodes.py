@@ -1,4 +1,4 @@
-"""The CLEAR node with backend triton on the tiny FLUX: ComfyUI's loader and sampler, kernels in the interpreter."""
+"""Nodes with backend triton on the tiny FLUX: ComfyUI's loader and sampler, kernels in the interpreter."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ SITES = ("double.0", "double.1", "single.0", "single.1")
 
 @pytest.fixture(scope="module")
 def sample(comfy, device):
-    """A function that samples a picture with the CLEAR node's inputs; it returns the latent and the run record."""
+    """A function that samples a picture with a node of the pack; it returns the latent and the run record."""
     if device.type != "cpu":
         pytest.skip("the tests run ComfyUI on the CPU")
     patching = comfy.module("nodes.patching")
@@ -17,9 +17,9 @@ def sample(comfy, device):
     conditioning = [[tensor, {"pooled_output": pooled}]]
 
     @torch.inference_mode()
-    def run(size=(16, 24), **inputs):
+    def run(size=(16, 24), node="LinearizeCLEAR", **inputs):
         (model,) = comfy.nodes.UNETLoader().load_unet("linearize_tiny_flux.safetensors", "default")
-        patched = comfy.node("LinearizeCLEAR")(model=model, **inputs)[0]
+        patched = comfy.node(node)(model=model, **inputs)[0]
         empty = {"samples": torch.zeros(1, 16, *size)}
         (out,) = comfy.nodes.KSampler().sample(
             patched, 3, 1, 1.0, "euler", "simple", conditioning, conditioning, empty, 1.0
@@ -57,3 +57,16 @@ def test_without_the_interpreter_the_wish_is_an_error_and_auto_takes_torch(sampl
     assert {ran.backend for ran in record.ran} == {"torch"}
     assert [reason.code for reason in record.passed_over] == ["device"]
     assert "GPU" not in record.summary()
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "kind"),
+    [("LinearizeHybrid", {"rate": 3}, "hybrid"), ("LinearizeLinear", {"feature_map": "elu1"}, "linear")],
+)
+def test_kinds_with_feature_maps_run_on_triton_as_on_torch(sample, node, inputs, kind):
+    picture, record = sample(node=node, backend="triton", **inputs)
+    assert {(ran.site, ran.kind, ran.backend) for ran in record.ran} == {(site, kind, "triton") for site in SITES}
+    assert not record.declined and not record.non_finite
+    expected, other = sample(node=node, backend="torch", **inputs)
+    assert {ran.backend for ran in other.ran} == {"torch"}
+    assert (picture - expected).abs().max() < 1e-3
