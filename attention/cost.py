@@ -105,13 +105,26 @@ def linear_flops(spec: LinearSpec | HybridSpec | ChunkedSpec, layout: TokenLayou
     """Return the FLOPs of one head that feature maps take, and the state S, z: building it, and reading it.
 
     Every query on a grid goes through phi_q and reads a state; every key on a grid that is linear for some query goes
-    through phi_k and into a state. Sums of states are not counted: they do not grow with the tokens.
+    through phi_k and into a state. Where no key is linear, nothing is. Sums of states are not counted: they do not grow
+    with the tokens.
     """
     kind = MAPS[spec.feature_map]
     per_map = 2 * kind.num_products(head_dim, spec.feature_dim)
     per_state = 2 * kind.features(head_dim, spec.feature_dim) * (head_dim + 1)
     queries = sum(math.prod(grid) for _, grid in layout.grids)
-    return (2 * queries - _anchors(spec, layout)) * (per_map + per_state)
+    keys = _linear_keys(spec, layout)
+    return (queries + keys) * (per_map + per_state) if keys else 0
+
+
+def _linear_keys(spec: LinearSpec | HybridSpec | ChunkedSpec, layout: TokenLayout) -> int:
+    """Return the tokens on grids that go into a state."""
+    if not isinstance(spec, ChunkedSpec) or len(layout.grids) > 1:
+        return sum(math.prod(grid) for _, grid in layout.grids) - _anchors(spec, layout)
+    keys = 0
+    for _, (frames, height, width) in layout.grids:
+        steps = tuple(chunks_of(frames, spec))
+        keys += (steps[-1].first if spec.causal or len(steps) == 1 else frames) * height * width
+    return keys
 
 
 def _anchors(spec: LinearSpec | HybridSpec | ChunkedSpec, layout: TokenLayout) -> int:

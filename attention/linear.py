@@ -23,7 +23,8 @@ from .layout import TokenLayout
 from .specs import LinearSpec
 
 FLOOR = 1e-12  # of a denominator without exact keys
-CHUNK_VALUES = 2**22  # scores or features held at once
+CHUNK_VALUES = 2**22  # scores or features held at once, but
+MIN_CHUNK = 64  # tokens at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,8 @@ def mixed_attention(
         query, key, value: (B, H, N, D). exact, linear: token indices; together every token once. Output: (B, H, N, D).
     """
     check_layout(layout, query, key, value)
+    if not len(linear):
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
     phi_q, phi_k = maps
     summarise, mix = engine or TORCH
     state = summarise(key.index_select(2, linear), value.index_select(2, linear), phi_k)
@@ -217,7 +220,7 @@ def check_layout(layout: TokenLayout, *tensors: Tensor) -> None:
 
 def chunks(length: int, values_per_token: int) -> Iterator[slice]:
     """Yield slices of 0..length that hold about CHUNK_VALUES values each."""
-    step = max(64, CHUNK_VALUES // max(1, values_per_token))
+    step = max(MIN_CHUNK, CHUNK_VALUES // max(1, values_per_token))
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
 

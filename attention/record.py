@@ -51,7 +51,7 @@ class RunRecord:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count_run(self, ran: Ran, layout: TokenLayout, pairs: int, dense_pairs: int) -> None:
-        """Count a call that a backend of the pack ran, with the pairs it allowed and those of dense attention."""
+        """Count a call that a backend of the pack ran, with its FLOPs and those of dense attention, both in pairs."""
         with self._lock:
             self.ran[ran] += 1
             self.layouts.add(layout)
@@ -93,7 +93,7 @@ class RunRecord:
 
     @property
     def share_computed(self) -> float:
-        """Allowed pairs over the pairs of dense attention, 0 to 1."""
+        """FLOPs over those of dense attention; feature maps can take more than they save."""
         return self.pairs / self.dense_pairs if self.dense_pairs else 1.0
 
     def summary(self) -> str:

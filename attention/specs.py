@@ -84,7 +84,7 @@ class HybridSpec:
     """Every `rate`-th token as an exact key, the others through a feature map, under one denominator.
 
     Args:
-        rate: distance between exact keys in the sequence, at least 1 (1 is dense attention).
+        rate: distance between exact keys in each grid, at least 1 (1 is dense attention).
         feature_map: one of FEATURE_MAPS.
         feature_dim: features per head; 0 takes the map's own number.
         stabilizer: what is subtracted from the exponents, "max" as in Attention Surgery or "lse".

@@ -56,6 +56,24 @@ def clear_cpu_table() -> str:
     return "\n".join(lines)
 
 
+def clear_gpu_table() -> str:
+    """Return time, rate and memory of CLEAR against dense attention on GPUs, one line per case and contender."""
+    with (ROOT / "benchmarks" / "results.csv").open(encoding="utf-8") as file:
+        suites = dict.fromkeys(row["suite"] for row in csv.DictReader(file) if row["suite"].startswith("clear-gpu"))
+    rows = [row for suite in suites for row in newest(suite)]
+    if not rows:
+        return "Not measured yet. `benchmarks/gpu.md` lists what wants a GPU, each a command."
+    heads = ["pixels", "text", "attention", "pass", "ms", "times dense", "useful TFLOP/s", "of roofline", "peak MiB"]
+    lines = [f"| {' | '.join(heads)} |", "|---:|---:|---|---|" + "---:|" * 5]
+    for row in rows:
+        values = (row["pixels"], row["text"], row["contender"], row["pass"], row["median_ms"], row["times_dense"],
+                  row["useful_tflops"], row["of_roofline"], row["peak_mib"])  # fmt: skip
+        lines.append(f"| {' | '.join(values)} |")
+    first = rows[0]
+    about = f"{first['machine']}, torch {first['torch']}, {first['date']}, commit {first['commit']}"
+    return "\n".join([*lines, "", f"{about}; 24 heads of 128, bfloat16."])
+
+
 def declined_sentence() -> str:
     """Return what a call costs that the override leaves to the host."""
     times = {row["contender"]: float(row["median_ms"]) * 1000 for row in newest("declined")}
@@ -128,7 +146,13 @@ def hosts_table() -> str:
     return "\n".join([*lines, "", *textwrap.wrap(meaning, 120)])
 
 
-TABLES = {"clear-cpu": clear_cpu_table, "demo": demo_table, "hosts": hosts_table, "pairs": pairs_table}
+TABLES = {
+    "clear-cpu": clear_cpu_table,
+    "clear-gpu": clear_gpu_table,
+    "demo": demo_table,
+    "hosts": hosts_table,
+    "pairs": pairs_table,
+}
 
 
 def with_tables(text: str) -> str:

@@ -10,6 +10,7 @@ from ..attention.runtime import SiteSettings
 from ..attention.specs import DenseSpec
 from ..attention.student_file import StudentFile, check_student, student_maps
 from . import patching
+from .kind_inputs import untrained_notes
 
 
 def apply_plan(model: Any, plan: Plan, node_id: str | None) -> Any:
@@ -28,7 +29,7 @@ def apply_plan(model: Any, plan: Plan, node_id: str | None) -> Any:
         for site, spec in plan.resolve(sites).items()
         if site in named or plan.default != DenseSpec()  # what the plan does not name stays as it was
     }
-    notes = ["untrained: the model's own weights"]
+    notes = untrained_notes(each.spec for each in settings.values())
     earlier = patching.runtime_of(model)
     lost = [site for site in settings if earlier and site in earlier.sites and earlier.sites[site].trained]
     if lost:

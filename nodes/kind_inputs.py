@@ -1,5 +1,6 @@
 """Inputs that several nodes share: the parameters of a kind, and where and when it runs."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from comfy_api.latest import io
@@ -11,7 +12,7 @@ from ..attention.runtime import SiteSettings
 from ..attention.specs import STABILIZERS, ChunkedSpec, HybridSpec, LinearSpec, SiteSpec
 from . import patching
 
-UNTRAINED_MAP = "favor"  # needs no training
+UNTRAINED_MAP = "favor"  # has nothing to learn
 
 
 def feature_map_inputs() -> list[Any]:
@@ -22,7 +23,7 @@ def feature_map_inputs() -> list[Any]:
             options=list(MAPS),
             default=UNTRAINED_MAP,
             tooltip="What stands for the softmax of keys that are not exact. favor, elu1 and relu have nothing to "
-            "learn; hedgehog, polynomial and linfusion give noise until they are trained.",
+            "learn, but outweigh exact keys; hedgehog, polynomial and linfusion give noise until they are trained.",
         ),
         io.Int.Input(
             "feature_dim",
@@ -112,9 +113,19 @@ def place_inputs() -> list[Any]:
             options=[AUTO, *BACKENDS],
             default=AUTO,
             advanced=True,
-            tooltip="auto takes the fastest that can run; torch runs everywhere; reference is float64, for checking.",
+            tooltip="auto takes triton on a GPU, else torch, which runs everywhere; reference is float64, for checks.",
         ),
     ]
+
+
+def untrained_notes(specs: Iterable[SiteSpec]) -> list[str]:
+    """Return what a node says when specs run without a student."""
+    notes = ["untrained: the model's own weights"]
+    names = {spec.feature_map for spec in specs if isinstance(spec, (LinearSpec, HybridSpec, ChunkedSpec))}
+    learned = sorted(name for name in names if any(True for _ in MAPS[name](1, 2).parameters()))
+    if learned:
+        notes.append(f"feature map {', '.join(learned)} gives noise until it is trained; load a student")
+    return notes
 
 
 def run_kind(
@@ -135,11 +146,8 @@ def run_kind(
     host, module = patching.host_of(model)
     sigma_range = patching.sigma_range(model, start_percent, end_percent)
     chosen = select_sites(sites, [site.id for site in host.sites(module)])
-    notes = ["untrained: the model's own weights"]
-    if any(True for _ in MAPS[spec.feature_map](1, 2).parameters()):
-        notes.append(f"feature map {spec.feature_map} is not trained either; load a student, or use {UNTRAINED_MAP}")
     settings = SiteSettings(spec, backend, sigma_range, min_tokens)
-    status = patching.show_on_node(node_id, notes)
+    status = patching.show_on_node(node_id, untrained_notes([spec]))
     patched, runtime = patching.patch_model(model, dict.fromkeys(chosen, settings), status)
     specs: dict[str, SiteSpec] = {site: each.spec for site, each in runtime.sites.items()}
     return patched, Plan(host.name, rules=group_sites(specs))

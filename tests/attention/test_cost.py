@@ -109,6 +109,16 @@ def test_exact_pairs_equal_those_of_the_mask(spec):
         assert exact_pairs(spec, layout) == exact.sum()
 
 
+def test_what_has_no_linear_keys_costs_what_dense_attention_does():
+    picture = TokenLayout((Segment("text", 3), grid_segment("main", 1, 6, 6)))
+    dense = attention_cost(DenseSpec(), picture, 2, 16)
+    assert attention_cost(HybridSpec(1), picture, 2, 16) == attention_cost(ChunkedSpec(), picture, 2, 16) == dense
+    clip = TokenLayout((grid_segment("main", 7, 2, 2),))
+    both, causal = (attention_cost(ChunkedSpec(3, 1, each), clip, 1, 16).flops for each in (False, True))
+    per_token = (both - causal) / (28 - 20)  # the last chunk reaches back to frame 5; frames 5 and 6 are never linear
+    assert per_token > 0 and both == 4 * 16 * exact_pairs(ChunkedSpec(3, 1), clip) + 56 * per_token
+
+
 WAN = {"480 x 832": (21, 30, 52), "320 x 480": (21, 20, 30)}  # latent grids of 81 frames
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from linearize.attention import Segment, TokenLayout, grid_segment
+from linearize.attention import linear as linear_module
 from linearize.attention.chunked import CausalStream, chunked_attention
 from linearize.attention.feature_maps import MAPS
 from linearize.attention.hybrid import hybrid_attention
@@ -28,6 +29,13 @@ SPECS = {
     "chunked wide overlap": (chunked_attention, ChunkedSpec(2, 3)),
     "chunked no overlap": (chunked_attention, ChunkedSpec(3, 0, causal=True)),
 }
+
+
+def small_chunks(monkeypatch):
+    """Make chunks of 5 tokens."""
+    monkeypatch.setattr(linear_module, "CHUNK_VALUES", 1)
+    monkeypatch.setattr(linear_module, "MIN_CHUNK", 5)
+    assert len(list(linear_module.chunks(27, 1))) == 6
 
 
 def make_maps(name="polynomial", heads=2, size=8, seed=0):
@@ -58,7 +66,7 @@ def test_forward_equals_the_reference(function, spec, layout, dtype, relative_er
 
 @pytest.mark.parametrize(("function", "spec"), SPECS.values(), ids=SPECS)
 def test_gradients_equal_the_references(function, spec, relative_error, monkeypatch):
-    monkeypatch.setattr("linearize.attention.linear.CHUNK_VALUES", 64)  # several chunks, each computed again
+    small_chunks(monkeypatch)  # each computed again
     layout, maps = LAYOUTS["clip"], make_maps()
     inputs = tensors(layout, torch.float64, grad=True)
     leaves = [*inputs, *(parameter for each in maps for parameter in each.parameters())]
@@ -134,13 +142,25 @@ def test_large_half_precision_inputs_do_not_overflow(name):
     assert output.isfinite().all() and output.abs().max() <= inputs[2].abs().max() * 1.01
 
 
+@pytest.mark.parametrize("name", ["linear", "hybrid 2", "hybrid 3 lse", "chunked causal"])
+@pytest.mark.parametrize("feature_map", [each for each in MAPS if each != "favor"])
+def test_weights_sum_to_one_for_large_half_precision_inputs(name, feature_map):
+    """favor is left out: its features vanish for large inputs, which its help says."""
+    layout = LAYOUTS["clip"]
+    function, spec = SPECS[name]
+    query, key, value = (tensor * 100 for tensor in tensors(layout, torch.float16))
+    with torch.no_grad():
+        output = function(query, key, torch.ones_like(value), layout, spec, make_maps(feature_map))
+    assert (output - 1).abs().max() < 2e-3
+
+
 @pytest.mark.parametrize("name", ["linear", "hybrid 2", "hybrid 3 lse", "chunked"])
 def test_chunks_of_any_size_give_the_same(name, monkeypatch, relative_error):
     layout, maps = LAYOUTS["two grids"], make_maps()
     function, spec = SPECS[name]
     inputs = tensors(layout)
     whole = function(*inputs, layout, spec, maps)
-    monkeypatch.setattr("linearize.attention.linear.CHUNK_VALUES", 1)
+    small_chunks(monkeypatch)
     assert relative_error(function(*inputs, layout, spec, maps), whole) < 1e-6
 
 

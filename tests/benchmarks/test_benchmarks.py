@@ -49,6 +49,23 @@ def test_readme_tables_are_generated(benchmarks):
     assert benchmarks("tables").with_tables(text) == text, "run: python benchmarks/tables.py"
 
 
+def test_gpu_rows_become_a_table(benchmarks, tmp_path, monkeypatch):
+    tables, run = benchmarks("tables"), benchmarks("run")
+    row = dict.fromkeys(run.COLUMNS, "") | {
+        "suite": "clear-gpu",
+        "pixels": "2048",
+        "contender": "triton r=8",
+        "times_dense": "7",
+    }
+    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "benchmarks" / "results.csv")
+    run.append([])
+    assert tables.clear_gpu_table().startswith("Not measured yet.")
+    run.append([row])
+    assert "| 2048 |  | triton r=8 |  |  | 7 |" in tables.clear_gpu_table()
+
+
 def test_the_recorded_speed_at_2048(benchmarks):
     rows = [row for row in stored("clear-cpu") if (row["pixels"], row["contender"]) == ("2048", "clear r=8")]
     assert rows and float(rows[-1]["times_dense"]) >= 6

@@ -52,8 +52,9 @@ def test_a_plan_mixes_kinds_per_site(comfy, studio):
     }  # fmt: skip
 
 
-def test_parts_of_sampling_and_small_calls_stay_dense(comfy, studio):
-    model, _ = run(comfy, "LinearizeHybrid", studio.model, min_tokens=10**6)
+@pytest.mark.parametrize("inputs", [{"min_tokens": 10**6}, {"start_percent": 0.99}])
+def test_parts_of_sampling_and_small_calls_stay_dense(comfy, studio, inputs):
+    model, _ = run(comfy, "LinearizeHybrid", studio.model, **inputs)
     assert torch.equal(studio.sample(model), studio.sample(studio.model))
     assert set(studio.ran(model).values()) == {("dense", "host")}
 
@@ -96,3 +97,9 @@ def test_wrong_input_is_one_sentence(comfy, studio, node, inputs, words):
         run(comfy, node, studio.model, **inputs)
     assert "\n" not in str(error.value)
     assert studio.model.model_options["transformer_options"] == options
+
+
+def test_a_map_that_nobody_trained_is_named(comfy):
+    specs, notes = comfy.module("attention.specs"), comfy.module("nodes.kind_inputs").untrained_notes
+    assert len(notes([specs.ClearSpec(3), specs.HybridSpec(2, "favor")])) == 1
+    assert "polynomial gives noise" in notes([specs.LinearSpec("polynomial")])[1]
