@@ -12,18 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import is_interpreted
-from .chunked import chunked_attention
 from .clear import clear_attention
 from .clear_triton import clear_refusal, clear_with_triton, device_refusal
 from .feature_maps import MAPS, Maps
-from .hybrid import hybrid_attention
 from .layout import Reason, TokenLayout
-from .linear import linear_attention
+from .mapped import mapped_attention
 from .memory import LongLived
 from .mixed_triton import mixed_device_refusal, mixed_with_triton
 from .reference import MAX_TOKENS, reference_attention
-from .specs import ChunkedSpec, ClearSpec, DenseSpec, HeadSplit, HybridSpec, LinearSpec, SiteSpec, groups_of
-from .student import Learned, has_maps, new_maps
+from .specs import ClearSpec, DenseSpec, HeadSplit, MappedSpec, SiteSpec, groups_of
+from .student import Learned
 
 AUTO = "auto"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -82,35 +80,24 @@ class TorchBackend:
         return _wrong_input(call)
 
     def run(self, query, key, value, call, *, scale, learned, memory):  # noqa: ANN001, ANN201, D102
-        spec = call.spec
-        if isinstance(spec, (LinearSpec, HybridSpec, ChunkedSpec)):
-            maps = learned.maps or new_maps(spec, query.shape[1], query.shape[3])
-            return _with_maps(query, key, value, call.layout, spec, maps, scale)
+        if isinstance(call.spec, MappedSpec):
+            maps = learned.maps_for(call.spec, query.shape[1], query.shape[3])
+            return mapped_attention(query, key, value, call.layout, call.spec, maps, scale=scale)
         order: list[int] = []
         parts: list[Tensor] = []
         for group in groups_of(call.spec, query.shape[1]):
             every_head = len(group.heads) == query.shape[1]
             q, k, v = (query, key, value) if every_head else (_heads(t, group.heads) for t in (query, key, value))
-            options = {"scale": scale, "pool_weight": learned.pool, "memory": memory}
             if isinstance(group.spec, DenseSpec):
                 parts.append(F.scaled_dot_product_attention(q, k, v, scale=scale))
-                order += group.heads
-                continue
-            assert isinstance(group.spec, ClearSpec)
-            parts.append(clear_attention(q, k, v, call.layout, group.spec, **options))
+            else:
+                assert isinstance(group.spec, ClearSpec)
+                options = {"scale": scale, "pool_weight": learned.pool, "memory": memory}
+                parts.append(clear_attention(q, k, v, call.layout, group.spec, **options))
             order += group.heads
         if len(parts) == 1:
             return parts[0]
         return _heads(torch.cat(parts, dim=1), sorted(range(len(order)), key=order.__getitem__))
-
-
-def _with_maps(query, key, value, layout, spec, maps, scale):  # noqa: ANN001, ANN202
-    """Run a kind that has feature maps."""
-    if isinstance(spec, LinearSpec):
-        return linear_attention(query, key, value, layout, spec, maps, scale=scale)
-    if isinstance(spec, HybridSpec):
-        return hybrid_attention(query, key, value, layout, spec, maps, scale=scale)
-    return chunked_attention(query, key, value, layout, spec, maps, scale=scale)
 
 
 def _heads(tensor: Tensor, heads: Sequence[int]) -> Tensor:
@@ -125,18 +112,18 @@ class TritonBackend:
     def can_run(self, call: Call) -> Reason | None:  # noqa: D102
         return (
             _wrong_input(call)
-            or _kinds_other_than(call, (ClearSpec, LinearSpec, HybridSpec, ChunkedSpec), "triton")
+            or _dense_heads(call)
             or clear_refusal(call.spec, call.shape)
             or self._device_refusal(call)
         )
 
     def _device_refusal(self, call: Call) -> Reason | None:
-        ask = mixed_device_refusal if has_maps(call.spec) else device_refusal
+        ask = mixed_device_refusal if isinstance(call.spec, MappedSpec) else device_refusal
         return ask(call.device, call.dtype, call.shape[3], call.needs_grad)
 
     def run(self, query, key, value, call, *, scale, learned, memory):  # noqa: ANN001, ANN201, D102
-        if isinstance(call.spec, (LinearSpec, HybridSpec, ChunkedSpec)):
-            maps = learned.maps or new_maps(call.spec, query.shape[1], query.shape[3])
+        if isinstance(call.spec, MappedSpec):
+            maps = learned.maps_for(call.spec, query.shape[1], query.shape[3])
             return mixed_with_triton(query, key, value, call.layout, call.spec, maps, scale=scale)
         options = {"scale": scale, "pool_weight": learned.pool, "memory": memory}
         return clear_with_triton(query, key, value, call.layout, call.spec, **options)
@@ -154,9 +141,8 @@ class ReferenceBackend:
         return _wrong_input(call)
 
     def run(self, query, key, value, call, *, scale, learned, memory):  # noqa: ANN001, ANN201, D102
-        maps = learned.maps
-        if maps is None and isinstance(call.spec, (LinearSpec, HybridSpec, ChunkedSpec)):
-            maps = new_maps(call.spec, query.shape[1], query.shape[3])
+        mapped = isinstance(call.spec, MappedSpec)
+        maps = learned.maps_for(call.spec, query.shape[1], query.shape[3]) if mapped else None
         options = {"scale": scale, "pool_weight": learned.pool, "maps": maps}
         return reference_attention(query, key, value, call.layout, call.spec, **options).to(query.dtype)
 
@@ -176,11 +162,11 @@ def refused(spec: SiteSpec, num_heads: int, head_dim: int) -> Reason | None:
     try:
         groups = groups_of(spec, num_heads)
         for group in groups:
-            if isinstance(group.spec, (LinearSpec, HybridSpec, ChunkedSpec)):
+            if isinstance(group.spec, MappedSpec):
                 MAPS[group.spec.feature_map].features(head_dim, group.spec.feature_dim)
     except ValueError as error:
         return Reason("heads", str(error))
-    mixed = [group.spec.kind for group in groups if isinstance(spec, HeadSplit) and has_maps(group.spec)]
+    mixed = [group.spec.kind for group in groups if isinstance(spec, HeadSplit) and isinstance(group.spec, MappedSpec)]
     if mixed:
         return Reason("kind", f"kind {mixed[0]} runs on all heads of a site, this plan gives it some of them")
     return None
@@ -261,8 +247,8 @@ def _wrong_input(call: Call) -> Reason | None:
     return unfit or call.layout.mismatch(call.shape[2])
 
 
-def _kinds_other_than(call: Call, supported: tuple[type, ...], backend: str) -> Reason | None:
-    for group in groups_of(call.spec, call.shape[1]):
-        if not isinstance(group.spec, supported):
-            return Reason("kind", f"backend {backend} does not run kind {group.spec.kind}")
+def _dense_heads(call: Call) -> Reason | None:
+    """Return that the kernels have no dense attention, where a head is dense."""
+    if any(isinstance(group.spec, DenseSpec) for group in groups_of(call.spec, call.shape[1])):
+        return Reason("kind", "backend triton does not run kind dense")
     return None

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import Table, Tile
+from ..kernels.clear import ABSOLUTE, NUM_FIELDS
 from .clear_table import Tile as GridTile
 from .clear_table import TileClass, covers_grid, tile_classes
 from .layout import Grid, TokenLayout
 
-FIELDS = 9  # numbers that describe a block
-ABSOLUTE = 2**30  # a column of a masked step that is counted from the start of the sequence
 Disc = tuple[int, int]  # (radius, temporal radius)
 Ranges = tuple[tuple[int, int], ...]
 
@@ -88,9 +87,9 @@ def _table(
     for disc, found in tiles.items():
         first[disc] = len(blocks)
         # heads of other radii may have more blocks; an empty one visits nothing
-        blocks += found + [[0] * FIELDS] * (num_tiles - len(found))
+        blocks += found + [[0] * NUM_FIELDS] * (num_tiles - len(found))
     return Table(
-        blocks=torch.tensor(blocks, dtype=torch.int32).reshape(-1, FIELDS).to(device),
+        blocks=torch.tensor(blocks, dtype=torch.int32).reshape(-1, NUM_FIELDS).to(device),
         rows=parts.rows.joined().to(device),
         columns=parts.columns.joined(padding=tile.columns).to(device),
         masks=parts.masks.joined().to(device),

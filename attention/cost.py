@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from .chunked import chunks_of
 from .feature_maps import MAPS
 from .layout import Grid, TokenLayout
-from .specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, LinearSpec, SiteSpec, groups_of
+from .specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, MappedSpec, SiteSpec, groups_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def clear_pairs(spec: ClearSpec, layout: TokenLayout) -> int:
     return pairs
 
 
-def exact_pairs(spec: LinearSpec | HybridSpec | ChunkedSpec, layout: TokenLayout) -> int:
+def exact_pairs(spec: MappedSpec, layout: TokenLayout) -> int:
     """Return the (query, key) pairs of one head that meet in a softmax; the others go through feature maps."""
     pairs = layout.num_global * layout.num_tokens
     anchors = _anchors(spec, layout)
@@ -101,7 +101,7 @@ def exact_pairs(spec: LinearSpec | HybridSpec | ChunkedSpec, layout: TokenLayout
     return pairs
 
 
-def linear_flops(spec: LinearSpec | HybridSpec | ChunkedSpec, layout: TokenLayout, head_dim: int) -> int:
+def linear_flops(spec: MappedSpec, layout: TokenLayout, head_dim: int) -> int:
     """Return the FLOPs of one head that feature maps take, and the state S, z: building it, and reading it.
 
     Every query on a grid goes through phi_q and reads a state; every key on a grid that is linear for some query goes
@@ -116,7 +116,7 @@ def linear_flops(spec: LinearSpec | HybridSpec | ChunkedSpec, layout: TokenLayou
     return (queries + keys) * (per_map + per_state) if keys else 0
 
 
-def _linear_keys(spec: LinearSpec | HybridSpec | ChunkedSpec, layout: TokenLayout) -> int:
+def _linear_keys(spec: MappedSpec, layout: TokenLayout) -> int:
     """Return the tokens on grids that go into a state."""
     if not isinstance(spec, ChunkedSpec) or len(layout.grids) > 1:
         return sum(math.prod(grid) for _, grid in layout.grids) - _anchors(spec, layout)
@@ -127,7 +127,7 @@ def _linear_keys(spec: LinearSpec | HybridSpec | ChunkedSpec, layout: TokenLayou
     return keys
 
 
-def _anchors(spec: LinearSpec | HybridSpec | ChunkedSpec, layout: TokenLayout) -> int:
+def _anchors(spec: MappedSpec, layout: TokenLayout) -> int:
     """Return the tokens on grids that are exact keys for every query."""
     if not isinstance(spec, HybridSpec):
         return 0

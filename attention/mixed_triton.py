@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import FUSED_MAPS, capability, linear_state, mixed_attend, tuning
-from .chunked import chunked_attention
 from .clear_triton import Tested, judge, tested_once
 from .feature_maps import MAPS, FeatureMap, Maps
-from .hybrid import hybrid_attention
 from .layout import Reason, Segment, TokenLayout, grid_segment
-from .linear import Engine, LinearState, linear_attention, recomputed
+from .linear import Engine, LinearState, recomputed
+from .mapped import mapped_attention
 from .reference import reference_attention
-from .specs import ChunkedSpec, HybridSpec, LinearSpec
+from .specs import HybridSpec, LinearSpec, MappedSpec
 
 CHUNK_VALUES = 2**24  # features held at once; a launch of fewer queries would not fill a large card
 GIVEN = "given"
@@ -37,7 +36,7 @@ def mixed_with_triton(
     key: Tensor,
     value: Tensor,
     layout: TokenLayout,
-    spec: LinearSpec | HybridSpec | ChunkedSpec,
+    spec: MappedSpec,
     maps: Maps,
     *,
     scale: float | None = None,
@@ -58,11 +57,7 @@ def mixed_with_triton(
         except that of keys with equal scores the first alone gets the gradient of the largest score.
     """
     key, value = key.to(query.dtype), value.to(query.dtype)
-    if isinstance(spec, LinearSpec):
-        return linear_attention(query, key, value, layout, spec, maps, scale=scale, engine=TRITON)
-    if isinstance(spec, HybridSpec):
-        return hybrid_attention(query, key, value, layout, spec, maps, scale=scale, engine=TRITON)
-    return chunked_attention(query, key, value, layout, spec, maps, scale=scale, engine=TRITON)
+    return mapped_attention(query, key, value, layout, spec, maps, scale=scale, engine=TRITON)
 
 
 def summarise_with_triton(key: Tensor, value: Tensor, phi_k: FeatureMap) -> LinearState:

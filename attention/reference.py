@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .feature_maps import FeatureMap
 from .layout import Grid, TokenLayout
-from .specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, LinearSpec, SiteSpec, groups_of
+from .specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, MappedSpec, SiteSpec, groups_of
 
 MAX_TOKENS = 4608  # a mask and scores of this size take about 350 MB per head
 
@@ -93,7 +93,7 @@ def _clear(
     return _masked_softmax(query, key, value, mask, scale)
 
 
-def exact_and_linear_masks(layout: TokenLayout, spec: LinearSpec | HybridSpec | ChunkedSpec) -> tuple[Tensor, Tensor]:
+def exact_and_linear_masks(layout: TokenLayout, spec: MappedSpec) -> tuple[Tensor, Tensor]:
     """Return two (N, N) boolean masks: which keys a query sees exactly, and which through the feature maps."""
     exact = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
     linear = torch.zeros_like(exact)
@@ -123,7 +123,7 @@ def _exact_and_linear(
     key: Tensor,
     value: Tensor,
     layout: TokenLayout,
-    spec: LinearSpec | HybridSpec | ChunkedSpec,
+    spec: MappedSpec,
     maps: tuple[FeatureMap, FeatureMap],
     scale: float | None,
 ) -> Tensor:

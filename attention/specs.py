@@ -132,7 +132,8 @@ class ChunkedSpec:
         _feature_map(self)
 
 
-Spec = DenseSpec | ClearSpec | LinearSpec | HybridSpec | ChunkedSpec
+MappedSpec = LinearSpec | HybridSpec | ChunkedSpec  # the kinds that have feature maps
+Spec = DenseSpec | ClearSpec | MappedSpec
 SPECS: dict[str, type] = {spec.kind: spec for spec in (DenseSpec, ClearSpec, LinearSpec, HybridSpec, ChunkedSpec)}
 KINDS = tuple(SPECS)
 
@@ -250,6 +251,6 @@ def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is one of {', '.join(choices)}, got {name}={value!r}")
 
 
-def _feature_map(spec: LinearSpec | HybridSpec | ChunkedSpec) -> None:
+def _feature_map(spec: MappedSpec) -> None:
     _choice("feature_map", spec.feature_map, FEATURE_MAPS)
     _whole("feature_dim", spec.feature_dim, 0, "0 takes the map's own number")

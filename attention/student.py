@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .feature_maps import MAPS, Maps
-from .specs import ChunkedSpec, HybridSpec, LinearSpec, SiteSpec
+from .specs import MappedSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,10 @@ class Learned:
 
     pool: Tensor | None = None
     maps: Maps | None = None
+
+    def maps_for(self, spec: MappedSpec, num_heads: int, head_dim: int) -> Maps:
+        """Return the maps, untrained ones where there are none."""
+        return self.maps or new_maps(spec, num_heads, head_dim)
 
 
 class PoolParameters(nn.Module):
@@ -93,12 +97,7 @@ class StudentParameters(nn.Module):
         return {_site(k): (m.phi_q, m.phi_k) for k, m in self.sites.items() if isinstance(m, MapParameters)}
 
 
-def has_maps(spec: SiteSpec) -> bool:
-    """Return whether a spec needs feature maps."""
-    return isinstance(spec, (LinearSpec, HybridSpec, ChunkedSpec))
-
-
-def new_maps(spec: LinearSpec | HybridSpec | ChunkedSpec, num_heads: int, head_dim: int) -> Maps:
+def new_maps(spec: MappedSpec, num_heads: int, head_dim: int) -> Maps:
     """Return the untrained phi_q and phi_k of a site; equal calls give equal maps.
 
     Raises:
@@ -110,7 +109,7 @@ def new_maps(spec: LinearSpec | HybridSpec | ChunkedSpec, num_heads: int, head_d
     return phi_q, phi_k
 
 
-def empty_maps(spec: LinearSpec | HybridSpec | ChunkedSpec, num_heads: int, head_dim: int) -> Maps:
+def empty_maps(spec: MappedSpec, num_heads: int, head_dim: int) -> Maps:
     """Return phi_q and phi_k of a site with parameters of 0, to be filled from a file."""
     phi_q, phi_k = (MAPS[spec.feature_map](num_heads, head_dim, spec.feature_dim) for _ in range(2))
     return phi_q, phi_k

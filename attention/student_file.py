@@ -19,7 +19,7 @@ from .feature_maps import FeatureMap, Maps
 from .fingerprint import LENGTH
 from .hosts.base import Site
 from .plans import Plan, describe_sites
-from .specs import ChunkedSpec, ClearSpec, DenseSpec, HeadSplit, HybridSpec, LinearSpec, SiteSpec, groups_of
+from .specs import ClearSpec, DenseSpec, HeadSplit, MappedSpec, SiteSpec, groups_of
 from .student import empty_maps
 from .tensor_file import TensorFile, open_tensor_file, problem, quote, write_tensor_file
 
@@ -296,7 +296,7 @@ def student_maps(student: StudentFile, specs: Mapping[str, SiteSpec], sites: Seq
     found = {}
     for site in sites:
         spec = specs[site.id]
-        if isinstance(spec, (LinearSpec, HybridSpec, ChunkedSpec)):
+        if isinstance(spec, MappedSpec):
             try:
                 found[site.id] = empty_maps(spec, site.num_heads, site.head_dim)
             except ValueError as error:

@@ -149,8 +149,9 @@ def natten(case: Case, spec: ClearSpec) -> Made:
 
 def ablation(case: Case, spec: ClearSpec, change: str) -> Made:
     """Our kernel on a changed table: wrong results, to see what a part of it costs."""
-    from linearize.attention.clear_blocks import ABSOLUTE, query_table
+    from linearize.attention.clear_blocks import query_table
     from linearize.kernels import architecture, attend, tile_for
+    from linearize.kernels.clear import ABSOLUTE
 
     device, heads = case.query.device, case.shape.heads
     tile = tile_for("forward", architecture(device), case.shape.head_dim)

@@ -19,6 +19,8 @@ from .launch import block_size, log2_scale, on_device_of, rows_together, strides
 from .tuning import Tile
 
 NUM_TENSORS, NUM_NUMBERS = 5, 6
+NUM_FIELDS = 9  # numbers that describe a block
+ABSOLUTE = 2**30  # from here on, a column of a masked step is counted from the start of the sequence
 
 
 class Table(NamedTuple):

@@ -8,9 +8,8 @@ Each program owns its rows and visits blocks of columns in the order of the tabl
 import triton
 import triton.language as tl
 
-from .primitives import FIELDS, hide, load_tokens, locate, masked_tokens, read_columns, store_tokens
+from .primitives import COUNTS, hide, load_tokens, locate, masked_tokens, read_block, read_columns, store_tokens
 
-COUNTS = ["num_tokens", "num_heads", "num_copies", "num_shared", "num_tiles"]
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -47,11 +46,10 @@ def clear_dq_kernel(
 ):  # fmt: skip
     """Write `dq` (B, N, H, D) and `delta` (B, H, N) of one block of queries."""
     batch, head, block = locate(heads, num_shared, num_tiles, num_heads, num_copies)
-    entry = blocks + block * FIELDS
-    origin, first_row, num_rows = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    first_dense, num_dense, first_near = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
-    num_open, num_masked = num_dense + tl.load(entry + 6), tl.load(entry + 7)
-    masks += tl.load(entry + 8)
+    origin, first_row, num_rows, first_dense, num_dense, first_near, num_open, num_masked, first_mask = read_block(
+        blocks, block
+    )
+    masks += first_mask
     if num_rows == 0:  # another head's radius makes more blocks
         return
 
@@ -104,11 +102,10 @@ def clear_dk_dv_kernel(
 ):  # fmt: skip
     """Write `dk` and `dv` (B, N + P, H, D) of one block of keys: rows are keys, columns the queries that see them."""
     batch, head, block = locate(heads, num_shared, num_tiles, num_heads, num_copies)
-    entry = blocks + block * FIELDS
-    origin, first_row, num_rows = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    first_dense, num_dense, first_near = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
-    num_open, num_masked = num_dense + tl.load(entry + 6), tl.load(entry + 7)
-    masks += tl.load(entry + 8)
+    origin, first_row, num_rows, first_dense, num_dense, first_near, num_open, num_masked, first_mask = read_block(
+        blocks, block
+    )
+    masks += first_mask
     if num_rows == 0:  # another head's radius makes more blocks
         return
 
@@ -129,20 +126,20 @@ def clear_dk_dv_kernel(
         listed = read_columns(columns, step + 1, first_dense, num_dense, first_near, BLOCK_COLUMNS)
         q_block = load_tokens(q, queries, q_token, SIZE, BLOCK_SIZE)
         do_block = load_tokens(do, queries, do_token, SIZE, BLOCK_SIZE)
-        top, part = tl.load(lse + queries), tl.load(delta + queries)
+        lse_block, delta_block = tl.load(lse + queries), tl.load(delta + queries)
         scores = tl.dot(k_rows, tl.trans(q_block), input_precision="ieee")
-        dk_acc, dv_acc = add_to_dk_dv(scores, scale, top, part, q_block, do_block, v_rows, dk_acc, dv_acc)
+        dk_acc, dv_acc = add_to_dk_dv(scores, scale, lse_block, delta_block, q_block, do_block, v_rows, dk_acc, dv_acc)
 
     for step in range(num_open, num_open + num_masked):
         queries = masked_tokens(listed, origin)
         listed = read_columns(columns, step + 1, first_dense, num_dense, first_near, BLOCK_COLUMNS)
         q_block = load_tokens(q, queries, q_token, SIZE, BLOCK_SIZE)
         do_block = load_tokens(do, queries, do_token, SIZE, BLOCK_SIZE)
-        top, part = tl.load(lse + queries), tl.load(delta + queries)
+        lse_block, delta_block = tl.load(lse + queries), tl.load(delta + queries)
         scores = tl.dot(k_rows, tl.trans(q_block), input_precision="ieee")
         scores = hide(scores, masks, BLOCK_ROWS, BLOCK_COLUMNS)
         masks += BLOCK_ROWS * (BLOCK_COLUMNS // 32)
-        dk_acc, dv_acc = add_to_dk_dv(scores, scale, top, part, q_block, do_block, v_rows, dk_acc, dv_acc)
+        dk_acc, dv_acc = add_to_dk_dv(scores, scale, lse_block, delta_block, q_block, do_block, v_rows, dk_acc, dv_acc)
 
     owned = (batch.to(tl.int64) * num_keys * num_heads + head) * SIZE
     store_tokens(dk + owned, keys, num_heads * SIZE, dk_acc * (scale * LN2), is_real, SIZE, BLOCK_SIZE)

@@ -7,9 +7,7 @@ visits its keys in two loops: those that every query of the block sees, then tho
 import triton
 import triton.language as tl
 
-from .primitives import FIELDS, hide, load_tokens, locate, masked_tokens, read_columns, store_tokens
-
-COUNTS = ["num_tokens", "num_heads", "num_copies", "num_shared", "num_tiles"]
+from .primitives import COUNTS, hide, load_tokens, locate, masked_tokens, read_block, read_columns, store_tokens
 
 
 @triton.jit
@@ -35,11 +33,10 @@ def clear_forward_kernel(
 ):  # fmt: skip
     """Write `out` (B, N, H, D) and `lse` (B, H, N) of one block of queries."""
     batch, head, block = locate(heads, num_shared, num_tiles, num_heads, num_copies)
-    entry = blocks + block * FIELDS
-    origin, first_row, num_rows = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    first_dense, num_dense, first_near = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
-    num_open, num_masked = num_dense + tl.load(entry + 6), tl.load(entry + 7)
-    masks += tl.load(entry + 8)
+    origin, first_row, num_rows, first_dense, num_dense, first_near, num_open, num_masked, first_mask = read_block(
+        blocks, block
+    )
+    masks += first_mask
     if num_rows == 0:  # another head's radius makes more blocks
         return
 

@@ -6,8 +6,11 @@ Device functions only; the tables they read are described in `kernels/clear.py`.
 import triton
 import triton.language as tl
 
-FIELDS = tl.constexpr(9)
-ABSOLUTE = tl.constexpr(2**30)
+from . import clear
+
+COUNTS = ["num_tokens", "num_heads", "num_copies", "num_shared", "num_tiles"]  # run-time numbers of all CLEAR kernels
+FIELDS = tl.constexpr(clear.NUM_FIELDS)
+ABSOLUTE = tl.constexpr(clear.ABSOLUTE)
 NEVER = tl.constexpr(-1.0e30)
 
 
@@ -22,6 +25,18 @@ def locate(heads, num_shared, num_tiles, num_heads, num_copies):
     head = copy % num_heads
     block = program % per_copy + tl.where(is_shared, 0, tl.load(heads + head))
     return copy // num_heads, head, block
+
+
+@triton.jit
+def read_block(blocks, block):
+    """Return a block: origin; first row, rows; first dense column, dense steps; first near column; open and masked
+    steps, first mask. Open steps are those without a mask: the dense ones and those that every row sees.
+    """
+    entry = blocks + block * FIELDS
+    origin, first_row, num_rows = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    first_dense, num_dense, first_near = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
+    num_open, num_masked, first_mask = num_dense + tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8)
+    return origin, first_row, num_rows, first_dense, num_dense, first_near, num_open, num_masked, first_mask
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from ..attention.backends import AUTO, BACKENDS
 from ..attention.feature_maps import MAPS
 from ..attention.plans import Plan, group_sites, select_sites
 from ..attention.runtime import SiteSettings
-from ..attention.specs import STABILIZERS, ChunkedSpec, HybridSpec, LinearSpec, SiteSpec
+from ..attention.specs import STABILIZERS, ChunkedSpec, HybridSpec, LinearSpec, MappedSpec, SiteSpec
 from . import patching
 
 UNTRAINED_MAP = "favor"  # has nothing to learn
@@ -121,7 +121,7 @@ def place_inputs() -> list[Any]:
 def untrained_notes(specs: Iterable[SiteSpec]) -> list[str]:
     """Return what a node says when specs run without a student."""
     notes = ["untrained: the model's own weights"]
-    names = {spec.feature_map for spec in specs if isinstance(spec, (LinearSpec, HybridSpec, ChunkedSpec))}
+    names = {spec.feature_map for spec in specs if isinstance(spec, MappedSpec)}
     learned = sorted(name for name in names if any(True for _ in MAPS[name](1, 2).parameters()))
     if learned:
         notes.append(f"feature map {', '.join(learned)} gives noise until it is trained; load a student")

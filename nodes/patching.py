@@ -32,7 +32,7 @@ from ..attention.runtime import (
     SiteSettings,
     model_call_wrapper,
 )
-from ..attention.specs import ChunkedSpec, HybridSpec, LinearSpec
+from ..attention.specs import MappedSpec
 from ..attention.student import StudentParameters, new_maps
 from .injection import site_injection
 from .receipt import write_receipt
@@ -113,7 +113,7 @@ def patch_model(
         reason = refused(spec, site.num_heads, site.head_dim)
         if reason is not None:
             raise ValueError(f"{site.id}: {reason.text}")
-        if isinstance(spec, (LinearSpec, HybridSpec, ChunkedSpec)) and site.id not in found:
+        if isinstance(spec, MappedSpec) and site.id not in found:
             found[site.id] = new_maps(spec, site.num_heads, site.head_dim)
     runtime = Runtime(host, dict(sites), LongLived(pause_recording), StudentParameters(pools, found), status)
     patched = model.clone()

@@ -19,8 +19,8 @@ from linearize.attention import (
 from linearize.attention import backends as backends_module
 from linearize.attention.backends import BACKENDS, Call, choose_backend
 from linearize.attention.layout import Reason
-from linearize.attention.specs import ChunkedSpec, LinearSpec
-from linearize.attention.student import has_maps, new_maps
+from linearize.attention.specs import ChunkedSpec, LinearSpec, MappedSpec
+from linearize.attention.student import new_maps
 
 LAYOUT = TokenLayout.of((Segment("text", 5), grid_segment("main", 1, 9, 14)))
 SHAPE = (1, 3, LAYOUT.num_tokens, 8)
@@ -111,7 +111,7 @@ def test_explicit_backends_do_not_fall_back(monkeypatch):
 def test_every_kind_runs_on_torch_as_in_the_reference(spec, with_maps, relative_error):
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, *SHAPE, generator=generator).unbind(0)
-    maps = new_maps(spec, SHAPE[1], SHAPE[3]) if with_maps and has_maps(spec) else None
+    maps = new_maps(spec, SHAPE[1], SHAPE[3]) if with_maps and isinstance(spec, MappedSpec) else None
     for each in maps or ():
         for parameter in each.parameters():
             torch.nn.init.normal_(parameter, std=0.4, generator=generator)

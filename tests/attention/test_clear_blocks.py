@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from linearize.attention import Segment, TokenLayout, grid_segment
-from linearize.attention.clear_blocks import ABSOLUTE, GRID_TILES, key_table, pack_bits, query_table
+from linearize.attention.clear_blocks import GRID_TILES, key_table, pack_bits, query_table
 from linearize.attention.reference import clear_mask
 from linearize.attention.specs import ClearSpec
 from linearize.kernels import Tile
+from linearize.kernels.clear import ABSOLUTE
 
 CPU = torch.device("cpu")
 TWO_GRIDS = (grid_segment("main", 1, 5, 19), Segment("text", 6), grid_segment("reference", 1, 7, 3))
