@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .feature_maps import Maps
 from .layout import Grid, TokenLayout
-from .linear import TORCH, Engine, LinearState, check_layout, dense_for_global_queries, mix, summarise
+from .linear import TORCH, Engine, State, check_layout, dense_for_global_queries, mix, summarise
 from .specs import ChunkedSpec
 
 
@@ -55,7 +55,7 @@ def chunked_attention(
     Args:
         spec: chunk_frames, overlap_frames, causal.
         maps: phi_q and phi_k of the site.
-        scale: factor on q . k of exact keys; None is 1 / sqrt(D).
+        scale: factor on q . k; None is 1 / sqrt(D).
         engine: None is PyTorch.
 
     Returns:
@@ -70,7 +70,7 @@ def chunked_attention(
     shared = [(key[:, :, start:stop], value[:, :, start:stop]) for start, stop in layout.global_ranges]
     for start, grid in layout.grids:
         own = slice(start, start + math.prod(grid))
-        others = _state_of_other_grids(key, value, layout, start, maps, engine)
+        others = _state_of_other_grids(key, value, layout, start, maps, scale, engine)
         q, k, v = (tensor[:, :, own] for tensor in (query, key, value))
         result = _one_grid(q, k, v, grid, spec, maps, shared, others, scale, engine)
         output = output.slice_scatter(result, 2, own.start, own.stop)
@@ -85,16 +85,16 @@ def _one_grid(
     spec: ChunkedSpec,
     maps: Maps,
     shared: list[tuple[Tensor, Tensor]],
-    others: LinearState,
+    others: State,
     scale: float | None,
     engine: Engine,
 ) -> Tensor:
     frames, cells = grid[0], grid[1] * grid[2]
     phi_q, phi_k = maps
 
-    def state(first: int, stop: int) -> LinearState:
+    def state(first: int, stop: int) -> State:
         part = slice(first * cells, stop * cells)
-        return engine.summarise(key[:, :, part], value[:, :, part], phi_k)
+        return engine.summarise(key[:, :, part], value[:, :, part], phi_k, scale=scale)
 
     steps = list(chunks_of(frames, spec))
     after = [others]  # of the frames behind each chunk, from the last chunk on; sums, never differences
@@ -117,13 +117,13 @@ def _one_grid(
 
 
 def _state_of_other_grids(
-    key: Tensor, value: Tensor, layout: TokenLayout, own: int, maps: Maps, engine: Engine
-) -> LinearState:
-    state = engine.summarise(key[:, :, :0], value[:, :, :0], maps[1])
+    key: Tensor, value: Tensor, layout: TokenLayout, own: int, maps: Maps, scale: float | None, engine: Engine
+) -> State:
+    state = engine.summarise(key[:, :, :0], value[:, :, :0], maps[1], scale=scale)
     for start, grid in layout.grids:
         if start != own:
             part = slice(start, start + math.prod(grid))
-            state = state + engine.summarise(key[:, :, part], value[:, :, part], maps[1])
+            state = state + engine.summarise(key[:, :, part], value[:, :, part], maps[1], scale=scale)
     return state
 
 
@@ -135,7 +135,7 @@ class CausalStream:
         spec: chunk_frames and overlap_frames; causal.
         maps: phi_q and phi_k of the site.
         cells: tokens per frame.
-        scale: factor on q . k of exact keys; None is 1 / sqrt(D).
+        scale: factor on q . k; None is 1 / sqrt(D).
 
     Raises:
         ValueError: the spec is not causal: later frames would have to be known.
@@ -145,7 +145,7 @@ class CausalStream:
     maps: Maps
     cells: int
     scale: float | None = None
-    _state: LinearState | None = field(default=None, init=False)
+    _state: State | None = field(default=None, init=False)
     _recent: tuple[Tensor, Tensor] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -156,11 +156,11 @@ class CausalStream:
         """Return the output (B, H, n, D) of the next `chunk_frames` frames (at the end of a clip fewer)."""
         phi_q, phi_k = self.maps
         if self._state is None or self._recent is None:
-            self._state = summarise(key[:, :, :0], value[:, :, :0], phi_k)
+            self._state = summarise(key[:, :, :0], value[:, :, :0], phi_k, scale=self.scale)
             self._recent = key[:, :, :0], value[:, :, :0]
         keys, values = (torch.cat(pair, dim=2) for pair in zip(self._recent, (key, value), strict=True))
         result = mix(query, keys, values, self._state, phi_q, scale=self.scale)
         leaving = max(keys.shape[2] - self.spec.overlap_frames * self.cells, 0)
-        self._state = self._state + summarise(keys[:, :, :leaving], values[:, :, :leaving], phi_k)
+        self._state = self._state + summarise(keys[:, :, :leaving], values[:, :, :leaving], phi_k, scale=self.scale)
         self._recent = keys[:, :, leaving:].clone(), values[:, :, leaving:].clone()
         return result

@@ -104,8 +104,8 @@ def decide(
     if mismatch is not None:
         return mismatch
     if mask is not None and not facts.hides_nothing(mask):
-        return Reason("mask", "an attention mask is given, which windows cannot honour")
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+        return Reason("mask", "an attention mask is given, which only dense attention can honour")
+    needs_grad = torch.is_grad_enabled()  # feature maps may learn where the inputs do not
     call = Call(settings.spec, facts.layout, shape, query.dtype, query.device, needs_grad)
     backend, reasons = choose_backend(call, settings.backend)
     if backend is not None:

@@ -2,7 +2,8 @@
 
 A map takes (B, H, N, D) of any float dtype and returns (B, H, N, F) in fp32, never negative, so that a product of two
 is a weight. It is applied after the host's norms and rotary embedding, like the scores. Queries and keys have a map
-each. A new map is one class: a name, its number of features, its parameters, its cost, its forward.
+each. A new map is one class: a name, its number of features, its parameters, its cost, its forward. Maps without
+parameters estimate exp(scale q . k) itself, which may be larger than any number of fp32, so they give logs.
 
 Cost is counted in multiply-adds per token and head, as `num_products`.
 """
@@ -13,6 +14,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+TINY = 1e-30  # of a feature whose log is taken
 
 
 class FeatureMap(nn.Module):
@@ -27,6 +30,7 @@ class FeatureMap(nn.Module):
     """
 
     name: ClassVar[str]
+    is_exponential: ClassVar[bool] = False  # products estimate exp(scale q . k) itself; others learn what they match
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int = 0) -> None:
         super().__init__()
@@ -52,37 +56,68 @@ class FeatureMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features (B, H, N, F), not negative, of (B, H, N, D): in fp32, or in float64 for float64."""
-        return self.map(x if x.dtype == torch.float64 else x.float())
+        return self.map(_wide(x))
+
+    def logs(self, x: Tensor, root: float) -> Tensor:
+        """Return the logs of the features, finite, in the dtypes of `forward`.
+
+        Args:
+            root: the factor on x that makes q . k the score: queries and keys have the square root of its scale each.
+                Maps that do not know the scale ignore it.
+        """
+        return self.log_map(_wide(x), root)
 
     def map(self, x: Tensor) -> Tensor:
         """Return the features of fp32 or float64 numbers; parameters may lie on another device."""
         raise NotImplementedError
 
+    def log_map(self, x: Tensor, root: float) -> Tensor:
+        """Return the logs of the features of fp32 or float64 numbers."""
+        return self.map(x).clamp_min(TINY).log()
 
-class Elu1(FeatureMap):
-    """1 + elu(x). Source: Katharopoulos et al., Transformers are RNNs (arXiv 2006.16236)."""
+
+class Exponential(FeatureMap):
+    """Base of the maps without parameters, which are made of their logs."""
+
+    is_exponential = True
+
+    def map(self, x: Tensor) -> Tensor:
+        """Return the features for scale 1 / sqrt(D); beyond the range of the dtype they are 0 or infinite."""
+        return self.log_map(x, self.head_dim**-0.25).exp()
+
+
+class Elementwise(Exponential):
+    """Base of maps of each number alone, divided by sqrt(D): products are about as large as exp(0), at any scale."""
+
+    def __init__(self, heads: int, head_dim: int, feature_dim: int = 0) -> None:
+        super().__init__(heads, head_dim, feature_dim)
+        self.log_factor = -math.log(head_dim) / 2
+
+
+class Elu1(Elementwise):
+    """(1 + elu(x)) / sqrt(D). Source: Katharopoulos et al., Transformers are RNNs (arXiv 2006.16236)."""
 
     name = "elu1"
 
-    def map(self, x: Tensor) -> Tensor:
-        """See `FeatureMap.map`."""
-        return F.elu(x) + 1
+    def log_map(self, x: Tensor, root: float) -> Tensor:
+        """See `FeatureMap.log_map`."""
+        return torch.where(x < 0, x, x.clamp_min(0).log1p()) + self.log_factor
 
 
-class Relu(FeatureMap):
-    """max(x, 0). A token without positive numbers has no weight; the denominator's floor covers that."""
+class Relu(Elementwise):
+    """max(x, 0) / sqrt(D), and at least 1e-30 / sqrt(D): a token without positive numbers has next to no weight."""
 
     name = "relu"
 
-    def map(self, x: Tensor) -> Tensor:
-        """See `FeatureMap.map`."""
-        return F.relu(x)
+    def log_map(self, x: Tensor, root: float) -> Tensor:
+        """See `FeatureMap.log_map`."""
+        return x.clamp_min(TINY).log() + self.log_factor
 
 
-class Favor(FeatureMap):
-    """Positive orthogonal random features: an unbiased estimate of exp(q . k / sqrt(D)), the same for all models.
+class Favor(Exponential):
+    """Positive orthogonal random features: an unbiased estimate of exp(scale q . k), the same for all models.
 
-    phi(x) = exp(w . x' - |x'|^2 / 2) / sqrt(F) with x' = x / D^(1/4). Rows of w are orthogonal within blocks of D and
+    phi(x) = exp(w . x' - |x'|^2 / 2) / sqrt(F) with x' = sqrt(scale) x. Rows of w are orthogonal within blocks of D and
     have the lengths of normal vectors; they are drawn from a fixed seed and are not learned.
 
     Source: Choromanski et al., Rethinking Attention with Performers (arXiv 2009.14794), FAVOR+.
@@ -90,7 +125,6 @@ class Favor(FeatureMap):
 
     name = "favor"
     SEED = 20201
-    LARGEST = 80.0  # of the exponent; beyond it fp32 overflows
     directions: Tensor
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int = 0) -> None:
@@ -108,11 +142,10 @@ class Favor(FeatureMap):
         """See `FeatureMap.num_products`."""
         return head_dim * cls.features(head_dim, feature_dim)
 
-    def map(self, x: Tensor) -> Tensor:
-        """See `FeatureMap.map`."""
-        x = x * self.head_dim**-0.25
-        exponent = x @ self.directions.to(x).T - x.square().sum(-1, keepdim=True) / 2
-        return exponent.clamp(max=self.LARGEST).exp() * self.num_features**-0.5
+    def log_map(self, x: Tensor, root: float) -> Tensor:
+        """See `FeatureMap.log_map`."""
+        x = x * root
+        return x @ self.directions.to(x).T - x.square().sum(-1, keepdim=True) / 2 - math.log(self.num_features) / 2
 
 
 class Hedgehog(FeatureMap):
@@ -245,6 +278,10 @@ def orthogonal_directions(number: int, size: int, generator: torch.Generator) ->
         lengths = torch.randn(size, size, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
         blocks.append(directions.T * lengths)
     return torch.cat(blocks)[:number].float()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _even(name: str, feature_dim: int) -> int:

@@ -130,7 +130,7 @@ def download(
     by_hand = f"put the file at {path} by hand"
     if not allow_download:
         raise HubError(f"{file} is not in {models_folder}; switch on allow_download to fetch it, or {by_hand}")
-    if _is_offline():
+    if is_offline():
         raise HubError(f"{file} is not here and HF_HUB_OFFLINE is set; unset it, or {by_hand}")
     with writing(path, "make its folder writable"):
         models_folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,8 @@ def download(
         return present if present is not None else _fetch(file, path, watch, delays)
 
 
-def _is_offline() -> bool:
+def is_offline() -> bool:
+    """Return whether the user's settings keep everything away from the Hub."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

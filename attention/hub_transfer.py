@@ -144,12 +144,16 @@ class Hub:
                 "HF_ENDPOINT must be an address such as https://host without a password; correct or unset it"
             )
         may_log_in = (scheme == "https" or host in LOCAL_HOSTS) and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
-        self._token = get_token() if may_log_in else None
+        self.token = get_token() if may_log_in else None
         self._session = requests.Session()
         self._session.auth = lambda request: request  # else a password in .netrc would be sent along
 
     def close(self) -> None:
         self._session.close()
+
+    def is_own(self, url: str) -> bool:
+        """Return whether an address is on the endpoint's own origin, which may have the token."""
+        return _origin(url) == _origin(self.endpoint)
 
     def send(
         self, method: str, url: str, file: HubFile, timeout: float, *, offset: int = 0, until: str | None = None
@@ -164,10 +168,10 @@ class Hub:
 
         is_own = True
         for _ in range(MAX_REDIRECTS + 1):
-            is_own = is_own and _origin(url) == _origin(self.endpoint)  # once away, no token on the way back either
+            is_own = is_own and self.is_own(url)  # once away, no token on the way back either
             headers = {"User-Agent": "linearize", "Accept-Encoding": "identity"}
             headers |= {"Range": f"bytes={offset}-"} if offset else {}
-            headers |= {"Authorization": f"Bearer {self._token}"} if is_own and self._token else {}
+            headers |= {"Authorization": f"Bearer {self.token}"} if is_own and self.token else {}
             try:
                 response = self._session.request(
                     method, url, headers=headers, timeout=timeout, stream=True, allow_redirects=False

@@ -30,7 +30,7 @@ def hybrid_attention(
     Args:
         spec: rate and stabilizer.
         maps: phi_q and phi_k of the site.
-        scale: factor on q . k of exact keys; None is 1 / sqrt(D).
+        scale: factor on q . k; None is 1 / sqrt(D).
         engine: None is PyTorch.
 
     Returns:
@@ -42,8 +42,8 @@ def hybrid_attention(
     Notes:
         Gradients for query, key, value and the maps, through the stabilizer too.
 
-    Source: Attention Surgery (arXiv 2509.24899), equation of section 3; stabilizer "lse" and the global tokens are
-        ours.
+    Source: Attention Surgery (arXiv 2509.24899), equation of section 3; the other stabilizers and the global tokens
+        are ours.
     """
     exact, linear = split_tokens(layout, spec.rate, query.device)
     options = {"scale": scale, "stabilizer": spec.stabilizer, "engine": engine}

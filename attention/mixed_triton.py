@@ -11,17 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import FUSED_MAPS, capability, linear_state, mixed_attend, tuning
+from ..kernels import GIVEN, LOGS, capability, linear_state, mixed_attend, tuning
 from .clear_triton import Tested, judge, tested_once
-from .feature_maps import MAPS, FeatureMap, Maps
+from .feature_maps import MAPS, TINY, Elementwise, FeatureMap, Maps
 from .layout import Reason, Segment, TokenLayout, grid_segment
-from .linear import Engine, LinearState, recomputed
+from .linear import Engine, LinearState, RawState, State, is_on_raw_scale, no_keys, recomputed, roots
 from .mapped import mapped_attention
 from .reference import reference_attention
 from .specs import HybridSpec, LinearSpec, MappedSpec
 
 CHUNK_VALUES = 2**24  # features held at once; a launch of fewer queries would not fill a large card
-GIVEN = "given"
 _tested: dict[Tested, Reason | None] = {}
 
 
@@ -60,28 +59,40 @@ def mixed_with_triton(
     return mapped_attention(query, key, value, layout, spec, maps, scale=scale, engine=TRITON)
 
 
-def summarise_with_triton(key: Tensor, value: Tensor, phi_k: FeatureMap) -> LinearState:
+def summarise_with_triton(
+    key: Tensor, value: Tensor, phi_k: FeatureMap, *, scale: float | None = None, stabilizer: str = "max"
+) -> State:
     """Return the state of linear keys, as `summarise` does."""
-    if phi_k.name in FUSED_MAPS and key.shape[2]:
-        return _state(*linear_state(key, value, phi_k.name))
+    is_raw, root = is_on_raw_scale(phi_k, stabilizer), roots(scale, key.shape[-1])[1]
+    if isinstance(phi_k, Elementwise) and key.shape[2]:
+        return _raw(*linear_state(key, value, phi_k.name), phi_k.log_factor)
 
-    def add(part: slice) -> tuple[Tensor, Tensor]:
-        return linear_state(phi_k(key[:, :, part]), value[:, :, part], GIVEN)
+    def add(part: slice) -> State:
+        k, v = key[:, :, part], value[:, :, part]
+        if not is_raw:
+            total, norm = linear_state(phi_k(k), v, GIVEN)
+            return LinearState(total, norm[..., None])
+        logs = phi_k.logs(k, root)
+        largest = logs.detach().amax(2, keepdim=True)
+        return _raw(*linear_state((logs - largest).exp(), v, GIVEN), largest.transpose(-1, -2))
 
-    batch, heads, tokens, size = key.shape
-    total = torch.zeros(batch, heads, phi_k.num_features, size, dtype=torch.float32, device=key.device)
-    norm = torch.zeros(batch, heads, phi_k.num_features, dtype=torch.float32, device=key.device)
-    for part in _parts(tokens, batch * heads * phi_k.num_features):
-        more, weight = recomputed(add, part)
-        total, norm = total + more, norm + weight
-    return _state(total, norm)
+    state = no_keys(key, phi_k, is_raw)
+    for part in _parts(key.shape[2], key.shape[0] * key.shape[1] * phi_k.num_features):
+        state = state + recomputed(add, part)
+    return state
+
+
+def _raw(total: Tensor, norm: Tensor, log_factor: Tensor | float) -> RawState:
+    """Return a state from sums of features that lack a factor."""
+    norm = norm[..., None].clamp_min(TINY)
+    return RawState(total / norm, norm.log() + log_factor)
 
 
 def mix_with_triton(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    state: LinearState,
+    state: State,
     phi_q: FeatureMap,
     *,
     scale: float | None = None,
@@ -92,17 +103,21 @@ def mix_with_triton(
     factor, exact = size**-0.5 if scale is None else scale, None
     if factor < 0:  # the kernels take the maximum before they scale
         key, factor = -key, -factor
-    if stabilizer == "lse" and key.shape[2]:
+    if isinstance(state, LinearState) and stabilizer == "lse" and key.shape[2]:
         exact = F.scaled_dot_product_attention(query, key, value, scale=factor)
         key, value = key[:, :, :0], value[:, :, :0]
-    norm, is_fused = state.norm.squeeze(-1), phi_q.name in FUSED_MAPS
+    is_fused = isinstance(phi_q, Elementwise)
+    log_factor = phi_q.log_factor if isinstance(phi_q, Elementwise) else 0.0  # the kernels leave it out
 
     def compute(part: slice) -> Tensor:
         q = query[:, :, part]
-        numbers, name = (q, phi_q.name) if is_fused else (phi_q(q), GIVEN)
         given = None if exact is None else exact[:, :, part]
-        options = {"scale": factor, "feature_map": name, "exact": given}
-        return mixed_attend(q, key, value, numbers, state.total, norm, **options)
+        if isinstance(state, LinearState):
+            held = (phi_q(q), state.total, state.norm.squeeze(-1))
+            return mixed_attend(q, key, value, *held, scale=factor, feature_map=GIVEN, exact=given)
+        numbers, name = (q, phi_q.name) if is_fused else (phi_q.logs(q, roots(scale, size)[0]), LOGS)
+        held = (numbers, state.mean, state.log_norm.squeeze(-1) + log_factor)
+        return mixed_attend(q, key, value, *held, scale=factor, feature_map=name)
 
     if is_fused and tokens:
         return compute(slice(0, tokens))
@@ -111,10 +126,6 @@ def mix_with_triton(
 
 
 TRITON = Engine(summarise_with_triton, mix_with_triton)
-
-
-def _state(total: Tensor, norm: Tensor) -> LinearState:
-    return LinearState(total, norm[..., None])
 
 
 def _parts(length: int, values_per_token: int) -> list[slice]:
@@ -136,12 +147,13 @@ def mixed_self_test_error(device: torch.device, dtype: torch.dtype, head_dim: in
     """Return the largest relative error of the kernels against the reference on a small clip, outputs and gradients.
 
     The clip has more tokens and more exact keys than the kernels take at once, no multiple of either. Features are
-    given or computed in the kernels; there is a call with exact keys, one without and one with the vendor's.
+    given, or their logs, or computed in the kernels; there are calls with exact keys, one without and one with the
+    vendor's.
     """
     layout = TokenLayout.of((grid_segment("main", 3, 7, 9), Segment("text", 5)))
     alone = TokenLayout.of((grid_segment("main", 3, 7, 9),))
-    cases = [(layout, HybridSpec(2), "hedgehog"), (alone, LinearSpec(), "elu1"),
-             (layout, HybridSpec(3, stabilizer="lse"), "elu1")]  # fmt: skip
+    cases = [(layout, HybridSpec(2), "hedgehog"), (layout, HybridSpec(3, stabilizer="lse"), "hedgehog"),
+             (layout, HybridSpec(2), "favor"), (alone, LinearSpec(), "elu1")]  # fmt: skip
     with torch.inference_mode(False), torch.set_grad_enabled(needs_grad), torch.autocast(device.type, enabled=False):
         return max(_error(device, dtype, head_dim, needs_grad, *each) for each in cases)
 

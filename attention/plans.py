@@ -99,6 +99,15 @@ class Plan:
             specs.update(dict.fromkeys(select_sites(expression, sites), spec))
         return specs
 
+    def spec_of(self, site: str) -> SiteSpec:
+        """Return the spec of one site of the host, whatever other sites there are."""
+        spec = self.default
+        for expression, each in self.rules:
+            parts = (PART.match(part.strip()) for part in expression.split(","))
+            if any(match and (match[0] == "all" or _names(match, site)) for match in parts):
+                spec = each
+        return spec
+
     def to_json(self) -> dict[str, Any]:
         """Return the plain form, a JSON object with format, host, default and sites."""
         sites: dict[str, Any] = {}

@@ -128,15 +128,29 @@ def _exact_and_linear(
     scale: float | None,
 ) -> Tensor:
     exact, linear = (mask.to(query.device) for mask in exact_and_linear_masks(layout, spec))
-    scores = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    stabilizer = spec.stabilizer if isinstance(spec, HybridSpec) else "max"
+    scores = (query @ key.transpose(-1, -2)) * factor
     scores = scores.masked_fill(~exact, float("-inf"))
+    if maps[0].is_exponential or stabilizer == "common":
+        # linear keys count an estimate of exp(score), beside exp(score) of exact ones
+        root = abs(factor) ** 0.5
+        estimates = _log_products(maps[0].logs(query, root if factor >= 0 else -root), maps[1].logs(key, root))
+        return torch.softmax(torch.where(linear, estimates, scores), dim=-1) @ value
     shift = scores.amax(-1, keepdim=True)
-    if isinstance(spec, HybridSpec) and spec.stabilizer == "lse":
+    if stabilizer == "lse":
         shift = scores.logsumexp(-1, keepdim=True)
     shift = torch.where(shift.isinf(), torch.zeros_like(shift), shift)  # a query without exact keys
     weights = (scores - shift).exp() + (maps[0](query) @ maps[1](key).transpose(-1, -2)) * linear
     # the dense rows of global queries have no linear keys, so the shift cancels there
     return (weights / weights.sum(-1, keepdim=True)) @ value
+
+
+def _log_products(query_logs: Tensor, key_logs: Tensor) -> Tensor:
+    """Return log sum_f exp(a_if + b_jf) for all queries i and keys j."""
+    a, b = query_logs.amax(-1, keepdim=True), key_logs.amax(-1, keepdim=True)
+    products = (query_logs - a).exp() @ (key_logs - b).exp().transpose(-1, -2)
+    return products.clamp_min(1e-300).log() + a + b.transpose(-1, -2)
 
 
 def pooling_matrix(grid: Grid, down_factor: int, weight: Tensor | None = None) -> Tensor:

@@ -24,7 +24,9 @@ from .decisions import CallFacts, SiteSettings, decide, left_to_host, why_failed
 from .hosts import Host, ModelCall
 from .layout import Reason, TokenLayout
 from .memory import LongLived
+from .output_map import map_outputs
 from .record import Ran, RunRecord, once
+from .site_call import SiteCall, bhnd_shape, to_bhnd
 from .site_hooks import current_site, forget_sites
 from .specs import DenseSpec
 from .student import StudentParameters
@@ -61,6 +63,7 @@ class Runtime:
         parameters: what was learned for the sites; shared between clones, never written.
         record: counts of the run in progress, or of the last one.
         status: told the summary when a run ends.
+        observe: shown what every site of the host was given and what came out, whoever computed it; for distillation.
 
     A site whose output was infinite or NaN in one run uses backend torch from then on, where the choice is `auto`.
     """
@@ -70,6 +73,7 @@ class Runtime:
     memory: LongLived
     parameters: StudentParameters = field(default_factory=StudentParameters)
     status: Callable[[str], None] | None = None
+    observe: Callable[[SiteCall], None] | None = None
     record: RunRecord = field(default_factory=RunRecord)
     _finite: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
     _distrusted: frozenset[str] = frozenset()
@@ -188,6 +192,9 @@ class AttentionOverride:
         **kwargs: Any,
     ) -> Tensor:
         """Run one attention call: the plan's spec where possible, else what ran before. Same contract as `func`."""
+        options = kwargs.get("transformer_options") or {}
+        runtime, facts = options.get(RUNTIME_KEY), options.get(CALL_KEY)
+        num_keys, num_queries = (tensor.shape[2 if skip_reshape else 1] for tensor in (k, q))
         flags = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
 
         def host_attention() -> Tensor:
@@ -201,39 +208,57 @@ class AttentionOverride:
                 return self.previous(func, q, k, v, heads, **options)
             return func(q, k, v, heads, **options)
 
-        options = kwargs.get("transformer_options") or {}
-        runtime, facts = options.get(RUNTIME_KEY), options.get(CALL_KEY)
-        num_keys, num_queries = (tensor.shape[2 if skip_reshape else 1] for tensor in (k, q))
         # a hooked module never issues cross-attention: with fewer queries it splits its own
         if runtime is None or facts is None or (num_keys != num_queries and current_site() is None):
             return host_attention()
         site = facts.site_of(runtime.host, options, num_queries)
-        if site not in runtime.sites:
+        if site is None or (site not in runtime.sites and runtime.observe is None):
             return host_attention()
+        facts, shape = facts.at(runtime.host, site), bhnd_shape(q, heads, skip_reshape)
+        output = run_site(runtime, site, facts, shape, (q, k, v), mask, skip_reshape, kwargs)
+        if output is None:
+            output = host_attention()
+        elif not skip_output_reshape:
+            output = output.transpose(1, 2).reshape(shape[0], shape[2], shape[1] * shape[3])
+        if runtime.observe is not None:
+            query, key, value = (to_bhnd(tensor, shape[1], shape[3], skip_reshape) for tensor in (q, k, v))
+            result = to_bhnd(output, shape[1], shape[3], skip_output_reshape)
+            runtime.observe(SiteCall(site, facts.layout, query, key, value, result, mask, kwargs.get("scale")))
+        return output
 
-        settings: SiteSettings = runtime.sites[site]
-        facts = facts.at(runtime.host, site)
-        shape = _bhnd_shape(q, heads, skip_reshape)
-        dense_pairs = shape[1] * shape[2] * num_keys
-        if isinstance(settings.spec, DenseSpec):
-            runtime.record.count_host(site, "dense", dense_pairs, None, chosen=True)
-            return host_attention()
-        choice = left_to_host(settings, facts, shape[2])
-        if choice is not None:
-            runtime.record.count_host(site, settings.spec.kind, dense_pairs, choice, chosen=True)
-            return host_attention()
-        result = run_planned(runtime, site, settings, facts, shape, (q, k, v), mask, skip_reshape, kwargs)
-        if isinstance(result, Reason):
-            decline(runtime, site, settings, dense_pairs, result)
-            return host_attention()
-        output, backend, call = result
-        cost = attention_cost(settings.spec, call.layout, shape[1], shape[3])
-        ran, pairs = Ran(site, settings.spec.kind, backend.name), cost.flops // (4 * shape[3])
-        runtime.record.count_run(ran, call.layout, pairs, dense_pairs)
-        runtime.note_output(site, output)
-        if skip_output_reshape:
-            return output
-        return output.transpose(1, 2).reshape(shape[0], shape[2], shape[1] * shape[3])
+
+def run_site(
+    runtime: Runtime,
+    site: str,
+    facts: CallFacts,
+    shape: tuple[int, int, int, int],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    skip_reshape: bool,
+    kwargs: Mapping[str, Any],
+) -> Tensor | None:
+    """Return what the plan makes of one call, (B, H, N, D), or None where the host's attention has to run; count it."""
+    if site not in runtime.sites:
+        return None
+    settings = runtime.sites[site]
+    dense_pairs = shape[1] * shape[2] * inputs[1].shape[2 if skip_reshape else 1]
+    if isinstance(settings.spec, DenseSpec):
+        runtime.record.count_host(site, "dense", dense_pairs, None, chosen=True)
+        return None
+    choice = left_to_host(settings, facts, shape[2])
+    if choice is not None:
+        runtime.record.count_host(site, settings.spec.kind, dense_pairs, choice, chosen=True)
+        return None
+    result = run_planned(runtime, site, settings, facts, shape, inputs, mask, skip_reshape, kwargs)
+    if isinstance(result, Reason):
+        decline(runtime, site, settings, dense_pairs, result)
+        return None
+    output, backend, call = result
+    cost = attention_cost(settings.spec, call.layout, shape[1], shape[3])
+    ran, pairs = Ran(site, settings.spec.kind, backend.name), cost.flops // (4 * shape[3])
+    runtime.record.count_run(ran, call.layout, pairs, dense_pairs)
+    runtime.note_output(site, output)
+    return output
 
 
 def run_planned(
@@ -260,9 +285,12 @@ def run_planned(
         runtime.record.note_passed_over(passed_over)
         failure = None
         try:
-            query, key, value = (_to_bhnd(tensor, shape[1], shape[3], skip_reshape) for tensor in inputs)
-            options = {"scale": kwargs.get("scale"), "learned": runtime.parameters.learned(site, query.device)}
-            return backend.run(query, key, value, call, **options, memory=runtime.memory), backend, call
+            query, key, value = (to_bhnd(tensor, shape[1], shape[3], skip_reshape) for tensor in inputs)
+            learned, scale = runtime.parameters.learned(site, query.device), kwargs.get("scale")
+            output = backend.run(query, key, value, call, scale=scale, learned=learned, memory=runtime.memory)
+            if learned.output is not None:
+                output = map_outputs(output, call.layout, learned.output)
+            return output, backend, call
         except Exception as error:  # whatever a device or driver throws must not cost the user a picture
             failure = why_failed(backend.name, error)
         # outside the handler, whose traceback keeps the failed attempt's tensors alive
@@ -316,18 +344,3 @@ def model_call_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     else:
         kwargs = {**kwargs, place: noted}
     return executor(*args, **kwargs)
-
-
-def _bhnd_shape(query: Tensor, heads: int, skip_reshape: bool) -> tuple[int, int, int, int]:
-    if skip_reshape:
-        batch, num_heads, tokens, head_dim = query.shape
-        return batch, num_heads, tokens, head_dim
-    return query.shape[0], heads, query.shape[1], query.shape[2:].numel() // heads
-
-
-def _to_bhnd(tensor: Tensor, heads: int, head_dim: int, skip_reshape: bool) -> Tensor:
-    if not skip_reshape:
-        tensor = tensor.reshape(tensor.shape[0], tensor.shape[1], -1, head_dim).transpose(1, 2)
-    if tensor.shape[1] == heads:
-        return tensor
-    return tensor.repeat_interleave(heads // tensor.shape[1], dim=1)  # grouped: several heads share keys and values

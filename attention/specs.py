@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 FEATURE_MAPS = ("elu1", "relu", "favor", "hedgehog", "polynomial", "linfusion")
-STABILIZERS = ("max", "lse")
+STABILIZERS = ("max", "lse", "common")
 TRAINING_TOKENS = 4608  # CLEAR was distilled on 64 x 64 image tokens and 512 text tokens
 
 
@@ -87,9 +87,12 @@ class HybridSpec:
         rate: distance between exact keys in each grid, at least 1 (1 is dense attention).
         feature_map: one of FEATURE_MAPS.
         feature_dim: features per head; 0 takes the map's own number.
-        stabilizer: what is subtracted from the exponents, "max" as in Attention Surgery or "lse".
+        stabilizer: how a learned map's keys are weighed against exact ones, which count exp(s - c). "max": c is the
+            largest score of a query's exact keys, as in Attention Surgery; "lse": the log of the sum of their
+            exponents; linear keys count phi_q(q) . phi_k(k). "common": those count phi_q(q) . phi_k(k) exp(-c), so
+            that c cancels and the map learns exp(s) itself. Maps without parameters always count like that.
 
-    Source: Attention Surgery (arXiv 2509.24899).
+    Source: Attention Surgery (arXiv 2509.24899); "lse" and "common" are ours.
     """
 
     kind: ClassVar[str] = "hybrid"

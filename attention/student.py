@@ -1,7 +1,7 @@
 """The learned parameters of the sites, as a module that the host application can place and count.
 
-A site has pooling weights, or a pair of feature maps, or nothing. They are read with a cast at each use, so that they
-may lie on any device.
+A site has pooling weights, or a pair of feature maps, and matrices behind its attention, or nothing. They are read with
+a cast at each use, so that they may lie on any device.
 """
 
 import copy
@@ -22,10 +22,12 @@ class Learned:
     Args:
         pool: (d, d) weights of pooled tokens; None means 1 / d^2.
         maps: phi_q and phi_k; None where the kind has none.
+        output: (H, D, D) matrices behind the attention, see `output_map.py`; None means none.
     """
 
     pool: Tensor | None = None
     maps: Maps | None = None
+    output: Tensor | None = None
 
     def maps_for(self, spec: MappedSpec, num_heads: int, head_dim: int) -> Maps:
         """Return the maps, untrained ones where there are none."""
@@ -44,12 +46,35 @@ class PoolParameters(nn.Module):
         self.pool = nn.Parameter(pool.detach().clone(), requires_grad=False)
 
 
-class MapParameters(nn.Module):
-    """The feature maps of one site, copies of those given, without gradients."""
+class OutputParameters(nn.Module):
+    """The matrices behind one site's attention, a leaf.
 
-    def __init__(self, maps: Maps) -> None:
+    Args:
+        weight: (H, D, D), see `output_map.py`.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.phi_q, self.phi_k = (copy.deepcopy(each).requires_grad_(False) for each in maps)
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+
+class SiteParameters(nn.Module):
+    """What one site has, copies of what was given, without gradients."""
+
+    def __init__(self, pool: Tensor | None, maps: Maps | None, output: Tensor | None) -> None:
+        super().__init__()
+        self.windows = None if pool is None else PoolParameters(pool)
+        self.phi_q, self.phi_k = (copy.deepcopy(each).requires_grad_(False) for each in maps) if maps else (None, None)
+        self.output = None if output is None else OutputParameters(output)
+
+    @property
+    def maps(self) -> Maps | None:
+        """phi_q and phi_k."""
+        return None if self.phi_q is None or self.phi_k is None else (self.phi_q, self.phi_k)
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return the parameters by the names that files give them, counted from the site."""
+        return {name.removeprefix("windows."): value.detach() for name, value in self.named_parameters()}
 
 
 class StudentParameters(nn.Module):
@@ -58,43 +83,63 @@ class StudentParameters(nn.Module):
     Args:
         pools: (d, d) pooling weights by site id.
         maps: phi_q and phi_k by site id.
+        outputs: (H, D, D) matrices behind the attention, by site id.
     """
 
-    def __init__(self, pools: Mapping[str, Tensor] | None = None, maps: Mapping[str, Maps] | None = None) -> None:
+    def __init__(
+        self,
+        pools: Mapping[str, Tensor] | None = None,
+        maps: Mapping[str, Maps] | None = None,
+        outputs: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        sites: dict[str, nn.Module] = {_key(site): PoolParameters(pool) for site, pool in (pools or {}).items()}
-        sites |= {_key(site): MapParameters(pair) for site, pair in (maps or {}).items()}
-        self.sites = nn.ModuleDict(sites)
+        pools, maps, outputs = pools or {}, maps or {}, outputs or {}
+        self.sites = nn.ModuleDict(
+            {
+                _key(site): SiteParameters(pools.get(site), maps.get(site), outputs.get(site))
+                for site in dict.fromkeys((*pools, *maps, *outputs))
+            }
+        )
+
+    def by_site(self) -> dict[str, SiteParameters]:
+        """Return the parameters of each site that has some."""
+        return {_site(key): found for key, found in self.sites.items() if isinstance(found, SiteParameters)}
 
     def learned(self, site: str, device: torch.device) -> Learned:
-        """Return what a site has; pooling weights lie on `device`, maps cast at each use."""
+        """Return what a site has; pooling weights lie on `device`, the rest is cast at each use."""
         found = dict(self.sites.items()).get(_key(site))
-        if isinstance(found, PoolParameters):
-            return Learned(pool=found.pool.to(device))
-        if isinstance(found, MapParameters):
-            return Learned(maps=(found.phi_q, found.phi_k))
-        return Learned()
+        if not isinstance(found, SiteParameters):
+            return Learned()
+        pool = None if found.windows is None else found.windows.pool.to(device)
+        return Learned(pool, found.maps, None if found.output is None else found.output.weight)
 
     def without(self, sites: frozenset[str] | set[str]) -> "StudentParameters":
         """Return the parameters of the other sites."""
-        pools, maps = self.pools(), self.maps()
         return StudentParameters(
-            {site: pool for site, pool in pools.items() if site not in sites},
-            {site: pair for site, pair in maps.items() if site not in sites},
+            {site: pool for site, pool in self.pools().items() if site not in sites},
+            {site: pair for site, pair in self.maps().items() if site not in sites},
+            {site: output for site, output in self.outputs().items() if site not in sites},
         )
 
     def joined(self, other: "StudentParameters") -> "StudentParameters":
         """Return the parameters of both; where both name a site, those of `other`."""
-        mine = self.without({_site(key) for key in other.sites})
-        return StudentParameters(mine.pools() | other.pools(), mine.maps() | other.maps())
+        mine = self.without(set(other.by_site()))
+        return StudentParameters(
+            mine.pools() | other.pools(), mine.maps() | other.maps(), mine.outputs() | other.outputs()
+        )
 
     def pools(self) -> dict[str, Tensor]:
         """Return the pooling weights by site id."""
-        return {_site(k): m.pool.detach() for k, m in self.sites.items() if isinstance(m, PoolParameters)}
+        found = self.by_site().items()
+        return {site: each.windows.pool.detach() for site, each in found if each.windows is not None}
 
     def maps(self) -> dict[str, Maps]:
         """Return the feature maps by site id."""
-        return {_site(k): (m.phi_q, m.phi_k) for k, m in self.sites.items() if isinstance(m, MapParameters)}
+        return {site: each.maps for site, each in self.by_site().items() if each.maps is not None}
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Return the matrices behind the attention by site id."""
+        return {site: each.output.weight.detach() for site, each in self.by_site().items() if each.output is not None}
 
 
 def new_maps(spec: MappedSpec, num_heads: int, head_dim: int) -> Maps:

@@ -1,6 +1,6 @@
 """Student files, format `linearize/1`: a plan, the learned parameters of its sites and weight deltas in one file.
 
-A file holds one spec per site. Nothing here touches a model; `check_student` says whether a student fits one.
+A file holds one spec per site. Nothing here touches a model; `student_fit.py` says whether a student fits one.
 """
 
 import hashlib
@@ -15,12 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .feature_maps import FeatureMap, Maps
 from .fingerprint import LENGTH
-from .hosts.base import Site
-from .plans import Plan, describe_sites
-from .specs import ClearSpec, DenseSpec, HeadSplit, MappedSpec, SiteSpec, groups_of
-from .student import empty_maps
+from .plans import Plan
 from .tensor_file import TensorFile, open_tensor_file, problem, quote, write_tensor_file
 
 STUDENT_FORMAT = "linearize/1"
@@ -34,7 +30,7 @@ MAX_HEADER_BYTES = 2**20  # a thousand tensors take about a tenth; reading one o
 MAX_METADATA_BYTES = MAX_HEADER_BYTES // 2
 LONGEST_REASON = 500
 
-PARAMETER = re.compile(r"(?P<site>\w+(?:\.\w+)*?)\.(?P<part>pool|phi_[qk](?:\.\w+)+)", re.ASCII)
+PARAMETER = re.compile(r"(?P<site>\w+(?:\.\w+)*?)\.(?P<part>pool|output\.weight|phi_[qk](?:\.\w+)+)", re.ASCII)
 DELTA = re.compile(
     r"(?P<target>diffusion_model(?:\.\w+)+)\.(?P<part>lora_(?:up|down|A|B)\.weight|alpha|diff|diff_b|set_weight)",
     re.ASCII,
@@ -63,7 +59,7 @@ class StudentFile:
         site_errors: relative error of each site on held-out samples, 0 or more.
         licence: of the weights, or empty.
         fingerprint: (256,) fp32 of the base model, see `attention/fingerprint.py`; None if it is not known.
-        parameters: `<site>.pool` of shape (d, d), `<site>.phi_q.*` and `<site>.phi_k.*`.
+        parameters: `<site>.pool` (d, d), `<site>.phi_q.*` and `<site>.phi_k.*`, `<site>.output.weight` (H, D, D).
         origin: the file it was read from, for records; not stored.
         deltas: changes to weights under LoRA keys, `diffusion_model.<path>.lora_up.weight` and its like.
 
@@ -111,7 +107,9 @@ def _check_site_errors(errors: Mapping[str, float]) -> None:
 def _check_parameter(name: str, tensor: Tensor) -> None:
     found = PARAMETER.fullmatch(name)
     if found is None or _is_delta(name):
-        raise ValueError(f"a learned parameter is called <site>.pool, .phi_q.* or .phi_k.*, got {quote(name)}")
+        raise ValueError(
+            f"a learned parameter is called <site>.pool, .output.weight, .phi_q.* or .phi_k.*, got {quote(name)}"
+        )
     if not tensor.is_floating_point():
         raise ValueError(f"learned parameters are floating point numbers, {quote(name)} holds {tensor.dtype}")
     if found["part"] == "pool" and (tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1]):
@@ -253,83 +251,3 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(quote(name) for name in names[:3]) + more
-
-
-def check_student(student: StudentFile, host_name: str, sites: Sequence[Site]) -> dict[str, SiteSpec]:
-    """Return the spec of each site of a model, after checking that the student fits it.
-
-    A site with pooled tokens and no `<site>.pool` averages uniformly.
-
-    Args:
-        student: as loaded.
-        host_name: of the model.
-        sites: of the model.
-
-    Raises:
-        ValueError: the student is for another host, its plan names a site or a number of heads that the model does
-            not have, or a parameter belongs to no site, to a kind without such parameters, or to another down_factor.
-    """
-    if student.host != host_name:
-        raise ValueError(f"the student is for host {quote(student.host)}, this model is {quote(host_name)}")
-    ids = [site.id for site in sites]
-    specs = student.plan.resolve(ids)
-    for site in sites:
-        try:
-            groups_of(specs[site.id], site.num_heads)
-        except ValueError as error:
-            raise ValueError(f"the student does not fit {site.id}: {error}") from None
-    for name, tensor in student.parameters.items():
-        found = PARAMETER.fullmatch(name)
-        if found is None or found["site"] not in specs:
-            raise ValueError(f"the student has {quote(name)}, this model has only {describe_sites(ids)}")
-        _check_part(name, found["part"], tensor, specs[found["site"]])
-    student_maps(student, specs, sites)
-    return specs
-
-
-def student_maps(student: StudentFile, specs: Mapping[str, SiteSpec], sites: Sequence[Site]) -> dict[str, Maps]:
-    """Return phi_q and phi_k of every site whose kind has feature maps, with the student's parameters.
-
-    Raises:
-        ValueError: a parameter of a map is missing, unknown, or of another shape; or the map does not fit the site.
-    """
-    found = {}
-    for site in sites:
-        spec = specs[site.id]
-        if isinstance(spec, MappedSpec):
-            try:
-                found[site.id] = empty_maps(spec, site.num_heads, site.head_dim)
-            except ValueError as error:
-                raise ValueError(f"the student does not fit {site.id}: {error}") from None
-            for part, feature_map in zip(("phi_q", "phi_k"), found[site.id], strict=True):
-                _fill(feature_map, f"{site.id}.{part}.", student.parameters)
-    return found
-
-
-def _fill(feature_map: FeatureMap, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-    given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    wanted = dict(feature_map.named_parameters())
-    if given.keys() != wanted.keys():
-        name = sorted(given.keys() ^ wanted.keys())[0]
-        what = "lacks" if name in wanted else "has"
-        raise ValueError(f"the student {what} {quote(prefix + name)}; feature map {feature_map.name} has "
-                         f"{', '.join(wanted) or 'no parameters'}")  # fmt: skip
-    for name, parameter in wanted.items():
-        if parameter.shape != given[name].shape:
-            raise ValueError(
-                f"{quote(prefix + name)} has shape {tuple(given[name].shape)}, the site has {tuple(parameter.shape)}"
-            )
-        parameter.data = given[name].detach()
-
-
-def _check_part(name: str, part: str, tensor: Tensor, spec: SiteSpec) -> None:
-    kinds = [group.spec for group in spec.groups] if isinstance(spec, HeadSplit) else [spec]
-    if part == "pool":
-        factors = {kind.down_factor for kind in kinds if isinstance(kind, ClearSpec)} - {1}
-        if not factors:
-            raise ValueError(f"the student has {quote(name)}, its plan pools no tokens at that site")
-        if any(tuple(tensor.shape) != (factor, factor) for factor in factors):
-            wanted = " and ".join(str(factor) for factor in sorted(factors))
-            raise ValueError(f"{quote(name)} has shape {tuple(tensor.shape)}, the plan's down_factor is {wanted}")
-    elif all(isinstance(kind, (ClearSpec, DenseSpec)) for kind in kinds):
-        raise ValueError(f"the student has {quote(name)}, its plan has no feature map at that site")

@@ -1,22 +1,25 @@
 """The functions that are timed: what users would pick instead, and ours.
 
-A contender is made for one shape, and, if it has windows, for one spec. It returns a function of no arguments, or a
+A contender is made for one shape, and, if it is not dense, for one spec. It returns a function of no arguments, or a
 sentence that says why it does not run here.
 """
 
 import importlib.util
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from registry import Shape
+from registry import Shape, Suite
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from linearize.attention import ClearSpec, attention
 from linearize.attention.memory import LongLived
+from linearize.attention.specs import MappedSpec, Spec
+from linearize.attention.student import new_maps
 
 FLEX_BLOCK = 128
 FLEX_TILE = (8, 16)  # rows and columns of the tokens of one block, in tile order
@@ -40,11 +43,15 @@ class Case:
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.query, self.key, self.value
 
-    def timed(self, function: Callable[..., Tensor]) -> Callable[[], object]:
-        """Return what is timed: the function on the inputs, with its gradients if there is a `grad`."""
+    def timed(self, function: Callable[..., Tensor], learned: Iterable[Tensor] = ()) -> Callable[[], object]:
+        """Return what is timed: the function on the inputs; with a `grad`, gradients of them and of `learned` too.
+
+        Without a `grad` nothing is recorded for gradients, as when ComfyUI samples.
+        """
         if self.grad is None:
-            return lambda: function(*self.inputs)
-        return lambda: torch.autograd.grad(function(*self.inputs), self.inputs, self.grad)
+            return torch.no_grad()(lambda: function(*self.inputs))
+        leaves = (*self.inputs, *learned)
+        return lambda: torch.autograd.grad(function(*self.inputs), leaves, self.grad)
 
 
 Made = Callable[[], object] | str
@@ -79,10 +86,14 @@ def sage(case: Case) -> Made:
     return case.timed(partial(sageattn, tensor_layout="HND"))
 
 
-def ours(case: Case, spec: ClearSpec, backend: str) -> Made:
-    """One of the pack's backends."""
+def ours(case: Case, spec: Spec, backend: str) -> Made:
+    """One of the pack's backends; feature maps are made once, as those of a student."""
     layout, memory = case.shape.layout, LongLived()
-    return case.timed(lambda q, k, v: attention(q, k, v, layout, spec, backend=backend, memory=memory))
+    if not isinstance(spec, MappedSpec):
+        return case.timed(lambda q, k, v: attention(q, k, v, layout, spec, backend=backend, memory=memory))
+    maps = new_maps(spec, case.shape.heads, case.shape.head_dim)
+    learned = [number for each in maps for number in each.to(case.query.device).parameters()]
+    return case.timed(lambda q, k, v: attention(q, k, v, layout, spec, maps=maps, backend=backend), learned)
 
 
 def flex(case: Case, spec: ClearSpec, in_tiles: bool, compiled: bool = True) -> Made:
@@ -175,12 +186,36 @@ DENSE: dict[str, Callable[[Case], Made]] = {
     "dense flash": partial(dense, backend=SDPBackend.FLASH_ATTENTION),
     "sage": sage,
 }
-WINDOWED: dict[str, Callable[[Case, ClearSpec], Made]] = {
+RUNNERS: dict[str, Callable[..., Made]] = {  # of a case and a spec
     "triton": partial(ours, backend="triton"),
-    "clear": partial(ours, backend="torch"),
+    "torch": partial(ours, backend="torch"),
+    "clear": partial(ours, backend="torch"),  # as stored rows call it for windows
     "flex raster": partial(flex, in_tiles=False),
     "flex tiles": partial(flex, in_tiles=True),
     "natten": natten,
     "no masks": partial(ablation, change="no masks"),
     "no gather": partial(ablation, change="no gather"),
 }
+
+
+def runnable(suite: Suite, shape: Shape, device: str, only: str = "") -> dict[str, Callable[[], object]]:
+    """Return name: function for what runs here, or for `only` one contender; say what does not run."""
+    case = make_case(shape, device, suite.backward)
+    found = {}
+    for name, (runner, spec) in suite.contenders.items():
+        if only in ("", name):
+            made = DENSE[runner](case) if runner in DENSE else RUNNERS[runner](case, spec)
+            if reason := made if isinstance(made, str) else why_not(made):
+                print(f"{shape.pixels} {name}: not run: {reason}", file=sys.stderr, flush=True)
+            else:
+                found[name] = made
+    return found
+
+
+def why_not(function: Callable[[], object]) -> str:
+    """Run a contender once, which compiles it; return why it cannot run, or nothing."""
+    try:
+        function()
+    except Exception as error:  # another library may throw anything; the others are still timed
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
+    return ""

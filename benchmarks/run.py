@@ -1,8 +1,8 @@
 """Measure and append rows to results.csv: `python run.py bench`, or `python benchmarks/run.py --suite NAME`.
 
 Contenders of a case take turns in one process, because a shared or hot machine changes speed from minute to minute;
-only ratios of one run are claimed. Peak memory is measured in a process of its own per contender. The torch backend
-is checked against the float64 reference on a small case before anything is timed; triton tests itself.
+only ratios of one run are claimed. Peak memory is measured by `peaks.py`. The torch backend is checked against the
+float64 reference on small cases before anything is timed; triton tests itself.
 """
 
 import argparse
@@ -20,45 +20,56 @@ from pathlib import Path
 import torch
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parents[1]]
-from contenders import DENSE, WINDOWED, Made, make_case  # noqa: E402
-from registry import SUITES, Shape, Suite, declined_calls  # noqa: E402
+import peaks  # noqa: E402
+from contenders import runnable  # noqa: E402
+from registry import STREAMS, SUITES, Shape, Suite, declined_calls, label  # noqa: E402
 
-from linearize.attention import ClearSpec, attention_cost, clear_attention, reference_attention  # noqa: E402
+from linearize.attention import (  # noqa: E402
+    ChunkedSpec,
+    ClearSpec,
+    HybridSpec,
+    LinearSpec,
+    attention,
+    attention_cost,
+)
 
+DEFAULT = {"cpu": ("clear-cpu", "mapped-cpu", "stream"), "cuda": ("clear-gpu", "mapped-gpu", "stream-gpu")}
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.csv"
 COLUMNS = (
     "date", "commit", "machine", "torch", "suite", "pixels", "text", "heads", "head_dim", "dtype", "contender",
     "median_ms", "p20_ms", "p80_ms", "times_dense", "peak_mib", "useful_tflops", "of_roofline", "batch", "pass",
+    "frames", "held_mib",
 )  # fmt: skip
 
 
 PRINTED = (
-    "suite", "pixels", "text", "contender", "median_ms", "times_dense", "useful_tflops", "of_roofline", "peak_mib",
+    "suite", "pixels", "frames", "text", "contender", "median_ms", "times_dense", "useful_tflops", "of_roofline",
+    "peak_mib", "held_mib",
 )  # fmt: skip
 
 
 def main() -> int:
+    names = [*SUITES, *STREAMS, "declined"]
     parser = argparse.ArgumentParser(description="Measure attention and append rows to benchmarks/results.csv.")
-    parser.add_argument("--suite", default="", help=f"one of {', '.join(SUITES)}, declined; default: what suits here")
+    parser.add_argument("--suite", default="", help=f"one of {', '.join(names)}; default: what suits here")
     parser.add_argument("--rounds", type=int, default=7, help="turns that every contender takes")
     parser.add_argument("--dry-run", action="store_true", help="print the rows, store nothing")
-    parser.add_argument("--peak", nargs=3, metavar=("SUITE", "CASE", "CONTENDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.peak:
-        print(peak_mib(*args.peak, device))
-        return 0
-    suites = [args.suite] if args.suite else [f"clear-{'gpu' if device == 'cuda' else 'cpu'}", "declined"]
-    if unknown := [suite for suite in suites if suite not in (*SUITES, "declined")]:
-        print(f"no suite {unknown[0]}; there are {', '.join([*SUITES, 'declined'])}", file=sys.stderr)
+    suites = [args.suite] if args.suite else [*DEFAULT[device], "declined"]
+    if unknown := [suite for suite in suites if suite not in names]:
+        print(f"no suite {unknown[0]}; there are {', '.join(names)}", file=sys.stderr)
         return 1
     check(device)
     if args.rounds < 2:
         print("--rounds is at least 2, because a median and quantiles are stored", file=sys.stderr)
         return 1
     for suite in suites:
-        rows = declined_rows(args.rounds) if suite == "declined" else suite_rows(suite, args.rounds, device)
+        if suite in STREAMS:
+            rows = stream_rows(suite)
+        else:
+            rows = declined_rows(args.rounds) if suite == "declined" else suite_rows(suite, args.rounds, device)
         if not args.dry_run:
             append(rows)
     return 0
@@ -66,22 +77,23 @@ def main() -> int:
 
 def check(device: str) -> None:
     """Refuse to time what is not right."""
-    shape = Shape(400, text=5, heads=2, head_dim=16)
-    inputs, spec = shape.inputs(device), ClearSpec(6)
-    output = clear_attention(*inputs, shape.layout, spec).cpu()
-    truth = reference_attention(*(tensor.cpu() for tensor in inputs), shape.layout, spec)
-    if float((output - truth).norm() / truth.norm()) > 1e-3:
-        raise SystemExit("clear_attention differs from the reference on this machine; nothing was timed")
+    shape = Shape(160, text=5, heads=2, head_dim=16, frames=4)
+    inputs = shape.inputs(device)
+    for spec in (ClearSpec(6), LinearSpec(), HybridSpec(3), HybridSpec(3, stabilizer="lse"), ChunkedSpec(2, 1)):
+        with torch.no_grad():
+            output = attention(*inputs, shape.layout, spec, backend="torch").cpu()
+            truth = attention(*(tensor.cpu() for tensor in inputs), shape.layout, spec, backend="reference")
+        if float((output - truth).norm() / truth.norm()) > 1e-3:
+            raise SystemExit(f"kind {spec.kind} differs from the reference on this machine; nothing was timed")
 
 
 def suite_rows(name: str, rounds: int, device: str) -> list[dict[str, object]]:
     """Return one row per shape and contender; times_dense compares with the fastest exact dense attention."""
     suite, rows = SUITES[name], []
-    ceiling = matmul_tflops() if device == "cuda" else None
+    rates = (matmul_rate(), copy_rate()) if device == "cuda" else None
     for number, shape in enumerate(suite.shapes):
         torch._dynamo.reset()  # or compiled contenders reach the limit of recompilations and run unfused
-        runnable, useful = contenders(suite, shape, device)
-        times = interleaved(runnable, rounds, device)
+        times = interleaved(runnable(suite, shape, device), rounds, device)
         exact = [statistics.median(samples) for each, samples in times.items() if each.startswith("dense")]
         for contender, samples in times.items():
             median = statistics.median(samples)
@@ -90,52 +102,51 @@ def suite_rows(name: str, rounds: int, device: str) -> list[dict[str, object]]:
                 "times_dense": f"{min(exact) / median:.3f}" if exact else "",
                 "pass": "both" if suite.backward else "forward",
             }
-            row["peak_mib"] = peak_in_own_process(name, number, contender)
-            row |= {"useful_tflops": "", "of_roofline": ""}
-            if ceiling:
-                rate = useful[contender] / median / 1e9
-                row |= {"useful_tflops": f"{rate:.1f}", "of_roofline": f"{rate / ceiling:.3f}"}
-            rows.append(row)
-            print(" ".join(str(row.get(key, "")) for key in PRINTED), flush=True)
+            row |= peaks.in_own_process(name, number, contender)
+            if rates:
+                flops, moved = work(suite, shape, contender)
+                floor_ms = max(flops / rates[0], moved / rates[1]) * 1000
+                row |= {"useful_tflops": f"{flops / median / 1e9:.1f}", "of_roofline": f"{floor_ms / median:.3f}"}
+            rows.append(finished(row))
     return rows
 
 
-def contenders(suite: Suite, shape: Shape, device: str) -> tuple[dict[str, Callable], dict[str, float]]:
-    """Return name: function for what runs here, and name: FLOPs that its result needs; say what does not run."""
-    case = make_case(shape, device, suite.backward)
-    made: dict[str, Made] = {each: DENSE[each](case) for each in suite.dense}
-    pairs = {each: float(shape.heads * shape.layout.num_tokens**2) for each in suite.dense}
-    for spec in suite.specs:
-        cost = attention_cost(spec, shape.layout, shape.heads, shape.head_dim)
-        for each in suite.windowed:
-            name = f"{each} r={spec.radius}" + (f" d={spec.down_factor}" if spec.down_factor > 1 else "")
-            made[name], pairs[name] = WINDOWED[each](case, spec), float(cost.pairs)
-    runnable = {}
-    for name, function in made.items():
-        reason = function if isinstance(function, str) else why_not(function)
-        if reason:
-            print(f"{shape.pixels} {name}: not run: {reason}", file=sys.stderr, flush=True)
-        else:
-            runnable[name] = function
-    # forward has two products of 2 D FLOPs a pair; backward five, counted without the forward it repeats
-    per_pair = 4 * shape.head_dim * shape.batch * (3.5 if suite.backward else 1)
-    return runnable, {name: pairs[name] * per_pair for name in runnable}
+def stream_rows(name: str) -> list[dict[str, object]]:
+    """Return one row per length of a clip and form; what is measured is memory."""
+    suite, rows = STREAMS[name], []
+    for frames in suite.frames:
+        for form in peaks.FORMS:
+            row = {**about(name), **facts(replace(suite.shape, frames=frames)), "pass": "forward"}
+            row |= {"contender": f"{form} {label(suite.spec)}", **peaks.in_own_process(name, frames, form)}
+            rows.append(finished(row))
+    return rows
 
 
-def why_not(function: Callable[[], object]) -> str:
-    """Run a contender once, which compiles it; return why it cannot run, or nothing."""
-    try:
-        function()
-    except Exception as error:  # another library may throw anything; the others are still timed
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
-    return ""
+def work(suite: Suite, shape: Shape, contender: str) -> tuple[float, float]:
+    """Return the FLOPs that a contender's result needs, and the bytes of its inputs and outputs, each touched once."""
+    spec = suite.contenders[contender][1]
+    cost = attention_cost(spec, shape.layout, shape.heads, shape.head_dim, getattr(torch, shape.dtype).itemsize)
+    softmax = 4 * shape.head_dim * cost.pairs
+    # the backward of a pair has five products to the forward's two; of a matrix product, two to one. It reads the
+    # output, its gradient and the inputs, and writes three gradients
+    forwards = (3.5, 3, 3) if suite.backward else (1, 1, 1)
+    flops = forwards[0] * softmax + forwards[1] * (cost.flops - softmax)
+    return shape.batch * flops, shape.batch * forwards[2] * cost.moved_bytes
 
 
-def matmul_tflops() -> float:
-    """Return the rate of an 8192^3 bf16 product of random matrices now: the ceiling that rows are compared with."""
+def matmul_rate() -> float:
+    """Return the FLOPs a second of an 8192^3 bf16 product of random matrices now: one ceiling of rows."""
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     samples = interleaved({"matmul": lambda: left @ right}, 10, "cuda")["matmul"]
-    return 2 * 8192**3 / statistics.median(samples) / 1e9
+    return 2 * 8192**3 / statistics.median(samples) * 1000
+
+
+def copy_rate() -> float:
+    """Return the bytes a second that a copy of 2 GiB reads and writes now: the other ceiling."""
+    source = torch.ones(2**31, device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    samples = interleaved({"copy": lambda: target.copy_(source)}, 10, "cuda")["copy"]
+    return 2 * source.numel() / statistics.median(samples) * 1000
 
 
 def declined_rows(rounds: int) -> list[dict[str, object]]:
@@ -146,8 +157,7 @@ def declined_rows(rounds: int) -> list[dict[str, object]]:
     rows = []
     for name, samples in times.items():
         row = {**about("declined"), **summary(name, [sample / repeats for sample in samples], digits=5)}
-        rows.append(row)
-        print(f"declined {name}: {row['median_ms']} ms a call")
+        rows.append(finished(row))
     return rows
 
 
@@ -187,58 +197,6 @@ def _milliseconds_on_gpu(function: Callable[[], object], cache: torch.Tensor) ->
     return start.elapsed_time(end)
 
 
-def peak_in_own_process(suite: str, number: int, name: str) -> str:
-    """Return the peak memory of a contender beyond its inputs, measured by a fresh process."""
-    command = [sys.executable, __file__, "--peak", suite, str(number), name]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        print(f"{name}: no peak memory: {result.stderr.strip()[-300:]}", file=sys.stderr, flush=True)
-    return result.stdout.strip() if result.returncode == 0 else ""
-
-
-def peak_mib(suite_name: str, number: str, name: str, device: str) -> str:
-    """Return MiB that one call needs beyond its inputs, output included; empty where the platform cannot tell."""
-    suite = SUITES[suite_name]
-    small = contenders(only(suite, name), Shape(256, dtype=suite.shapes[0].dtype), device)[0]
-    if name in small:
-        small[name]()  # libraries allocate their work space on first use
-    function = contenders(only(suite, name), suite.shapes[int(number)], device)[0][name]
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.0f}"
-    if not _reset_peak():
-        return ""
-    before = _peak_rss()
-    function()
-    return f"{(_peak_rss() - before) / 2**20:.0f}"
-
-
-def only(suite: Suite, name: str) -> Suite:
-    """Return the suite with no contender but one."""
-    kind = name.split(" r=")[0]
-    specs = tuple(spec for spec in suite.specs if name.split(" d=")[0].endswith(f" r={spec.radius}"))
-    dense, windowed = (tuple(each for each in names if each == kind) for names in (suite.dense, suite.windowed))
-    return replace(suite, specs=specs, dense=dense, windowed=windowed)
-
-
-def _reset_peak() -> bool:
-    """Make the kernel forget the peak of this process so far; Linux only."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _peak_rss() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def about(suite: str) -> dict[str, object]:
     """Return the columns that say when, where and with what."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+"]
@@ -266,7 +224,7 @@ def machine() -> str:
 
 def facts(shape: Shape) -> dict[str, object]:
     """Return the columns of a shape."""
-    return {name: getattr(shape, name) for name in ("pixels", "text", "heads", "head_dim", "dtype", "batch")}
+    return {name: getattr(shape, name) for name in ("pixels", "text", "heads", "head_dim", "dtype", "batch", "frames")}
 
 
 def summary(name: str, samples: list[float], digits: int = 2) -> dict[str, object]:
@@ -274,6 +232,13 @@ def summary(name: str, samples: list[float], digits: int = 2) -> dict[str, objec
     p20, p80 = (statistics.quantiles(samples, n=5)[i] for i in (0, 3))
     times = {"median_ms": statistics.median(samples), "p20_ms": p20, "p80_ms": p80}
     return {"contender": name, **{key: f"{value:.{digits}f}" for key, value in times.items()}}
+
+
+def finished(row: dict[str, object]) -> dict[str, object]:
+    """Return a row with every column, and print it."""
+    row = dict.fromkeys(COLUMNS, "") | row
+    print(" ".join(str(row[key]) for key in PRINTED if row[key] != ""), flush=True)
+    return row
 
 
 def append(rows: list[dict[str, object]]) -> None:

@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -19,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # `python benchmarks/tables.py` needs no checkout on the path, and its nodes/ would hide ComfyUI's nodes.py
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
-from linearize.attention import ClearSpec, Segment, TokenLayout, grid_segment  # noqa: E402
+from registry import STREAMS, SUITES, Shape  # noqa: E402
+
+from linearize.attention import ClearSpec, Segment, TokenLayout, attention_cost, grid_segment  # noqa: E402
 from linearize.attention.cost import clear_pairs  # noqa: E402
 from linearize.attention.hosts import HOSTS  # noqa: E402
 from linearize.attention.hosts.unhookable import UNHOOKABLE  # noqa: E402
@@ -29,13 +32,28 @@ DEMO = ROOT / "docs" / "demo.json"
 PICTURES = {"sheet.png": "demo_sheet.jpg", "browser.png": "demo.png"}  # of demo/output: name in docs
 MEASURES = (("psnr", 1), ("ssim", 3), ("reflection", 2))  # of a row of the demo's table: digits
 
+CASE = ("pixels", "frames", "text", "heads", "head_dim", "dtype", "batch", "pass", "contender")  # makes rows comparable
+
+
+def stored() -> list[dict[str, str]]:
+    """Return every row ever taken, in stored order."""
+    with (ROOT / "benchmarks" / "results.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
 
 def newest(suite: str) -> list[dict[str, str]]:
-    """Return the newest row of each case of a suite, in stored order."""
-    with (ROOT / "benchmarks" / "results.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["suite"] == suite]
-    cases = {(row["pixels"], row["text"], row["heads"], row["dtype"], row["contender"]): row for row in rows}
-    return list(cases.values())
+    """Return the newest row of each case of a suite, in the order of first rows."""
+    return list({tuple(row[each] for each in CASE): row for row in stored() if row["suite"] == suite}.values())
+
+
+def origin(row: dict[str, str]) -> str:
+    """Return where, with what and when a row was taken."""
+    return f"{row['machine']}, torch {row['torch']}, {row['date']}, commit {row['commit']}"
+
+
+def sides(shape: Shape) -> str:
+    """Return the size of frames for people: "832 x 480"."""
+    return shape.pixels.replace("x", " x ")
 
 
 def clear_cpu_table() -> str:
@@ -49,29 +67,67 @@ def clear_cpu_table() -> str:
     lines += [
         "",
         f"One head of {first['head_dim']}, {first['text']} text tokens, {first['dtype']}, forward. A shared machine:",
-        f"{first['machine']}, torch {first['torch']}, {first['date']}, commit {first['commit']}.",
+        f"{origin(first)}.",
         "Median of interleaved turns; only the ratios mean something. Peak memory is beyond the inputs.",
         declined_sentence(),
     ]
     return "\n".join(lines)
 
 
-def clear_gpu_table() -> str:
-    """Return time, rate and memory of CLEAR against dense attention on GPUs, one line per case and contender."""
-    with (ROOT / "benchmarks" / "results.csv").open(encoding="utf-8") as file:
-        suites = dict.fromkeys(row["suite"] for row in csv.DictReader(file) if row["suite"].startswith("clear-gpu"))
+def mapped_cpu_table() -> str:
+    """Return time and memory of linear, hybrid and chunked attention against dense attention on a CPU."""
+    suite, rows = SUITES["mapped-cpu"], newest("mapped-cpu")
+    times = {(row["frames"], row["contender"]): row for row in rows}
+    shapes, longest = [str(shape.frames) for shape in suite.shapes], suite.shapes[-1]
+    heads = ["attention", "pairs", *(f"times dense, {frames} frames" for frames in shapes), "peak MiB"]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    for name, (_, spec) in suite.contenders.items():
+        pairs = attention_cost(spec, longest.layout, 1, longest.head_dim).pairs / longest.layout.num_tokens**2
+        ratios = [f"{float(times[frames, name]['times_dense']):.1f}" for frames in shapes]
+        cells = [name.removeprefix("torch "), f"{pairs:.0%}", *ratios, times[shapes[-1], name]["peak_mib"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    dense = [f"{float(times[frames, 'dense']['median_ms']):.0f}" for frames in shapes]
+    tokens = [f"{shape.layout.num_tokens:,}" for shape in suite.shapes]
+    meaning = (
+        f"A video of {sides(longest)} pixels and {' or '.join(shapes)} latent frames, {' or '.join(tokens)} tokens;"
+        f" one head of {longest.head_dim}, {longest.dtype}, forward, untrained maps. Dense attention took"
+        f" {' and '.join(dense)} ms. Pairs, the share of exact ones, and peak memory beyond the inputs are those of"
+        f" {shapes[-1]} frames. Median of interleaved turns on a shared machine: {origin(rows[-1])}."
+    )
+    return "\n".join([*lines, "", *textwrap.wrap(meaning, 120)])
+
+
+def stream_table() -> str:
+    """Return the memory of a causal clip, whole at once and as a stream, by its number of frames."""
+    suite, rows = STREAMS["stream"], newest("stream")
+    heads = ["latent frames", "tokens", "at once, peak MiB", "stream, peak MiB", "stream holds, MiB"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
+    for frames in suite.frames:
+        mine = {row["contender"].split()[0]: row for row in rows if row["frames"] == str(frames)}
+        tokens = replace(suite.shape, frames=frames).layout.num_tokens
+        cells = [mine["direct"]["peak_mib"], mine["stream"]["peak_mib"], mine["stream"]["held_mib"]]
+        lines.append(f"| {frames} | {tokens:,} | {' | '.join(cells)} |")
+    shape, spec = suite.shape, suite.spec
+    meaning = (
+        f"Causal chunks of {spec.chunk_frames} frames with an overlap of {spec.overlap_frames}, {sides(shape)} pixels,"
+        f" one head of {shape.head_dim}, {shape.dtype}, inputs and output counted: growth of the peak resident set of a"
+        f" process of its own, whose allocator returns what is freed. {origin(rows[-1])}."
+    )
+    return "\n".join([*lines, "", *textwrap.wrap(meaning, 120)])
+
+
+def gpu_table() -> str:
+    """Return time, rate and memory of the suites for GPUs against dense attention, one line per case and contender."""
+    suites = dict.fromkeys(row["suite"] for row in stored() if "-gpu" in row["suite"])
     rows = [row for suite in suites for row in newest(suite)]
     if not rows:
         return "Not measured yet. `benchmarks/gpu.md` lists what wants a GPU, each a command."
-    heads = ["pixels", "text", "attention", "pass", "ms", "times dense", "useful TFLOP/s", "of roofline", "peak MiB"]
-    lines = [f"| {' | '.join(heads)} |", "|---:|---:|---|---|" + "---:|" * 5]
-    for row in rows:
-        values = (row["pixels"], row["text"], row["contender"], row["pass"], row["median_ms"], row["times_dense"],
-                  row["useful_tflops"], row["of_roofline"], row["peak_mib"])  # fmt: skip
-        lines.append(f"| {' | '.join(values)} |")
-    first = rows[0]
-    about = f"{first['machine']}, torch {first['torch']}, {first['date']}, commit {first['commit']}"
-    return "\n".join([*lines, "", f"{about}; 24 heads of 128, bfloat16."])
+    columns = {"pixels": "pixels", "frames": "frames", "text": "text", "heads": "heads", "contender": "attention",
+               "pass": "pass", "median_ms": "ms", "times_dense": "times dense", "useful_tflops": "useful TFLOP/s",
+               "of_roofline": "of roofline", "peak_mib": "peak MiB"}  # fmt: skip
+    lines = [f"| {' | '.join(columns.values())} |", "|---:|---:|---:|---:|---|---|" + "---:|" * 5]
+    lines += [f"| {' | '.join(row[each] for each in columns)} |" for row in rows]
+    return "\n".join([*lines, "", f"{origin(rows[0])}; head dimension {rows[0]['head_dim']}, {rows[0]['dtype']}."])
 
 
 def declined_sentence() -> str:
@@ -148,10 +204,12 @@ def hosts_table() -> str:
 
 TABLES = {
     "clear-cpu": clear_cpu_table,
-    "clear-gpu": clear_gpu_table,
     "demo": demo_table,
+    "gpu": gpu_table,
     "hosts": hosts_table,
+    "mapped-cpu": mapped_cpu_table,
     "pairs": pairs_table,
+    "stream": stream_table,
 }
 
 

@@ -85,6 +85,7 @@ def tidy(workflow: dict[str, Any], columns: tuple[str, ...], note: str, name: st
         placed.append((title, members))
     for node in workflow["nodes"]:
         set_properties(node)
+        drop_nothings(node)
     for title, group in groupby(placed, key=lambda each: each[0]):
         if title:
             members = [node for _, column in group for node in column]
@@ -140,6 +141,13 @@ def set_properties(node: dict[str, Any]) -> None:
     if files:
         properties["models"] = [{"name": name, "url": MODELS[name][0], "directory": MODELS[name][1]} for name in files]
     node["widgets_values"] = ["fixed" if value == "randomize" else value for value in values]
+
+
+def drop_nothings(node: dict[str, Any]) -> None:
+    """Leave out what the frontend writes as null and does not need to read; it was half of each file."""
+    for entry in (node, *node["inputs"], *node["outputs"]):
+        for name in [name for name, value in entry.items() if value is None and name not in ("link", "links")]:
+            del entry[name]
 
 
 def write_workflows(server: LiveServer, browser: Any, names: list[str]) -> None:

@@ -137,6 +137,13 @@ LAYOUTS = {  # workflow: columns; `note` is the note
         "Sampling: 8 9 10",
         "Result: 11 12 13",
     ),
+    "workflows/wan21_t2v_hybrid": (
+        "note 1 2 3",
+        "Plan and prompts: 4 5 6 7",
+        "Plan and prompts: 8 9",
+        "Sampling: 10 11 12",
+        "Result: 13 14 15",
+    ),
     "workflows/wan22_t2v_clear": (
         "note 1 2 3 4",
         "Windows, high and low noise: 5 7 6 8",

@@ -6,11 +6,13 @@ Importing this package imports no Triton; the files with kernels are imported wh
 from .capability import architecture, is_interpreted, refusal
 from .clear import Table, attend
 from .mixed import mixed_attend
-from .state import FUSED_MAPS, linear_state
+from .state import FUSED_MAPS, GIVEN, LOGS, linear_state
 from .tuning import Tile, tile_for
 
 __all__ = [
     "FUSED_MAPS",
+    "GIVEN",
+    "LOGS",
     "Table",
     "Tile",
     "architecture",

@@ -1,12 +1,15 @@
 """What the kernels with a linear part share: feature maps that are computed as numbers are loaded, states, row masks.
 
-Device functions only. MAP is "given" where the numbers are features already, or the name of an elementwise map.
+Device functions only. MAP is what numbers are: "given" features, "logs" of features, or the name of an elementwise map
+that makes features of them. Kernels that weigh linear keys against exact ones take logs of all but given features.
 """
 
 import triton
 import triton.language as tl
 
 FLOOR = tl.constexpr(1.0e-12)  # of a denominator without exact keys
+TINY = tl.constexpr(1.0e-30)  # of a feature whose log is taken
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -21,12 +24,29 @@ def apply_map(x, MAP: tl.constexpr):
 
 
 @triton.jit
-def slope_of_map(x, MAP: tl.constexpr):
-    """Return the derivative of `apply_map`."""
+def log2_of_map(x, MAP: tl.constexpr):
+    """Return the log2 of features of fp32 numbers, which may be their natural logs."""
     if MAP == "elu1":
-        return tl.exp(tl.minimum(x, 0.0))
+        return tl.where(x < 0, x * LOG2E, tl.log2(tl.maximum(x, 0.0) + 1.0))
     elif MAP == "relu":
-        return tl.where(x > 0, 1.0, 0.0)
+        return tl.log2(tl.maximum(x, TINY))
+    else:
+        return x * LOG2E
+
+
+@triton.jit
+def weights_of(x, exists, z, lse, MAP: tl.constexpr):
+    """Return exp2(log2 phi + z - lse), what features weigh of a denominator; zero where there is no number."""
+    return tl.exp2(tl.where(exists, log2_of_map(x, MAP) + z[None, :] - lse[:, None], float("-inf")))
+
+
+@triton.jit
+def slope_of_log(x, MAP: tl.constexpr):
+    """Return the derivative of the natural log of features."""
+    if MAP == "elu1":
+        return 1.0 / (tl.maximum(x, 0.0) + 1.0)
+    elif MAP == "relu":
+        return tl.where(x > TINY, 1.0 / tl.maximum(x, TINY), 0.0)
     else:
         return tl.full(x.shape, 1.0, tl.float32)
 

@@ -1,14 +1,17 @@
 """Exact and linear keys under one denominator as an operator of PyTorch: `mixed_attend`, its launches, its gradients.
 
-It knows no tokens and no rate: exact keys come gathered, linear ones as a state. Features of queries are given, or made
-of the numbers at hand where their map acts on each number alone.
+It knows no tokens and no rate: exact keys come gathered, linear ones as a state. Features of queries are given, as such
+or by their logs, or made of the numbers at hand where their map acts on each number alone. All but features as such are
+on the raw scale: linear keys lose the same factor exp(-c) as exact ones, so that neither overflows.
 
-dtypes: float16, bfloat16; the interpreter also float32. The linear part of bfloat16 is multiplied in bfloat16, after
-the state was centred, that of others in tf32, so that no feature overflows. Head sizes: up to 256; any number of
-features. Devices: NVIDIA from Ampere on; AMD where Triton runs. Gradients: all tensors, through the maximum too; once
-differentiable. Deterministic: no atomics, a fixed order of keys. Accumulates in fp32. Any strides, 64-bit offsets.
+dtypes: float16, bfloat16; the interpreter also float32. Given features of bfloat16 are multiplied in bfloat16, after
+the state was centred, those of others in tf32, so that none overflows; on the raw scale all products are in the dtype.
+Head sizes: up to 256; any number of features. Devices: NVIDIA from Ampere on; AMD where Triton runs. Gradients: all
+tensors, through the maximum too; once differentiable. Deterministic: no atomics, a fixed order of keys. Accumulates in
+fp32. Any strides, 64-bit offsets.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -36,16 +39,21 @@ def mixed_attend(
 ) -> Tensor:
     """Return (sum exp(s - c) v + phi S) / (sum exp(s - c) + phi z) with s = scale q . k and c = max s of each query.
 
+    On the raw scale (sum exp(s) v + phi S) / (sum exp(s) + phi z), which is softmax attention over more keys: the
+    features, with scores log phi + log z and values S / z.
+
     Shapes:
         query: (B, H, M, D), M at least 1. key, value: (B, H, K, D), K may be 0: then the denominator is at least 1e-12.
-        numbers: (B, H, M, F). state S: (B, H, F, D) and norm z: (B, H, F), float32. Output: (B, H, M, D), contiguous.
+        numbers: (B, H, M, F). state: (B, H, F, D), norm: (B, H, F), float32. Output: (B, H, M, D), contiguous.
 
     Args:
         numbers: what `feature_map` turns into features phi, which are not negative.
+        state, norm: S and z; on the raw scale S / z and log z.
         scale: at least 0.
-        feature_map: "given" where numbers are features, or one of FUSED_MAPS.
+        feature_map: "given" where numbers are features. On the raw scale "logs" where numbers are their logs, or one of
+            FUSED_MAPS.
         exact: (B, H, M, D), softmax attention from elsewhere. It replaces the first sums: (exact + phi S) /
-            (1 + phi z), which is the above with c = log sum exp s. `key` is empty then.
+            (1 + phi z), which is the above with c = log sum exp s. `key` is empty then. Not on the raw scale.
 
     Returns:
         The output in the dtype of `query`.
@@ -55,7 +63,7 @@ def mixed_attend(
 
     Source: Attention Surgery (arXiv 2509.24899), equation of section 3.
     """
-    assert exact is None or key.shape[2] == 0
+    assert exact is None or (key.shape[2] == 0 and feature_map == GIVEN)
     tensors = (query, key, value, numbers, state, norm, exact)
     return torch.ops.linearize.mixed_forward(*tensors, scale, feature_map)[0]
 
@@ -73,7 +81,7 @@ def mixed_forward(
     with on_device_of(query):
         grid, options = _launch("mixed_forward", query, query.shape[2])
         kernel[grid](
-            *inputs, *_centred(state, norm, query.dtype), out, lse, den, *strides(*inputs),
+            *inputs, *_prepared(state, norm, query.dtype, feature_map), out, lse, den, *strides(*inputs),
             log2_scale(scale), query.shape[2], key.shape[2], query.shape[1],
             **_linear_options(numbers, query, feature_map), HAS_EXACT=exact is not None, **options,
         )  # fmt: skip
@@ -95,16 +103,17 @@ def mixed_backward(
     delta, pull = (torch.empty(den.shape, dtype=torch.float32, device=den.device) for _ in range(2))
     top_key = torch.empty(den.shape, dtype=torch.int32, device=den.device)
     sizes = (log2_scale(scale), query.shape[2], key.shape[2], query.shape[1])
+    held, z, centre = _prepared(state, norm, query.dtype, feature_map)
     with on_device_of(query):
         grid, options = _launch("mixed_dx", query, query.shape[2])
         dx_kernel[grid](
-            x, grad, out, *_centred(state, norm, query.dtype), den, delta, dx, *strides(x, grad),
+            x, grad, out, held, z, centre, lse, den, delta, dx, *strides(x, grad),
             query.shape[2], query.shape[1], **_linear_options(x, query, feature_map), **options,
         )  # fmt: skip
         grid, options = _launch("mixed_dq", query, query.shape[2])
         dq_kernel[grid](
             query, key, value, grad, lse, den, delta, pull, top_key, dq,
-            *strides(query, key, value, grad), *sizes, **options,
+            *strides(query, key, value, grad), *sizes, MAP=feature_map, **options,
         )  # fmt: skip
         if key.shape[2]:
             grid, options = _launch("mixed_dk_dv", query, key.shape[2])
@@ -112,11 +121,19 @@ def mixed_backward(
                 query, key, value, grad, lse, delta, pull, top_key, dk, dv,
                 *strides(query, key, value, grad), *sizes, **options,
             )  # fmt: skip
-    return dq, dk, dv, dx, *weighted_state(x, grad, feature_map, (den, delta))
+    d_state, d_norm = weighted_state(x, grad, feature_map, z, lse, den, delta)
+    if feature_map != GIVEN:  # the score log z gets the same as log phi, summed over queries
+        d_norm = d_norm + (d_state * state).sum(-1)
+    return dq, dk, dv, dx, d_state, d_norm
 
 
-def _centred(state: Tensor, norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return S - z m^T in the dtype of products, z, and m, the mean that is added back where nothing is rounded."""
+def _prepared(state: Tensor, norm: Tensor, dtype: torch.dtype, feature_map: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return S - z m^T in the dtype of products, z, and m, the mean that is added back where nothing is rounded.
+
+    On the raw scale S / z, which is rounded like any value, log2 z, and m = 0.
+    """
+    if feature_map != GIVEN:
+        return state.to(dtype).contiguous(), (norm / math.log(2)).contiguous(), torch.zeros_like(state[:, :, 0])
     centre = state.sum(2) / norm.sum(2).clamp_min(FLOOR)[..., None]
     centred = state - norm[..., None] * centre[:, :, None]
     return centred.to(dtype if dtype == torch.bfloat16 else torch.float32).contiguous(), norm.contiguous(), centre
@@ -138,7 +155,8 @@ def _launch(kernel: str, query: Tensor, num_rows: int) -> tuple[tuple[int, int],
 
 
 def _linear_options(numbers: Tensor, query: Tensor, feature_map: str) -> dict[str, Any]:
-    block = 64 if query.dtype == torch.bfloat16 else 32  # 128 bytes in the dtype of products
+    # 128 bytes in the dtype of products; on the raw scale fewer, because numbers and scores of each are held
+    block = 64 if query.dtype == torch.bfloat16 and feature_map == GIVEN else 32
     return {"FEATURES": numbers.shape[-1], "BLOCK_FEATURES": block, "MAP": feature_map, "PRECISION": precision()}
 
 

@@ -4,12 +4,15 @@ With p = exp2(s - lse), delta = rowsum(do o) and den the whole denominator, the 
 ds = p (do v^T - delta). The linear half is dphi = (do S^T - delta z) / den. The linear part does not cancel the maximum
 c, so c has a gradient, -sum ds, which goes to the first key with the largest score. (It equals phi . dphi, but that
 difference of large numbers suffers from the rounding of o, where linear keys have most of the weight.)
+
+On the raw scale (MAP is not "given") c cancels and has none. Features are keys, with p = exp2(log2 phi + log2 z - lse):
+dlog phi = p (do (S / z)^T - delta).
 """
 
 import triton
 import triton.language as tl
 
-from .features import FLOOR, load_numbers, load_state, slope_of_map, store_numbers
+from .features import FLOOR, load_numbers, load_state, slope_of_log, store_numbers, weights_of
 from .primitives import NEVER, load_tokens, store_tokens
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -18,14 +21,14 @@ NO_QUERY = tl.constexpr(1.0e38)  # as the log of a denominator: nothing weighs a
 
 @triton.jit(do_not_specialize=["num_queries", "num_heads"])
 def mixed_dx_kernel(
-    x, do, out, state, norm, centre, den, delta, dx,
+    x, do, out, state, norm, centre, lse, den, delta, dx,
     x_batch: tl.int64, x_head: tl.int64, x_token: tl.int64,
     do_batch: tl.int64, do_head: tl.int64, do_token: tl.int64,
     num_queries, num_heads,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write `dx` (B, H, M, F), the gradient of what became features, and `delta` (B, H, M), of one block of queries."""
+    """Write `dx` (B, H, M, F), the gradient of numbers, and `delta` (B, H, M), of one block of queries."""
     copy = tl.program_id(1).to(tl.int64)
     batch, head = copy // num_heads, copy % num_heads
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -33,7 +36,7 @@ def mixed_dx_kernel(
     do_rows = load_tokens(do + batch * do_batch + head * do_head, queries, do_token, SIZE, BLOCK_SIZE)
     out_rows = load_tokens(out + copy * num_queries * SIZE, queries, SIZE, SIZE, BLOCK_SIZE)
     statistics = copy * num_queries + queries
-    den_rows = tl.load(den + statistics)
+    lse_rows, den_rows = tl.load(lse + statistics), tl.load(den + statistics)
     delta_rows = tl.sum(do_rows.to(tl.float32) * out_rows.to(tl.float32), 1)
     # a denominator at its floor is a constant
     delta_rows = tl.where(den_rows > FLOOR, delta_rows, 0.0)
@@ -51,8 +54,12 @@ def mixed_dx_kernel(
         numbers, exists = load_numbers(x, queries, x_token, is_real, place, FEATURES)
         state_rows, z = load_state(state, norm, place, FEATURES, SIZE, BLOCK_SIZE)
         dphi = tl.dot(do_rows.to(state_rows.dtype), tl.trans(state_rows), input_precision=PRECISION)
-        dphi = (dphi + shift[:, None] * z[None, :]) / den_rows[:, None]
-        store_numbers(dx, queries, dphi * slope_of_map(numbers, MAP), exists, place, FEATURES)
+        if MAP == "given":
+            dphi = (dphi + shift[:, None] * z[None, :]) / den_rows[:, None]
+        else:
+            p = weights_of(numbers, exists, z, lse_rows, MAP)
+            dphi = p * (dphi + shift[:, None]) * slope_of_log(numbers, MAP)
+        store_numbers(dx, queries, dphi, exists, place, FEATURES)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_heads"])
@@ -63,7 +70,8 @@ def mixed_dq_kernel(
     v_batch: tl.int64, v_head: tl.int64, v_token: tl.int64,
     do_batch: tl.int64, do_head: tl.int64, do_token: tl.int64,
     scale, num_queries, num_keys, num_heads,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, MAP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write `dq` (B, H, M, D), and per query `pull` = dc and `top_key`, the key that gets it."""
     copy = tl.program_id(1).to(tl.int64)
@@ -101,7 +109,7 @@ def mixed_dq_kernel(
         acc = tl.dot(ds.to(k_block.dtype), k_block, acc, input_precision="ieee")
 
     acc /= den_rows[:, None]
-    pull_rows /= den_rows
+    pull_rows = pull_rows / den_rows if MAP == "given" else tl.zeros_like(pull_rows)
     if num_keys > 0:
         acc += pull_rows[:, None] * load_tokens(k, best_key, k_token, SIZE, BLOCK_SIZE).to(tl.float32)
     tl.store(pull + statistics, pull_rows, mask=is_real)

@@ -4,13 +4,15 @@
 
 An online softmax over the exact keys ends with the exact maximum c, so the linear part is added once, in the epilogue,
 without a factor. S is centred: S = S' + z m^T, so that what is rounded is small; phi z is computed in fp32 throughout.
+On the raw scale (MAP is not "given") features are keys too, with score log phi + log z and value S / z: the online
+softmax goes on over them, and `state` and `norm` hold S / z and log2 z.
 """
 
 import triton
 import triton.language as tl
 
 from .clear_forward import absorb
-from .features import FLOOR, apply_map, load_numbers, load_state
+from .features import FLOOR, load_numbers, load_state, log2_of_map
 from .primitives import NEVER, load_tokens, store_tokens
 
 
@@ -73,16 +75,21 @@ def mixed_forward_kernel(
     weight = tl.zeros([BLOCK_ROWS], tl.float32)
     for first in range(0, FEATURES, BLOCK_FEATURES):
         place = first + tl.arange(0, BLOCK_FEATURES)
-        numbers, exists = load_numbers(x, queries, x_token, is_real, place, FEATURES)
-        phi = tl.where(exists, apply_map(numbers, MAP), 0.0)
+        numbers, _ = load_numbers(x, queries, x_token, is_real, place, FEATURES)
         state_rows, z = load_state(state, norm, place, FEATURES, SIZE, BLOCK_SIZE)
-        weight += tl.sum(phi * z[None, :], 1)
-        acc = tl.dot(phi.to(state_rows.dtype), state_rows, acc, input_precision=PRECISION)
+        if MAP == "given":
+            weight += tl.sum(numbers * z[None, :], 1)
+            acc = tl.dot(numbers.to(state_rows.dtype), state_rows, acc, input_precision=PRECISION)
+        else:
+            z = tl.where(place < FEATURES, z, NEVER)
+            top, total, acc = absorb(log2_of_map(numbers, MAP) + z[None, :], 1.0, state_rows, top, total, acc)
 
-    value = tl.arange(0, BLOCK_SIZE)
-    mean = tl.load(centre + copy * SIZE + value, mask=value < SIZE, other=0.0)
-    total = tl.maximum(total + weight, FLOOR)
-    acc = (acc + weight[:, None] * mean[None, :]) / total[:, None]
+    if MAP == "given":
+        value = tl.arange(0, BLOCK_SIZE)
+        mean = tl.load(centre + copy * SIZE + value, mask=value < SIZE, other=0.0)
+        acc += weight[:, None] * mean[None, :]
+        total = tl.maximum(total + weight, FLOOR)
+    acc /= total[:, None]
     store_tokens(out + copy * num_queries * SIZE, queries, SIZE, acc, is_real, SIZE, BLOCK_SIZE)
     tl.store(lse + copy * num_queries + queries, top + tl.log2(total), mask=is_real)
     tl.store(den + copy * num_queries + queries, total, mask=is_real)

@@ -2,6 +2,7 @@
 
 Fused are maps that act on each number alone (FUSED_MAPS); features of other maps are given, and should be given in
 parts, because whoever makes them holds them. In the backward pass features of some thousand tokens exist at a time.
+What queries ask of a state in the backward pass is the same sum with weights: `weighted_state`.
 
 dtypes: float16, bfloat16; the interpreter also float32. Products of bfloat16 are taken in bfloat16, others in tf32.
 Head sizes: up to 256; any number of features. Gradients: numbers and values. Deterministic: shares in a fixed order.
@@ -19,7 +20,7 @@ from .launch import block_size, on_device_of, rows_together, strides
 from .tuning import tile_for
 
 Mapped = tuple[Tensor, Tensor]  # features and their derivatives
-GIVEN = "given"
+GIVEN, LOGS = "given", "logs"
 FUSED_MAPS: dict[str, Callable[[Tensor], Mapped]] = {
     "elu1": lambda x: (F.elu(x) + 1, x.clamp_max(0).exp()),
     "relu": lambda x: (x.relu(), (x > 0).to(x.dtype)),
@@ -44,13 +45,26 @@ def linear_state(numbers: Tensor, value: Tensor, feature_map: str) -> tuple[Tens
 
 def state_forward(numbers: Tensor, value: Tensor, feature_map: str) -> tuple[Tensor, Tensor]:
     """See `linear_state`."""
-    return weighted_state(numbers, value, feature_map, None)
+    return _launch(numbers, value, feature_map, None)
 
 
 def weighted_state(
-    numbers: Tensor, value: Tensor, feature_map: str, weights: tuple[Tensor, Tensor] | None
+    numbers: Tensor, grad: Tensor, feature_map: str, log2_z: Tensor, lse: Tensor, den: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return `linear_state`, or with weights (den, delta) of (B, H, N): sum phi^T v / den and -sum phi delta / den."""
+    """Return sum w^T grad and -sum w delta, with w = phi / den; on the raw scale exp2(log2 phi + log2_z - lse).
+
+    Shapes:
+        numbers: (B, H, N, F). grad: (B, H, N, D). log2_z: (B, H, F). lse, den, delta: (B, H, N). Output as above.
+
+    Args:
+        feature_map: "given", else features are on the raw scale: one of FUSED_MAPS, or "logs".
+    """
+    return _launch(numbers, grad, feature_map, (log2_z, lse, den, delta))
+
+
+def _launch(
+    numbers: Tensor, value: Tensor, feature_map: str, weights: tuple[Tensor, ...] | None
+) -> tuple[Tensor, Tensor]:
     from .state_forward import state_kernel
 
     kernel: Any = state_kernel
@@ -61,10 +75,9 @@ def weighted_state(
     shares = max(1, min(NUM_PROGRAMS // programs, tokens // SHARE_TOKENS))
     total = torch.empty((shares, batch, heads, features, size), dtype=torch.float32, device=value.device)
     norm = torch.empty((shares, batch, heads, features), dtype=torch.float32, device=value.device)
-    den, delta = weights or (norm, norm)
     with on_device_of(value):
         kernel[(-(-features // tile.rows), batch * heads, shares)](
-            numbers, value, den, delta, total, norm, *strides(numbers, value),
+            numbers, value, *(weights or (norm,) * 4), total, norm, *strides(numbers, value),
             tokens, heads, batch * heads, -(-tokens // shares),
             SIZE=size, BLOCK_SIZE=block_size(size), FEATURES=features, MAP=feature_map, PRECISION=precision(),
             IS_WEIGHTED=weights is not None, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,

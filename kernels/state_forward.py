@@ -2,19 +2,20 @@
 
     total = sum phi^T y,  norm = sum phi;   with weights  total = sum phi^T y / den,  norm = -sum phi delta / den
 
-A program owns some features of one head and visits one share of the tokens; shares are added by the caller.
+On the raw scale (weights, and MAP is not "given") exp2(log2 phi + log2 z - lse) takes the place of phi / den. A program
+owns some features of one head and visits one share of the tokens; shares are added by the caller.
 """
 
 import triton
 import triton.language as tl
 
-from .features import apply_map, load_numbers
+from .features import apply_map, load_numbers, weights_of
 from .primitives import load_tokens
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_heads", "num_copies", "share"])
 def state_kernel(
-    x, y, den, delta, total, norm,
+    x, y, log2_z, lse, den, delta, total, norm,
     x_batch: tl.int64, x_head: tl.int64, x_token: tl.int64,
     y_batch: tl.int64, y_head: tl.int64, y_token: tl.int64,
     num_tokens, num_heads, num_copies, share,
@@ -28,6 +29,9 @@ def state_kernel(
     place, value = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_SIZE)
     x += batch * x_batch + head * x_head
     y += batch * y_batch + head * y_head
+    IS_RAW: tl.constexpr = IS_WEIGHTED and MAP != "given"
+    if IS_RAW:
+        z = tl.load(log2_z + copy * FEATURES + place, mask=place < FEATURES, other=0.0)
 
     acc = tl.zeros([BLOCK_ROWS, BLOCK_SIZE], tl.float32)
     weight = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -37,10 +41,14 @@ def state_kernel(
         columns = first + tl.arange(0, BLOCK_COLUMNS)
         is_real, tokens = columns < stop, tl.minimum(columns, num_tokens - 1)
         numbers, exists = load_numbers(x, tokens, x_token, is_real, place, FEATURES)
-        phi = tl.where(exists, apply_map(numbers, MAP), 0.0)
+        if IS_RAW:
+            phi = weights_of(numbers, exists, z, tl.load(lse + copy * num_tokens + tokens), MAP)
+        elif IS_WEIGHTED:
+            phi = numbers / tl.load(den + copy * num_tokens + tokens)[:, None]
+        else:
+            phi = tl.where(exists, apply_map(numbers, MAP), 0.0)
         y_block = load_tokens(y, tokens, y_token, SIZE, BLOCK_SIZE)
         if IS_WEIGHTED:
-            phi /= tl.load(den + copy * num_tokens + tokens)[:, None]
             weight -= tl.sum(phi * tl.load(delta + copy * num_tokens + tokens)[:, None], 0)
         else:
             weight += tl.sum(phi, 0)

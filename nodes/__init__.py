@@ -2,15 +2,22 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .budget_plan import LinearizeBudgetPlan
 from .clear import LinearizeCLEAR
 from .compare import LinearizeCompare
+from .finetune import LinearizeFinetune
 from .high_res import LinearizeHighRes
 from .linear import LinearizeHybrid, LinearizeLinear
 from .load_student import LinearizeLoadStudent
 from .model_files import register_folder
 from .plan import LinearizeApply, LinearizeUniformPlan
+from .publish import LinearizePublish
 from .receipt import watch_prompts
 from .report import LinearizeReport
+from .save_student import LinearizeSaveStudent
+from .site_errors import LinearizeSiteErrors
+from .teacher_samples import LinearizeTeacherSamples
+from .transfer import LinearizeTransfer
 
 register_folder()
 
@@ -31,7 +38,14 @@ class LinearizeExtension(ComfyExtension):
             LinearizeLoadStudent,
             LinearizeApply,
             LinearizeUniformPlan,
+            LinearizeBudgetPlan,
+            LinearizeTeacherSamples,
+            LinearizeTransfer,
+            LinearizeFinetune,
+            LinearizeSaveStudent,
+            LinearizePublish,
             LinearizeReport,
             LinearizeCompare,
+            LinearizeSiteErrors,
             LinearizeHighRes,
         ]

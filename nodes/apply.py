@@ -2,13 +2,14 @@
 
 from typing import Any
 
-import torch
-
-from ..attention.fingerprint import distance, fingerprint, match
-from ..attention.plans import Plan, describe_sites, select_sites
+from ..attention.candidates import Candidates, as_student
+from ..attention.fingerprint import distance, match
+from ..attention.plans import Plan, select_sites
 from ..attention.runtime import SiteSettings
 from ..attention.specs import DenseSpec
-from ..attention.student_file import StudentFile, check_student, student_maps
+from ..attention.student_file import StudentFile
+from ..attention.student_fit import check_student, student_parameters
+from ..training.comfy_patch import model_fingerprint
 from . import patching
 from .kind_inputs import untrained_notes
 
@@ -29,34 +30,32 @@ def apply_plan(model: Any, plan: Plan, node_id: str | None) -> Any:
         for site, spec in plan.resolve(sites).items()
         if site in named or plan.default != DenseSpec()  # what the plan does not name stays as it was
     }
-    notes = untrained_notes(each.spec for each in settings.values())
-    earlier = patching.runtime_of(model)
-    lost = [site for site in settings if earlier and site in earlier.sites and earlier.sites[site].trained]
-    if lost:
-        notes.append(f"the distilled weights of {describe_sites(lost)} were taken out")
+    notes = [*untrained_notes(each.spec for each in settings.values()), *patching.replaced_notes(model, settings)]
     status = patching.show_on_node(node_id, notes)
     return patching.patch_model(model, settings, status)[0]
 
 
-def apply_student(model: Any, student: StudentFile, node_id: str | None) -> Any:
+def apply_student(model: Any, student: StudentFile | Candidates, node_id: str | None) -> Any:
     """Return a clone of `model` that runs a student: its plan, learned parameters and weight deltas.
+
+    Of several candidates of a site the one of lowest error runs, and the node says so.
 
     Raises:
         ValueError: the student is for another host, or does not fit this model's sites or parameters.
     """
     host, module = patching.host_of(model)
     sites = host.sites(module)
+    student, choice = as_student(student)
     specs = check_student(student, host.name, sites)
-    pools = {name.removesuffix(".pool"): t for name, t in student.parameters.items() if name.endswith(".pool")}
-    maps = student_maps(student, specs, sites)
-    learned = set(specs) if student.deltas else {*pools, *maps}
+    parameters = student_parameters(student, specs, sites)
+    learned = set(specs) if student.deltas else set(parameters.by_site())
     settings = {
         site: SiteSettings(spec, trained=site in learned and not isinstance(spec, DenseSpec), origin=student.origin)
         for site, spec in specs.items()
     }
-    notes = (student_note(student), *base_notes(model, student))
+    notes = (student_note(student), *choice, *base_notes(model, student), *patching.replaced_notes(model, settings))
     status = patching.show_on_node(node_id, notes)
-    return patching.patch_model(model, settings, status, pools=pools, maps=maps, deltas=student.deltas)[0]
+    return patching.patch_model(model, settings, status, parameters=parameters, deltas=student.deltas)[0]
 
 
 def student_note(student: StudentFile) -> str:
@@ -77,9 +76,3 @@ def base_notes(model: Any, student: StudentFile) -> tuple[str, ...]:
     if kind == "fine-tune":
         return (f"this model is a fine-tune of the student's base (norms {apart:.0%} apart)",)
     return (f"this model is not the student's base (norms {apart:.0%} apart); expect poor pictures",)
-
-
-def model_fingerprint(model: Any) -> torch.Tensor:
-    """Return the fingerprint of a model patcher's base weights."""
-    host, module = patching.host_of(model)
-    return fingerprint([patching.parameter(model, name) for name in host.norm_parameters(module)])

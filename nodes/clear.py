@@ -2,15 +2,14 @@
 
 from comfy_api.latest import io
 
-from ..attention.backends import BACKENDS
 from ..attention.plans import Plan, group_sites, select_sites
 from ..attention.runtime import SiteSettings
 from ..attention.specs import ClearSpec
+from ..attention.student import StudentParameters
 from . import model_files, patching
 from .clear_source import AUTO, choices, clear_source, published_name
+from .kind_inputs import clear_inputs, place_inputs
 from .sockets import CATEGORY, AttentionPlan
-
-DEFAULTS = ClearSpec()
 
 
 class LinearizeCLEAR(io.ComfyNode):
@@ -19,6 +18,7 @@ class LinearizeCLEAR(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Return inputs and outputs."""
+        radius, *windows = clear_inputs(advanced=True)
         return io.Schema(
             node_id="LinearizeCLEAR",
             display_name="CLEAR Attention",
@@ -36,14 +36,7 @@ class LinearizeCLEAR(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="A loaded diffusion transformer. It is not changed; a patched copy comes out."
                 ),
-                io.Int.Input(
-                    "radius",
-                    default=DEFAULTS.radius,
-                    min=1,
-                    max=1024,
-                    tooltip="Radius of the disc in tokens; one FLUX token is 16 pixels. Smaller is faster and keeps "
-                    "less.",
-                ),
+                radius,
                 io.Combo.Input(
                     "weights",
                     options=choices(),
@@ -52,70 +45,8 @@ class LinearizeCLEAR(io.ComfyNode):
                     "FLUX.1 where one fits and is there; choosing one that is not there downloads it (3.6 GB). none "
                     "uses the model's own weights, which were never trained for windows.",
                 ),
-                io.Int.Input(
-                    "temporal_radius",
-                    default=DEFAULTS.temporal_radius,
-                    min=0,
-                    max=1024,
-                    advanced=True,
-                    tooltip="Video only: radius in latent frames. 0 sees every frame.",
-                ),
-                io.Int.Input(
-                    "down_factor",
-                    default=DEFAULTS.down_factor,
-                    min=1,
-                    max=16,
-                    advanced=True,
-                    tooltip="Also shows every token the average of each square of this many tokens a side. 1 is off. "
-                    "CLEAR's pooled weights use 4. Cost grows with the square of the pixels again.",
-                ),
-                io.Boolean.Input(
-                    "proportional",
-                    default=DEFAULTS.proportional,
-                    advanced=True,
-                    tooltip="Sharpens attention for pictures above 1024 x 1024, as CLEAR's high-resolution recipe "
-                    "does.",
-                ),
-                io.String.Input(
-                    "sites",
-                    default="all",
-                    advanced=True,
-                    tooltip="Which self-attention sites: all, double, single, single.10-37, or several with commas.",
-                ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Part of sampling at which windows begin; before it attention is dense.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Part of sampling at which windows end; after it attention is dense.",
-                ),
-                io.Int.Input(
-                    "min_tokens",
-                    default=0,
-                    min=0,
-                    max=2**20,
-                    advanced=True,
-                    tooltip="Calls with fewer tokens stay dense. 4096 image tokens are 1024 x 1024 pixels of FLUX.",
-                ),
-                io.Combo.Input(
-                    "backend",
-                    options=[AUTO, *BACKENDS],
-                    default=AUTO,
-                    advanced=True,
-                    tooltip="auto takes triton, the kernels for GPUs, or else torch, which runs everywhere. reference "
-                    "is float64 on every pair, for checking.",
-                ),
+                *windows,
+                *place_inputs(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The patched model."),
@@ -152,12 +83,13 @@ class LinearizeCLEAR(io.ComfyNode):
         source = clear_source(weights, spec, host, module)
         origin = model_files.identity(source.weights.file.path) if source.weights else ""
         settings = SiteSettings(source.spec, backend, sigma_range, min_tokens, bool(source.weights), origin)
+        notes = (*source.notes, *patching.replaced_notes(model, chosen))
         patched, runtime = patching.patch_model(
             model,
             dict.fromkeys(chosen, settings),
-            patching.show_on_node(cls.hidden.unique_id, source.notes),
+            patching.show_on_node(cls.hidden.unique_id, notes),
             projections=source.weights.projections(chosen) if source.weights else (),
-            pools=source.weights.pool_weights(chosen) if source.weights else None,
+            parameters=StudentParameters(source.weights.pool_weights(chosen)) if source.weights else None,
         )
         plan = Plan(
             runtime.host.name, rules=group_sites({site: settings.spec for site, settings in runtime.sites.items()})

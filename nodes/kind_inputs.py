@@ -9,7 +9,7 @@ from ..attention.backends import AUTO, BACKENDS
 from ..attention.feature_maps import MAPS
 from ..attention.plans import Plan, group_sites, select_sites
 from ..attention.runtime import SiteSettings
-from ..attention.specs import STABILIZERS, ChunkedSpec, HybridSpec, LinearSpec, MappedSpec, SiteSpec
+from ..attention.specs import STABILIZERS, ChunkedSpec, ClearSpec, HybridSpec, LinearSpec, MappedSpec, SiteSpec
 from . import patching
 
 UNTRAINED_MAP = "favor"  # has nothing to learn
@@ -23,7 +23,7 @@ def feature_map_inputs() -> list[Any]:
             options=list(MAPS),
             default=UNTRAINED_MAP,
             tooltip="What stands for the softmax of keys that are not exact. favor, elu1 and relu have nothing to "
-            "learn, but outweigh exact keys; hedgehog, polynomial and linfusion give noise until they are trained.",
+            "learn and are rough; hedgehog, polynomial and linfusion give noise until they are trained.",
         ),
         io.Int.Input(
             "feature_dim",
@@ -32,6 +32,43 @@ def feature_map_inputs() -> list[Any]:
             max=1024,
             advanced=True,
             tooltip="Features per head. 0 takes the map's own number; more cost more.",
+        ),
+    ]
+
+
+def clear_inputs(*, advanced: bool = False) -> list[Any]:
+    """Return the inputs of kind clear; `advanced` hides all but the radius behind a click."""
+    default = ClearSpec()
+    return [
+        io.Int.Input(
+            "radius",
+            default=default.radius,
+            min=1,
+            max=1024,
+            tooltip="Radius of the disc in tokens; one FLUX token is 16 pixels. Smaller is faster and keeps less.",
+        ),
+        io.Int.Input(
+            "temporal_radius",
+            default=default.temporal_radius,
+            min=0,
+            max=1024,
+            advanced=advanced,
+            tooltip="Video only: radius in latent frames. 0 sees every frame.",
+        ),
+        io.Int.Input(
+            "down_factor",
+            default=default.down_factor,
+            min=1,
+            max=16,
+            advanced=advanced,
+            tooltip="Also shows every token the average of each square of this many tokens a side. 1 is off. "
+            "CLEAR's pooled weights use 4. Cost grows with the square of the pixels again.",
+        ),
+        io.Boolean.Input(
+            "proportional",
+            default=default.proportional,
+            advanced=advanced,
+            tooltip="Sharpens attention for pictures above 1024 x 1024, as CLEAR's high-resolution recipe does.",
         ),
     ]
 
@@ -53,8 +90,9 @@ def hybrid_inputs() -> list[Any]:
             options=list(STABILIZERS),
             default=STABILIZERS[0],
             advanced=True,
-            tooltip="How exact and linear keys are weighed against each other: max as in Attention Surgery, lse so "
-            "that exact keys weigh 1 in all. Trained maps work with the one they were trained for.",
+            tooltip="How linear keys of maps that learn are weighed against exact ones: max as in Attention Surgery, "
+            "lse so that exact keys weigh 1 in all, common by one measure for both. Trained maps work with the one "
+            "they were trained for; favor, elu1 and relu always weigh as in common.",
         ),
         feature_dim,
     ]
@@ -106,14 +144,20 @@ def place_inputs() -> list[Any]:
             tooltip="Part of sampling at which the kind ends; after it attention is dense.",
         ),
         io.Int.Input(
-            "min_tokens", default=0, min=0, max=2**20, advanced=True, tooltip="Calls with fewer tokens stay dense."
+            "min_tokens",
+            default=0,
+            min=0,
+            max=2**20,
+            advanced=True,
+            tooltip="Calls with fewer tokens stay dense. 4096 image tokens are 1024 x 1024 pixels of FLUX.",
         ),
         io.Combo.Input(
             "backend",
             options=[AUTO, *BACKENDS],
             default=AUTO,
             advanced=True,
-            tooltip="auto takes triton on a GPU, else torch, which runs everywhere; reference is float64, for checks.",
+            tooltip="auto takes triton, the kernels for GPUs, or else torch, which runs everywhere. reference is "
+            "float64 on every pair, for checking.",
         ),
     ]
 
@@ -147,7 +191,8 @@ def run_kind(
     sigma_range = patching.sigma_range(model, start_percent, end_percent)
     chosen = select_sites(sites, [site.id for site in host.sites(module)])
     settings = SiteSettings(spec, backend, sigma_range, min_tokens)
-    status = patching.show_on_node(node_id, untrained_notes([spec]))
+    notes = (*untrained_notes([spec]), *patching.replaced_notes(model, chosen))
+    status = patching.show_on_node(node_id, notes)
     patched, runtime = patching.patch_model(model, dict.fromkeys(chosen, settings), status)
     specs: dict[str, SiteSpec] = {site: each.spec for site, each in runtime.sites.items()}
     return patched, Plan(host.name, rules=group_sites(specs))

@@ -4,6 +4,7 @@ Choosing a published file that is not there yet is the click that permits its do
 """
 
 import hashlib
+import re
 from pathlib import Path
 
 import comfy.model_management
@@ -15,6 +16,8 @@ from ..attention import hub
 FOLDER = "linearize"
 EXTENSION = ".safetensors"
 HASHED_BYTES = 512 * 2**20
+PART = re.compile(r"(?![. ])[^\x00-\x1f<>:\"|?*\\/]{1,100}(?<![. ])")  # of a path, on every system
+WINDOWS_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def register_folder() -> None:
@@ -72,6 +75,33 @@ def student_path(name: str, hub_file: str, allow_download: bool) -> Path:
             f"choose a student in {_folder()}, or write hub_file as owner/repo/file.safetensors; one of both"
         )
     return fetch(name) if name else _download(hub.parse_hub_file(hub_file), allow_download)
+
+
+def new_path(name: str) -> Path:
+    """Return a path in `models/linearize` that no file has: `<name>_00001_.safetensors`, or the next number.
+
+    Args:
+        name: without number and ending, folders before it with forward slashes; %year% and its like are replaced as in
+            ComfyUI's own Save nodes.
+
+    Raises:
+        ValueError: the name would leave the folder or cannot be one everywhere, or its folder cannot be made.
+    """
+    parts = name.strip().removesuffix(EXTENSION).split("/")
+    if not all(PART.fullmatch(part) and not WINDOWS_NAMES.fullmatch(part) for part in parts):
+        raise ValueError(f"name is a file's name, such as my_student or wan/high, in {_folder()}; got {name!r}")
+    try:
+        folder, stem, number, _, _ = folder_paths.get_save_image_path("/".join(parts), str(_folder()))
+    except Exception as error:  # also where a folder in it leads elsewhere
+        raise ValueError(f"cannot save {name!r} in {_folder()}: {str(error).strip('* ').splitlines()[0]}") from None
+    while (path := Path(folder) / f"{stem}_{number:05}_{EXTENSION}").exists():
+        number += 1
+    return path
+
+
+def shown_name(path: Path) -> str:
+    """Return the name of a file in `models/linearize` as the nodes' lists show it."""
+    return str(path.relative_to(_folder()))
 
 
 def identity(path: Path) -> str:

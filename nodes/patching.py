@@ -1,19 +1,14 @@
-"""The only module of the nodes that touches a model patcher: it installs the runtime on a clone.
+"""Installs the runtime on a clone of a model; with `weight_patches.py` the only module that touches a model patcher.
 
 What is installed is stateless: the override, the wrapper and the callbacks find the `Runtime` in the transformer
 options of the model they are called for, so a clone of the model needs nothing but a runtime of its own.
 """
 
-import contextlib
 import copy
-import re
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import comfy.lora
-import comfy.memory_management
 import comfy.model_management
 import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP
@@ -22,42 +17,24 @@ from torch import Tensor
 from ..attention.backends import refused
 from ..attention.feature_maps import Maps
 from ..attention.high_res import with_proportional_scale
-from ..attention.hosts import Host, WeightTarget, find_host
 from ..attention.memory import LongLived
-from ..attention.runtime import (
-    OVERRIDE_KEY,
-    RUNTIME_KEY,
-    AttentionOverride,
-    Runtime,
-    SiteSettings,
-    model_call_wrapper,
-)
+from ..attention.plans import describe_sites
+from ..attention.runtime import RUNTIME_KEY, Runtime, SiteSettings
 from ..attention.specs import MappedSpec
 from ..attention.student import StudentParameters, new_maps
-from .injection import site_injection
+from ..training.comfy_patch import KEY, host_of, install_runtime, pause_recording, runtime_of
 from .receipt import write_receipt
+from .weight_patches import PlacedTensor, replace_deltas, replace_projections
 
-KEY = "linearize"
 PROPORTIONAL_KEY = "linearize_proportional"  # in the transformer options: clear windows use the proportional scale
 ROPE_KEY = "diffusion_model.pe_embedder"
-DELTAS = "linearize_deltas"  # attachment: the sites of a student and the patches of its deltas
-DELTA_SUFFIX = re.compile(r"\.(lora_up|lora_down|lora_A|lora_B|alpha|diff_b|diff|set_weight)(?:\.weight)?$")
-PlacedTensor = tuple[str, WeightTarget, Tensor]  # site, rows of the model's parameter, what replaces them
 
 
-def host_of(model: Any) -> tuple[Host, Any]:
-    """Return the host of a model patcher and its diffusion model.
-
-    Raises:
-        ValueError: no host knows the model; the sentence lists the known ones.
-    """
-    module = model.get_model_object("diffusion_model")
-    return find_host(module), module
-
-
-def runtime_of(model: Any) -> Runtime | None:
-    """Return the runtime that a Linearize node put on this model, if one did."""
-    return model.model_options.get("transformer_options", {}).get(RUNTIME_KEY)
+def replaced_notes(model: Any, sites: Iterable[str]) -> list[str]:
+    """Return what a node says when `sites`, which it is about to run, have trained weights of an earlier node."""
+    earlier = runtime_of(model)
+    lost = [site for site in sites if earlier and site in earlier.sites and earlier.sites[site].trained]
+    return [f"trained weights of {describe_sites(lost)} that an earlier node put in were taken out"] if lost else []
 
 
 def sigma_range(model: Any, start_percent: float, end_percent: float) -> tuple[float, float] | None:
@@ -82,8 +59,7 @@ def patch_model(
     status: Callable[[str], None] | None = None,
     *,
     projections: Sequence[PlacedTensor] = (),
-    pools: Mapping[str, Tensor] | None = None,
-    maps: Mapping[str, Maps] | None = None,
+    parameters: StudentParameters | None = None,
     deltas: Mapping[str, Tensor] | None = None,
 ) -> tuple[Any, Runtime]:
     """Return a clone of `model` whose sites run as asked, and the runtime that will record it.
@@ -96,8 +72,7 @@ def patch_model(
         sites: settings per site id.
         status: told the summary when a sampling run ends.
         projections: distilled weights of `sites`, which replace the model's own below every LoRA.
-        pools: pooling weights by site.
-        maps: feature maps by site; a site that needs some and is not named gets untrained ones.
+        parameters: what the sites learned; a site that needs feature maps and has none gets untrained ones.
         deltas: changes of weights under ComfyUI's LoRA keys.
 
     Raises:
@@ -105,7 +80,8 @@ def patch_model(
             changes.
     """
     host, module = host_of(model)
-    found = dict(maps or {})
+    parameters = parameters or StudentParameters()
+    trained, untrained = parameters.maps(), {}
     for site in host.sites(module):
         if site.id not in sites:
             continue
@@ -113,28 +89,23 @@ def patch_model(
         reason = refused(spec, site.num_heads, site.head_dim)
         if reason is not None:
             raise ValueError(f"{site.id}: {reason.text}")
-        if isinstance(spec, MappedSpec) and site.id not in found:
-            found[site.id] = new_maps(spec, site.num_heads, site.head_dim)
-    runtime = Runtime(host, dict(sites), LongLived(pause_recording), StudentParameters(pools, found), status)
+        if isinstance(spec, MappedSpec) and site.id not in trained:
+            untrained[site.id] = new_maps(spec, site.num_heads, site.head_dim)
+    if untrained:
+        parameters = StudentParameters(parameters.pools(), trained | untrained, parameters.outputs())
+    runtime = Runtime(host, dict(sites), LongLived(pause_recording), parameters, status)
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
     earlier = options.get(RUNTIME_KEY)
     if earlier is not None:
         runtime = runtime.merged_over(earlier)
-    options[RUNTIME_KEY] = runtime
+    install_runtime(patched, runtime, module)
     _scale_windows(options)
-    current = options.get(OVERRIDE_KEY)
-    if not getattr(current, "linearize_override", False):
-        options[OVERRIDE_KEY] = AttentionOverride(previous=current)
-    patched.remove_wrappers_with_key(host.wrapped, KEY)
-    patched.add_wrapper_with_key(host.wrapped, KEY, model_call_wrapper)
-    if host.site_modules(module):
-        patched.set_injections(KEY, [site_injection(host)])
     for event, callback in CALLBACKS:
         patched.remove_callbacks_with_key(event, KEY)
         patched.add_callback_with_key(event, KEY, callback)
     replace_projections(patched, sites, projections)
-    replace_deltas(patched, sites, deltas or {})
+    replace_deltas(patched, host.site_weights(module), sites, deltas or {})
     patched.remove_additional_models(KEY)
     if len(runtime.parameters.sites):
         patched.set_additional_models(KEY, [parameter_patcher(runtime.parameters)])
@@ -186,101 +157,6 @@ def set_rope_base(model: Any, factor: float) -> Any:
     return patched
 
 
-def replace_projections(patched: Any, sites: Iterable[str], projections: Sequence[PlacedTensor]) -> None:
-    """Put whole projections under all other patches of a clone, so that LoRAs before and after add to them.
-
-    What an earlier Linearize node put there for the same sites is taken away first.
-
-    Raises:
-        ValueError: the model lacks a parameter.
-    """
-    earlier: dict[str, list[tuple[str, Any]]] = dict(patched.get_attachment(KEY) or {})
-    for site in sites:
-        take_away(patched, earlier.pop(site, []))
-    wanted = {
-        (f"diffusion_model.{target.key}", (0, target.start, target.shape[0])): (site, ("set", (tensor,)))
-        for site, target, tensor in projections
-    }
-    accepted = patched.add_patches({place: value for place, (_, value) in wanted.items()})
-    if len(accepted) != len(wanted):
-        missing = sorted(key for key, _ in set(wanted) - set(accepted))
-        raise ValueError(f"this model has no parameter {missing[0]} to put distilled weights into")
-    for (key, _), (site, value) in wanted.items():
-        entry = next(each for each in patched.patches[key] if each[1] is value)
-        patched.patches[key] = [entry, *(each for each in patched.patches[key] if each is not entry)]
-        earlier[site] = [*earlier.get(site, []), (key, entry)]
-    patched.patches_uuid = uuid.uuid4()
-    patched.set_attachments(KEY, earlier)
-
-
-def take_away(patched: Any, entries: Iterable[tuple[str, Any]]) -> None:
-    """Remove patches of ours, by identity, from a clone."""
-    for key, entry in entries:
-        left = [each for each in patched.patches.get(key, []) if each is not entry]
-        if left:
-            patched.patches[key] = left
-        else:
-            patched.patches.pop(key, None)
-
-
-def replace_deltas(patched: Any, sites: Iterable[str], deltas: Mapping[str, Tensor]) -> None:
-    """Put a student's weight deltas on a clone through ComfyUI's own LoRA loader, under every LoRA.
-
-    The deltas of an earlier student are taken away first if `sites` are all the sites it had.
-
-    Raises:
-        ValueError: a delta belongs to no parameter of this model, or has another shape.
-    """
-    sites = frozenset(sites)
-    earlier = patched.get_attachment(DELTAS)
-    if earlier is not None and earlier[0] <= sites:
-        take_away(patched, earlier[1])
-        patched.set_attachments(DELTAS, None)
-    if not deltas:
-        return
-    keys = comfy.lora.model_lora_keys_unet(patched.model, {})
-    shapes = {name: tuple(value.shape) for name, value in patched.model_state_dict().items()}
-    for name, tensor in deltas.items():
-        found = DELTA_SUFFIX.search(name)
-        key = keys.get(name[: found.start()]) if found else None
-        if found and found[1] == "diff_b" and key is not None:
-            key = key.removesuffix(".weight") + ".bias"
-        if found is None or key not in shapes:
-            raise ValueError(f"the student changes {name}, which this model does not have")
-        _check_delta(name, found[1], tuple(tensor.shape), shapes[key])
-    loaded = comfy.lora.load_lora(dict(deltas), keys)
-    accepted = patched.add_patches(loaded)
-    if len(accepted) != len(loaded):
-        raise ValueError(f"the student changes {sorted(map(str, set(loaded) - set(accepted)))[0]}, which did not load")
-    entries = []
-    for key, value in loaded.items():
-        entry = next(each for each in patched.patches[key] if each[1] is value)
-        patched.patches[key] = [entry, *(each for each in patched.patches[key] if each is not entry)]
-        entries.append((key, entry))
-    patched.set_attachments(DELTAS, (sites, entries))
-
-
-def _check_delta(name: str, suffix: str, found: tuple[int, ...], needed: tuple[int, ...]) -> None:
-    fits = {
-        "lora_up": found[:1] == needed[:1],
-        "lora_B": found[:1] == needed[:1],
-        "lora_down": found[1:] == needed[1:],
-        "lora_A": found[1:] == needed[1:],
-        "diff": found == needed,
-        "set_weight": found == needed,
-        "diff_b": found == needed,
-    }
-    if not fits.get(suffix, True):
-        raise ValueError(f"the student's {name} has shape {found}, which does not fit this model's {needed}")
-
-
-def parameter(model: Any, name: str) -> Tensor:
-    """Return a parameter of the diffusion model, on the CPU and without any patch."""
-    backup = model.backup.get(f"diffusion_model.{name}")
-    value = backup.weight if backup is not None else model.model_state_dict()[f"diffusion_model.{name}"]
-    return value.detach().cpu().clone()
-
-
 def parameter_patcher(parameters: StudentParameters) -> Any:
     """Return learned parameters as a model that ComfyUI loads, counts and offloads beside the one they belong to."""
     patcher = comfy.model_patcher.CoreModelPatcher(
@@ -289,18 +165,15 @@ def parameter_patcher(parameters: StudentParameters) -> Any:
         offload_device=comfy.model_management.unet_offload_device(),
     )
     # deep clones for several GPUs are made from this
-    patcher.cached_patcher_init = (_new_parameter_patcher, (parameters.pools(), parameters.maps()))
+    parts = (parameters.pools(), parameters.maps(), parameters.outputs())
+    patcher.cached_patcher_init = (_new_parameter_patcher, parts)
     return patcher
 
 
-def _new_parameter_patcher(pools: Mapping[str, Tensor], maps: Mapping[str, Maps], disable_dynamic: bool = False) -> Any:
-    return parameter_patcher(StudentParameters(pools, maps))
-
-
-def pause_recording() -> contextlib.AbstractContextManager[Any]:
-    """Return the host's pause for allocations that outlive a block; a no-op where it records none."""
-    pause = getattr(comfy.memory_management, "pause_malloc_graph", contextlib.nullcontext)
-    return pause()
+def _new_parameter_patcher(
+    pools: Mapping[str, Tensor], maps: Mapping[str, Maps], outputs: Mapping[str, Tensor], disable_dynamic: bool = False
+) -> Any:
+    return parameter_patcher(StudentParameters(pools, maps, outputs))
 
 
 def show_on_node(node_id: str | None, notes: Sequence[str] = ()) -> Callable[[str], None]:

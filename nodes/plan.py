@@ -2,37 +2,14 @@
 
 from comfy_api.latest import io
 
+from ..attention.candidates import Candidates
 from ..attention.hosts import HOSTS
 from ..attention.plans import Plan
-from ..attention.specs import ClearSpec, spec_from_json
+from ..attention.specs import spec_from_json
 from ..attention.student_file import StudentFile
 from .apply import apply_plan, apply_student
-from .kind_inputs import chunked_inputs, feature_map_inputs, hybrid_inputs
+from .kind_inputs import chunked_inputs, clear_inputs, feature_map_inputs, hybrid_inputs
 from .sockets import CATEGORY, CATEGORY_PLAN, AttentionPlan, AttentionStudent
-
-DEFAULTS = ClearSpec()
-CLEAR_INPUTS = [
-    io.Int.Input("radius", default=DEFAULTS.radius, min=1, max=1024, tooltip="Radius of the disc in tokens."),
-    io.Int.Input(
-        "temporal_radius",
-        default=DEFAULTS.temporal_radius,
-        min=0,
-        max=1024,
-        tooltip="Video only: radius in latent frames. 0 sees every frame.",
-    ),
-    io.Int.Input(
-        "down_factor",
-        default=DEFAULTS.down_factor,
-        min=1,
-        max=16,
-        tooltip="Side of the squares whose average every token sees too. 1 is off.",
-    ),
-    io.Boolean.Input(
-        "proportional",
-        default=DEFAULTS.proportional,
-        tooltip="Sharpens attention for pictures above 1024 x 1024.",
-    ),
-]
 
 
 class LinearizeUniformPlan(io.ComfyNode):
@@ -52,7 +29,7 @@ class LinearizeUniformPlan(io.ComfyNode):
                 io.DynamicCombo.Input(
                     "kind",
                     options=[
-                        io.DynamicCombo.Option("clear", CLEAR_INPUTS),
+                        io.DynamicCombo.Option("clear", clear_inputs()),
                         io.DynamicCombo.Option("dense", []),
                         io.DynamicCombo.Option("hybrid", hybrid_inputs()),
                         io.DynamicCombo.Option("linear", feature_map_inputs()),
@@ -108,7 +85,7 @@ class LinearizeApply(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, attention: Plan | StudentFile) -> io.NodeOutput:
+    def execute(cls, model, attention: Plan | StudentFile | Candidates) -> io.NodeOutput:
         """Return the patched model."""
         if isinstance(attention, Plan):
             return io.NodeOutput(apply_plan(model, attention, cls.hidden.unique_id))

@@ -20,6 +20,7 @@ STAGES: tuple[tuple[str, int, list[str]], ...] = (  # name, minutes it may take 
     ("hosts", 3, ["tests/hosts"]),
     ("nodes", 3, ["tests/nodes"]),
     ("benchmarks", 3, ["tests/benchmarks"]),
+    ("distill", 8, ["tests/training"]),
     ("demo", 3, ["tests/demo"]),
     ("server", 6, ["tests/server"]),
     ("browser", 2, ["tests/browser"]),

@@ -112,6 +112,15 @@ class Host(Protocol):
         """
         return {}
 
+    def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
+        """Return, by site, the paths of the modules with its projections and their norms, of text and image alike.
+
+        Here: the module that issues the call, or else the one that its norm lies in.
+        """
+        modules, norms = self.site_modules(module), self.norm_parameters(module)
+        named = zip(self.sites(module), norms, strict=True)
+        return {site.id: (modules.get(site.id, norm.rsplit(".", 2)[0]),) for site, norm in named}
+
     def site_of(self, options: Mapping[str, Any]) -> str | None:
         """Return the site that issues a self-attention call with these transformer options; None for other calls.
 
@@ -262,3 +271,12 @@ def double_single_diffusers_sites(module: Any) -> dict[str, str]:
     double = {f"transformer_blocks.{i}.attn": f"double.{i}" for i in range(len(module.double_blocks))}
     single = {f"single_transformer_blocks.{i}.attn": f"single.{i}" for i in range(len(module.single_blocks))}
     return double | single
+
+
+def double_single_weights(module: Any) -> dict[str, tuple[str, ...]]:
+    """Return the modules with the attention weights of such models; in a single block they hold its MLP too."""
+    double, single = range(len(module.double_blocks)), range(len(module.single_blocks))
+    parts = ("linear1", "linear2", "norm")
+    return {f"double.{i}": tuple(f"double_blocks.{i}.{stream}_attn" for stream in ("img", "txt")) for i in double} | {
+        f"single.{i}": tuple(f"single_blocks.{i}.{part}" for part in parts) for i in single
+    }

@@ -90,6 +90,11 @@ class CogVideoXHost(Host):
         """See `Host.norm_parameters`: the query norms of every block."""
         return tuple(f"blocks.{i}.norm_q.weight" for i in range(len(module.blocks)))
 
+    def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
+        """See `Host.site_weights`: a block holds them itself."""
+        parts = (*PROJECTIONS.values(), "norm_q", "norm_k")
+        return {f"blocks.{i}": tuple(f"blocks.{i}.{part}" for part in parts) for i in range(len(module.blocks))}
+
 
 def _patch(module: Any) -> tuple[int, int, int]:
     return module.patch_size_t or 1, module.patch_size, module.patch_size

@@ -17,6 +17,7 @@ from .base import (
     double_single_norms,
     double_single_sites,
     double_single_targets,
+    double_single_weights,
     main_segment,
     missing_structure,
     planned_main,
@@ -89,6 +90,10 @@ class Flux2Host(Host):
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
         """See `Host.norm_parameters`: the query norms of every block."""
         return double_single_norms(module)
+
+    def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
+        """See `Host.site_weights`."""
+        return double_single_weights(module)
 
     def site_of(self, options: Mapping[str, Any]) -> str | None:
         """See `Host.site_of`."""

@@ -89,6 +89,10 @@ class Krea2Host(Host):
         """See `Host.norm_parameters`: the query norms of every block."""
         return tuple(f"blocks.{i}.attn.qknorm.qnorm.scale" for i in range(len(module.blocks)))
 
+    def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
+        """See `Host.site_weights`."""
+        return {f"blocks.{i}": (f"blocks.{i}.attn",) for i in range(len(module.blocks))}
+
     def site_of(self, options: Mapping[str, Any]) -> str | None:
         """See `Host.site_of`."""
         return site_of_block(options, {"single": "blocks"})

@@ -102,6 +102,11 @@ class SD3Host(Host):
         has_norms = not missing_attributes(module, ("joint_blocks.0.x_block.attn.ln_q.weight",))
         return tuple(f"{ours}.{'ln_q.weight' if has_norms else 'proj.bias'}" for _, ours, _ in _calls(module))
 
+    def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
+        """See `Host.site_weights`: the text's belong to the call that it takes part in."""
+        text = {f"joint.{i}": (f"joint_blocks.{i}.context_block.attn",) for i in range(len(module.joint_blocks))}
+        return {site: (ours, *text.get(site, ())) for site, ours, _ in _calls(module)}
+
 
 def _calls(module: Any) -> list[tuple[str, str, str]]:
     """Return (site, path of its projections, their diffusers name) in the order they run."""

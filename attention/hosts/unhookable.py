@@ -10,10 +10,10 @@ from typing import Any
 from .base import missing_attributes
 
 HIDDEN = "ComfyUI does not let other code see its attention calls"
-NO_GRID = "its tokens lie on no grid, so there is nothing near or far to choose by"
-SOUND = "it makes sound, and windows are for pictures and video"
-UNET = "windows are for diffusion transformers"
-SPLIT = "its pictures attend to more tokens than they have, in calls that windows do not cover"
+NO_GRID = "its tokens lie on no grid, which every kind of attention here goes by"
+SOUND = "it makes sound, and Linearize is for pictures and video"
+UNET = "Linearize is for diffusion transformers"
+SPLIT = "its pictures attend to more tokens than they have, and no kind of attention here covers such calls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Unhookable:
     Args:
         title: for people.
         structure: attribute paths that, together, only models of this kind have.
-        reason: why windows cannot run on it, as the end of a sentence.
+        reason: why none of its sites can be linearized, as the end of a sentence.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""One small node for the demo: a caption as conditioning, so that no text encoder of several gigabytes is needed.
+"""Small nodes for the demo: captions as conditioning, so that no text encoder of several gigabytes is needed.
 
 A pack of its own that only the demo links into ComfyUI, so that users' menus stay clean.
 """
@@ -34,16 +34,49 @@ class LinearizeDemoCaption(io.ComfyNode):
     @classmethod
     def execute(cls, caption: str) -> io.NodeOutput:
         """Return the caption's tokens and pooled vector, a batch of one."""
-        tokens, pooled = encode_caption(caption)
-        return io.NodeOutput([[tokens[None], {"pooled_output": pooled[None]}]])
+        return io.NodeOutput(CaptionEncoder().encode_from_tokens_scheduled(caption))
+
+
+class LinearizeDemoTextEncoder(io.ComfyNode):
+    """The same as a text encoder, for nodes that read many prompts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return inputs and outputs."""
+        return io.Schema(
+            node_id="LinearizeDemoTextEncoder",
+            display_name="Demo Text Encoder",
+            category="linearize/demo",
+            description="Reads captions for the demo's model; see Demo Caption for its words.",
+            inputs=[],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        """Return the encoder."""
+        return io.NodeOutput(CaptionEncoder())
+
+
+class CaptionEncoder:
+    """What the core's nodes call of a text encoder."""
+
+    def tokenize(self, text: str) -> str:
+        """Return the text: its words are its tokens."""
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens: str) -> list:
+        """Return the CONDITIONING of a caption, a batch of one."""
+        encoded, pooled = encode_caption(tokens)
+        return [[encoded[None], {"pooled_output": pooled[None]}]]
 
 
 class DemoExtension(ComfyExtension):
-    """The demo's node."""
+    """The demo's nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """Return the node class."""
-        return [LinearizeDemoCaption]
+        """Return the node classes."""
+        return [LinearizeDemoCaption, LinearizeDemoTextEncoder]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

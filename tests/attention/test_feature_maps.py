@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from linearize.attention.feature_maps import MAPS, Favor, Polynomial, orthogonal_directions
+from linearize.attention.feature_maps import MAPS, TINY, Favor, Polynomial, orthogonal_directions
 from linearize.attention.specs import FEATURE_MAPS
 
 
@@ -23,6 +23,35 @@ def test_features_are_finite_and_not_negative(name, dtype):
         assert features.shape == (2, 3, 7, feature_map.num_features)
         assert features.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert features.min() >= 0 and features.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_logs_are_those_of_the_features_and_finite_where_these_are_not(name):
+    feature_map = MAPS[name](3, 16)
+    for parameter in feature_map.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 3, 7, 16, dtype=torch.float64)
+    logs, features = feature_map.logs(x, 0.5), feature_map(x)
+    assert torch.allclose(logs.exp(), features, rtol=1e-9, atol=2 * TINY)
+    for size in (1e4, 1e6):
+        logs = feature_map.logs(x.float() * size, 0.3)
+        assert logs.dtype == torch.float32 and logs.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["elu1", "relu", "favor"])
+def test_maps_without_parameters_stand_for_the_exponential(name):
+    """Of small numbers, whose exponentials are about 1; relu has nothing there."""
+    feature_map, x = MAPS[name](1, 64), torch.rand(1, 1, 5, 64) * 1e-3
+    products = feature_map(x) @ feature_map(-x).transpose(-1, -2)
+    assert feature_map.is_exponential and not list(feature_map.parameters())
+    assert (products - (0 if name == "relu" else 1)).abs().max() < 0.2
+    assert not any(MAPS[other].is_exponential for other in ("hedgehog", "polynomial", "linfusion"))
+
+
+def test_elu1_and_relu_are_the_papers_but_for_a_factor():
+    x = torch.randn(1, 2, 50, 16) * 3
+    assert torch.allclose(MAPS["elu1"](2, 16)(x) * 4, torch.nn.functional.elu(x) + 1, atol=1e-6)
+    assert torch.allclose(MAPS["relu"](2, 16)(x) * 4, x.relu(), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FEATURE_MAPS)
@@ -57,15 +86,17 @@ def test_polynomial_squares_its_second_half():
     assert torch.allclose(features[..., 4:], value.square().expand(1, 1, 3, 4))
 
 
-def test_favor_estimates_the_exponential_without_bias():
+@pytest.mark.parametrize("scale", [0.25, 0.35, -0.25])
+def test_favor_estimates_the_exponential_without_bias(scale):
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 16) * 0.5, torch.randn(1, 1, 1, 16) * 0.5
-    truth = (q * k).sum().mul(16**-0.5).exp().item()
-    estimates = []
+    truth = (q * k).sum().mul(scale).exp().item()
+    root, estimates = abs(scale) ** 0.5, []
     for seed in range(400):
         feature_map = Favor(1, 16, 32)
         feature_map.directions = orthogonal_directions(32, 16, torch.Generator().manual_seed(seed))
-        estimates.append((feature_map(q) * feature_map(k)).sum().item())
+        logs = feature_map.logs(q, root if scale > 0 else -root) + feature_map.logs(k, root)
+        estimates.append(logs.exp().sum().item())
     mean, error = torch.tensor(estimates).mean().item(), torch.tensor(estimates).std().item() / 20
     assert abs(mean - truth) < 4 * error and error < 0.1 * truth
 

@@ -277,7 +277,7 @@ def test_a_mirror_that_redirects_to_the_hub_takes_no_token_along(fake, tmp_path,
 )
 def test_who_may_get_the_token(fake, monkeypatch, endpoint, token):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    assert hub_transfer.Hub()._token == token
+    assert hub_transfer.Hub().token == token
 
 
 def test_a_redirect_from_https_to_plain_http_is_refused(fake, monkeypatch):

@@ -92,3 +92,10 @@ def test_wrong_plans_are_refused_by_name(text, words):
     with pytest.raises(ValueError) as error:
         Plan.from_text(text)
     assert words in str(error.value)
+
+
+def test_the_spec_of_one_site_is_that_of_all_of_them():
+    rules = (("double, single.3-5", DenseSpec()), ("double.3", HybridSpec()), (" single.4 ,double.1-2", ClearSpec(4)))
+    for plan in (Plan("flux", ClearSpec(8), rules), Plan("flux", rules=(*rules, ("all", ClearSpec(2)))), Plan("flux")):
+        specs = plan.resolve(SITES)
+        assert {site: plan.spec_of(site) for site in SITES} == specs

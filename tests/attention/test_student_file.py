@@ -19,7 +19,8 @@ from linearize.attention.specs import (
     LinearSpec,
     radius_per_head,
 )
-from linearize.attention.student_file import StudentFile, check_student, load_student, save_student, student_of
+from linearize.attention.student_file import StudentFile, load_student, save_student, student_of
+from linearize.attention.student_fit import check_student
 from linearize.attention.tensor_file import FileProblem, open_tensor_file, write_tensor_file
 
 SITES = tuple(Site(f"{group}.{i}", 4, 8) for group, count in (("double", 2), ("single", 4)) for i in range(count))
@@ -235,7 +236,7 @@ def test_a_student_with_a_wrong_fingerprint(path):
         ({"fingerprint": torch.zeros(256).half()}, r"got (256,) in torch.float16"),
         (
             {"parameters": {"double.0.radius": torch.zeros(1)}},
-            "called <site>.pool, .phi_q.* or .phi_k.*, got 'double.0.r",
+            "a learned parameter is <site>.pool, .output.weight, .phi_q.* or .phi_k.*, got 'double.0.r",
         ),
         ({"parameters": {"pool": torch.zeros(1, 1)}}, "got 'pool'"),
         ({"parameters": {"double.0.phi_q": torch.zeros(1)}}, "got 'double.0.phi_q'"),

@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,9 @@ def test_gpu_rows_become_a_table(benchmarks, tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(run, "RESULTS", tmp_path / "benchmarks" / "results.csv")
     run.append([])
-    assert tables.clear_gpu_table().startswith("Not measured yet.")
+    assert tables.gpu_table().startswith("Not measured yet.")
     run.append([row])
-    assert "| 2048 |  | triton r=8 |  |  | 7 |" in tables.clear_gpu_table()
+    assert "| 2048 |  |  |  | triton r=8 |  |  | 7 |" in tables.gpu_table()
 
 
 def test_the_recorded_speed_at_2048(benchmarks):
@@ -76,9 +77,8 @@ def test_the_speed_at_2048_today(benchmarks):
     """Radius 8, one head of 128, fp32, 512 text tokens: at least 4 times dense attention on the same machine."""
     registry, run = benchmarks("registry"), benchmarks("run")
     with torch.inference_mode():
-        functions, _ = run.contenders(
-            registry.Suite((), (registry.ClearSpec(8),), ("dense",), ("clear",)), registry.Shape(2048), "cpu"
-        )
+        suite = registry.Suite((), (registry.ClearSpec(8),), ("dense",), ("clear",))
+        functions = run.runnable(suite, registry.Shape(2048), "cpu")
         times = run.interleaved(functions, 5, "cpu")
     ratio = statistics.median(times["dense"]) / statistics.median(times["clear r=8"])
     assert ratio >= 4, f"{ratio:.2f} times dense"
@@ -99,7 +99,7 @@ def test_no_tensor_is_quadratic(benchmarks):
 
     registry = benchmarks("registry")
     suite = registry.Suite((), (registry.ClearSpec(8),), (), ("clear",))
-    function = benchmarks("run").contenders(suite, registry.Shape(2048), "cpu")[0]["clear r=8"]
+    function = benchmarks("contenders").runnable(suite, registry.Shape(2048), "cpu")["clear r=8"]
     with Largest() as largest:
         function()
     tokens = 128 * 128 + 512
@@ -121,10 +121,10 @@ def test_suites_run_and_unknown_ones_are_named(benchmarks, monkeypatch, capsys):
     monkeypatch.setitem(
         run.SUITES, "clear-cpu", registry.Suite(shapes, (registry.ClearSpec(2),), ("dense",), ("clear",))
     )
-    monkeypatch.setattr(run, "peak_in_own_process", lambda *args: "1")
+    monkeypatch.setattr(run.peaks, "in_own_process", lambda *args: {"peak_mib": "1"})
     rows = run.suite_rows("clear-cpu", 2, "cpu")
     assert [row["contender"] for row in rows] == ["dense", "clear r=2"]
-    assert set(rows[0]) == set(run.COLUMNS)
+    assert all(set(row) == set(run.COLUMNS) for row in (*rows, *run.stream_rows("stream"), *run.declined_rows(2)))
     run.check("cpu")
     monkeypatch.setattr(sys, "argv", ["run.py", "--suite", "fast"])
     assert run.main() == 1
@@ -135,7 +135,7 @@ def test_flex_attention_is_compared_on_the_same_pairs(benchmarks):
     contenders, registry = benchmarks("contenders"), benchmarks("registry")
     shape, spec = registry.Shape(512, text=20, heads=2, head_dim=16, height=256), registry.ClearSpec(5)
     case = contenders.make_case(shape, "cpu")
-    ours = contenders.WINDOWED["clear"](case, spec)()
+    ours = contenders.RUNNERS["clear"](case, spec)()
     raster = contenders.flex(case, spec, in_tiles=False, compiled=False)()
     assert (raster - ours).abs().max() < 1e-5
     (rows, columns), (tile_rows, tile_columns) = shape.grid, contenders.FLEX_TILE
@@ -172,11 +172,96 @@ def test_the_gpu_bundle_holds_comfyuis_models(benchmarks, tmp_path):
     assert result.returncode == 0, result.stderr[-1500:]
 
 
-def test_nothing_wrong_is_timed(benchmarks, monkeypatch):
+@pytest.mark.parametrize("kind", ["clear", "linear", "hybrid", "chunked"])
+def test_nothing_wrong_is_timed(benchmarks, monkeypatch, kind):
     run = benchmarks("run")
-    monkeypatch.setattr(run, "clear_attention", lambda query, *rest: query)
-    with pytest.raises(SystemExit, match="differs from the reference"):
+    right = run.attention
+
+    def wrong(query, key, value, layout, spec, backend):
+        result = right(query, key, value, layout, spec, backend=backend)
+        return result * 1.01 if (spec.kind, backend) == (kind, "torch") else result
+
+    monkeypatch.setattr(run, "attention", wrong)
+    with pytest.raises(SystemExit, match=f"kind {kind} differs from the reference"):
         run.check("cpu")
+
+
+def test_suites_name_what_exists_and_nothing_twice(benchmarks):
+    contenders, registry = benchmarks("contenders"), benchmarks("registry")
+    for suite in registry.SUITES.values():
+        assert len(suite.contenders) == len(suite.dense) + len(suite.specs) * len(suite.runners)
+        assert {*suite.dense} <= {*contenders.DENSE} and {*suite.runners} <= {*contenders.RUNNERS}
+
+
+def test_suites_for_gpus_have_specs_that_run(benchmarks):
+    contenders, registry = benchmarks("contenders"), benchmarks("registry")
+    for name, suite in registry.SUITES.items():
+        if name.startswith(("mapped-gpu", "linear-gpu")):
+            shape = replace(suite.shapes[0], width=64, height=0, frames=5, heads=2)
+            here = replace(suite, dense=("dense",), runners=("torch",))
+            assert list(contenders.runnable(here, shape, "cpu")) == list(here.contenders), name
+
+
+def test_the_work_of_a_result(benchmarks):
+    """One head of 4 + 60 tokens and 128 numbers: 4 D FLOPs a pair, 3.5 times with gradients; D + 1 by F for states."""
+    run, registry = benchmarks("run"), benchmarks("registry")
+    shape = registry.Shape(32, text=4, dtype="bfloat16", frames=15)
+    suite = registry.Suite((shape,), (registry.LinearSpec("elu1"),), ("dense",), ("torch",))
+    assert run.work(suite, shape, "dense") == (64**2 * 512, 4 * 64 * 256)
+    states = 2 * 60 * 2 * 128 * 129
+    assert run.work(suite, shape, "torch linear elu1") == ((64 + 60) * 4 * 512 + states, 4 * 64 * 256)
+    both = run.work(replace(suite, backward=True), shape, "torch linear elu1")
+    assert both == (3.5 * (64 + 60) * 4 * 512 + 3 * states, 12 * 64 * 256)
+
+
+def test_what_a_stream_holds_does_not_grow(benchmarks):
+    peaks, registry = benchmarks("peaks"), benchmarks("registry")
+    suite = registry.StreamSuite(registry.Shape(64, text=0, heads=2, head_dim=16))
+    held = [float(peaks.stream_memory(suite, frames, "stream", "cpu")["held_mib"]) for frames in (12, 96)]
+    state, overlap = 2 * 32 * 17, 2 * 2 * 16 * 16  # S and z; keys and values of one frame
+    assert held == [round(4 * (state + overlap) / 2**20, 2)] * 2
+    whole = torch.zeros(1000)
+    assert peaks.held_bytes((whole[:1], [whole[1:2]])) == 4000
+
+
+def test_memory_of_a_stream_does_not_grow(benchmarks):
+    """Each clip in a process of its own; the direct form shows that growth would be seen."""
+    peaks = benchmarks("peaks")
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of a process is known on Linux only")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import peaks, registry;"
+        "suite = registry.StreamSuite(registry.Shape(320, text=0));"
+        "print(peaks.stream_memory(suite, int(sys.argv[2]), sys.argv[3], 'cpu')['peak_mib'])"
+    )
+
+    def peak(frames, form):
+        command = [sys.executable, "-c", script, str(ROOT / "benchmarks"), str(frames), form]
+        environment = os.environ | peaks.ENVIRONMENT
+        return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert peak(96, "stream") < 1.1 * peak(12, "stream")
+    assert peak(96, "direct") > 2 * peak(12, "direct")
+
+
+def test_the_recorded_memory_of_a_stream(benchmarks):
+    rows = benchmarks("tables").newest("stream")
+    peak = {(row["contender"].split()[0], row["frames"]): float(row["peak_mib"]) for row in rows}
+    held = [row["held_mib"] for row in rows if row["contender"].startswith("stream")]
+    assert len(held) == 5 and len(set(held)) == 1 and float(held[0]) > 0
+    assert peak["stream", "96"] < 1.1 * peak["stream", "12"]
+    assert peak["direct", "96"] > 3 * peak["direct", "12"]
+
+
+def test_the_recorded_speed_of_the_kinds_with_maps(benchmarks):
+    """A video of 81 frames at 832 x 480: fewer exact keys cost less, and linear attention least."""
+    rows = {row["contender"]: row for row in benchmarks("tables").newest("mapped-cpu") if row["frames"] == "21"}
+    times = {name.removeprefix("torch "): float(row["times_dense"]) for name, row in rows.items()}
+    for stabilizer in ("", " lse"):
+        rates = [times[f"hybrid polynomial rate={rate}{stabilizer}"] for rate in (2, 4, 8)]
+        assert rates[0] < rates[1] < rates[2] < times["linear polynomial"]
+    assert times["chunked polynomial 3+1"] > 2
+    assert all(row["commit"] and row["machine"] and row["peak_mib"] for row in rows.values())
 
 
 def test_commands_of_the_gpu_list_exist(benchmarks):
@@ -186,4 +271,5 @@ def test_commands_of_the_gpu_list_exist(benchmarks):
         paths = [word for word in command.split() if "/" in word]
         assert paths and all((ROOT / path).exists() for path in paths), command
         suite = re.search(r"--suite (\S+)", command)
-        assert suite is None or suite[1] in (*benchmarks("registry").SUITES, "declined"), command
+        registry = benchmarks("registry")
+        assert suite is None or suite[1] in (*registry.SUITES, *registry.STREAMS, "declined"), command

@@ -15,7 +15,7 @@ PICTURE = ROOT / "demo" / "output" / "browser.png"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 READY = "window.app?.graph && app.extensionManager?.workflow?.activeWorkflow"
-HAS_OURS = "window.app?.graph?.nodes.some(node => node.type === 'LinearizeCLEAR')"
+HAS_OURS = "window.app?.graph?.nodes.some(node => node.type === 'LinearizeReport')"
 MILLISECONDS = 60_000  # the longest that one step may take
 TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "workflows").glob("*.json"))
 WORKFLOWS = ("demo/clear_demo.json", *TEMPLATES)

@@ -4,6 +4,7 @@ The oracles change one thing in an input and look which tokens of the first site
 """
 
 import copy
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -206,6 +207,25 @@ def test_weight_names_exist(family, tiny):
         shape = weights[target.key]
         assert target.start + target.shape[0] <= shape[0] and target.shape[1:] == shape[1:], name
         assert any(name.startswith(f"{site}.") for site in host.diffusers_sites(model)), name
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_the_weights_of_every_site(family, tiny):
+    """Each site has some of its own, its published projections among them, and none of an MLP or of cross-attention."""
+    host, model = host_of(family), tiny(family)
+    weights, found = set(model.state_dict()), {}
+    for site, paths in host.site_weights(model).items():
+        for path in paths:
+            below = {name for name in weights if name.startswith(f"{path}.")}
+            assert below, path
+            found[site] = found.get(site, set()) | below
+    assert set(found) == set(family.sites)
+    assert sum(map(len, found.values())) == len(set().union(*found.values())), "no weight belongs to two sites"
+    for name, target in host.diffusers_targets(model).items():
+        (site,) = (site for attention, site in host.diffusers_sites(model).items() if name.startswith(f"{attention}."))
+        assert target.key in found[site], name
+    others = re.compile(r"mlp|ffn?_|\.ff|cross|mod(ulation)?[.X]|img_mod|txt_mod")
+    assert [name for names in found.values() for name in names if others.search(name)] == []
 
 
 @pytest.mark.parametrize("family", PLAIN)

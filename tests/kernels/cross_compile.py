@@ -1,6 +1,7 @@
 """Compile the kernels for cards that are not here, with the tiles they would get; print what each needs, as JSON.
 
-`python cross_compile.py clear bf16 sm86:128 gfx942:64`: family (clear or mixed), dtype, then architecture:head size.
+`python cross_compile.py clear bf16 sm86:128 gfx942:64`: family (clear, mixed, or raw for the mixed kernels on the raw
+scale), dtype, then architecture:head size.
 Needs Triton, no GPU. Not under the interpreter, so the tests run it as a process of its own.
 """
 
@@ -25,17 +26,13 @@ from linearize.kernels.state_forward import state_kernel
 from linearize.kernels.tuning import KERNELS, MIXED_KERNELS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MIXED = (mixed_forward_kernel, mixed_dx_kernel, mixed_dq_kernel, mixed_dk_dv_kernel, state_kernel)
 FAMILIES = {
     "clear": dict(zip(KERNELS, (clear_forward_kernel, clear_dq_kernel, clear_dk_dv_kernel), strict=True)),
-    "mixed": dict(
-        zip(
-            MIXED_KERNELS,
-            (mixed_forward_kernel, mixed_dx_kernel, mixed_dq_kernel, mixed_dk_dv_kernel, state_kernel),
-            strict=True,
-        )
-    ),
+    "mixed": dict(zip(MIXED_KERNELS, MIXED, strict=True)),
+    "raw": dict(zip(MIXED_KERNELS, MIXED, strict=True)),
 }
-STATISTICS = ("lse", "delta", "den", "pull", "norm", "centre", "total")
+STATISTICS = ("lse", "delta", "den", "pull", "norm", "centre", "log2_z", "total")
 # features come in float32, as maps give them: the larger of what can be
 TYPES = {**dict.fromkeys((*STATISTICS, "x", "dx"), "*fp32"), "scale": "fp32", "share": "i32"}
 TABLES = ("blocks", "rows", "columns", "masks", "heads", "top_key")
@@ -52,19 +49,20 @@ def signature_of(kernel, dtype, constants):
         counted = "i64" if parameter.annotation_type == "i64" else "i32" if name.startswith("num_") else f"*{dtype}"
         types[name] = TYPES.get(name) or ("*i32" if name in TABLES else counted)
         if name == "state":
-            types[name] = "*bf16" if dtype == "bf16" else "*fp32"
+            types[name] = "*fp32" if dtype == "fp16" and constants["MAP"] == "given" else f"*{dtype}"
         if types[name].startswith("*") or types[name] == "i64":  # pointers and strides are multiples of 16
             attributes[(number,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, types, values, attributes)
 
 
-def compile_for(name, kernel, target, size, dtype):
+def compile_for(name, kernel, target, size, dtype, feature_map):
     is_nvidia = target.startswith("sm")
     # 8.9 has the tiles of 8.6
     tile = tile_for(name, {"sm89": "sm86"}.get(target, target) if is_nvidia else "amd", size)
     constants = {"SIZE": size, "BLOCK_SIZE": max(16, 1 << (size - 1).bit_length()),
                  "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "FEATURES": NUM_FEATURES,
-                 "BLOCK_FEATURES": 64 if dtype == "bf16" else 32, "MAP": "given", "HAS_EXACT": False,
+                 "BLOCK_FEATURES": 64 if (dtype, feature_map) == ("bf16", "given") else 32,
+                 "MAP": feature_map, "HAS_EXACT": False,
                  "PRECISION": "tf32" if is_nvidia else "ieee", "IS_WEIGHTED": True}  # fmt: skip
     gpu = (
         GPUTarget("cuda", int(target[2:]), 32)
@@ -88,9 +86,10 @@ def compile_for(name, kernel, target, size, dtype):
 
 def main():
     family, dtype, *targets = sys.argv[1:]
+    feature_map = "elu1" if family == "raw" else "given"
     for name, kernel in FAMILIES[family].items():
         for target, _, size in (each.partition(":") for each in targets):
-            sys.stdout.write(json.dumps(compile_for(name, kernel, target, int(size), dtype)) + "\n")
+            sys.stdout.write(json.dumps(compile_for(name, kernel, target, int(size), dtype, feature_map)) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 Compiled on a GPU, else interpreted (float32 and float16 only, because the interpreter multiplies the bits of bfloat16).
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,13 +12,18 @@ import torch.nn.functional as F
 
 from linearize.attention import Segment, TokenLayout, grid_segment, mixed_triton, reference_attention
 from linearize.attention.clear_triton import SELF_TEST_TOLERANCE
-from linearize.attention.feature_maps import MAPS
-from linearize.attention.linear import TORCH, LinearState
+from linearize.attention.feature_maps import MAPS, TINY, Elementwise, Favor
+from linearize.attention.linear import TORCH, LinearState, RawState
 from linearize.attention.mixed_triton import TRITON, mixed_with_triton
 from linearize.attention.specs import ChunkedSpec, HybridSpec, LinearSpec
 from linearize.kernels import FUSED_MAPS, Tile, linear_state, mixed_attend, state, tile_for, tuning
 
 MAP = {"given": lambda x: x, "elu1": lambda x: F.elu(x) + 1, "relu": torch.relu}
+LOG_MAP = {
+    "logs": lambda x: x,
+    "elu1": lambda x: MAP["elu1"](x).log(),
+    "relu": lambda x: MAP["relu"](x).clamp_min(TINY).log(),
+}
 NAMES = ("query", "key", "value", "numbers", "state", "norm", "exact")
 # queries, keys, head size, features, map, whether somebody else computed the exact part
 CASES = {
@@ -27,17 +34,26 @@ CASES = {
     "one more than a step": (17, 33, 16, 33, "given", False),
     "odd everything": (37, 75, 40, 24, "given", False),
     "many features": (18, 34, 64, 256, "given", False),
+    "logs": (37, 75, 40, 24, "logs", False),
+    "logs, one of each": (1, 1, 16, 1, "logs", False),
+    "logs, one more than a step": (17, 33, 16, 33, "logs", False),
+    "logs, no exact keys": (21, 0, 16, 24, "logs", False),
+    "many logs": (18, 34, 64, 256, "logs", False),
     "fused elu1": (37, 45, 40, 40, "elu1", False),
     "fused relu": (19, 33, 64, 64, "relu", False),
     "fused, no exact keys": (19, 0, 24, 24, "elu1", False),
     "vendor's softmax": (21, 0, 16, 24, "given", True),
-    "vendor's softmax, fused": (21, 0, 24, 24, "elu1", True),
+    "vendor's softmax, odd": (35, 0, 24, 50, "given", True),
 }
 
 
 def truth(query, key, value, numbers, total, norm, exact=None, *, scale, feature_map):
     """Return the definition in float64, with a maximum that is differentiated."""
     query, key, value, numbers, total, norm = (t.double() for t in (query, key, value, numbers, total, norm))
+    if feature_map != "given":
+        of_features = LOG_MAP[feature_map](numbers) + norm[:, :, None]
+        scores = torch.cat((scale * query @ key.transpose(-1, -2), of_features), -1)
+        return scores.softmax(-1) @ torch.cat((value, total), 2)
     phi = MAP[feature_map](numbers)
     numerator, denominator = phi @ total, phi @ norm[..., None]
     if exact is not None:
@@ -61,7 +77,11 @@ def make(case, device, dtype, magnitude=1.0, weight=1.0):
     numbers = random(queries, features)
     total = (random(features, size, dtype=torch.float32) + 0.5) * weight
     norm = random(features, dtype=torch.float32).abs() * weight + 0.1
-    tensors = [query, key, value, numbers.abs() if name == "given" else numbers, total, norm]
+    if name == "given":
+        numbers = numbers.abs()
+    else:  # means, and logs of norms
+        total, norm = total / weight, norm + math.log(weight)
+    tensors = [query, key, value, numbers, total, norm]
     return [*tensors, *([random(queries, size)] if has_exact else [])], random(queries, size)
 
 
@@ -104,6 +124,37 @@ def test_float16_where_exact_or_linear_keys_dominate(magnitude, weight, device, 
     options = {"scale": case[2] ** -0.5, "feature_map": "given"}
     found, true = run(mixed_attend, tensors, grad, **options), run(truth, tensors, grad, **options)
     compare(found, true, 2 * tolerance[torch.float16], relative_error)
+
+
+@pytest.mark.parametrize("name", ["logs", "fused elu1"])
+@pytest.mark.parametrize("magnitude", [1, 30])
+@pytest.mark.parametrize("weight", [1e-30, 1, 1e30])
+def test_float16_on_the_raw_scale_where_either_dominates(name, magnitude, weight, device, relative_error, tolerance):
+    """Neither sort of keys overflows; one may vanish beside the other."""
+    case = CASES[name]
+    tensors, grad = make(case, device, torch.float16, magnitude, weight)
+    options = {"scale": case[2] ** -0.5, "feature_map": case[4]}
+    found, true = run(mixed_attend, tensors, grad, **options), run(truth, tensors, grad, **options)
+    compare(found, true, 2 * tolerance[torch.float16], relative_error)
+
+
+@pytest.mark.parametrize("shift", [-1e4, -300.0, 300.0, 1e4])
+@pytest.mark.parametrize("keys", [0, 45])
+def test_the_raw_scale_has_no_zero(shift, keys, device, exact_dtype, relative_error, tolerance):
+    """A factor on all weights changes nothing; here it is far beyond what float32 holds."""
+    tensors, grad = make((19, keys, 16, 24, "logs", False), device, exact_dtype)
+    query, key, value, numbers, mean, log_norm = tensors
+    options = {"scale": 0.3, "feature_map": "logs"}
+    near = run(truth, tensors, grad, **options)
+    if keys:  # one more value, 1 in queries and the shift in keys
+        query, key, value, mean = (F.pad(tensor, (0, 1)) for tensor in (query, key, value, mean))
+        query[..., -1], key[..., -1] = 100, shift / (100 * options["scale"])
+        grad = F.pad(grad, (0, 1))
+    far = run(mixed_attend, [query, key, value, numbers.float(), mean, log_norm + shift], grad, **options)
+    for name, mine, expected in zip(("output", *NAMES), far, near):  # noqa: B905
+        mine = mine[..., : expected.shape[-1]] if mine.ndim == 4 else mine
+        if expected.numel():
+            assert relative_error(mine, expected) < (1e-2 if abs(shift) > 1e3 else 4e-3), name
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 2.0])
@@ -152,7 +203,7 @@ def forms_of(tensors):
     }
 
 
-@pytest.mark.parametrize("name", ["one more than a step", "vendor's softmax, fused"])
+@pytest.mark.parametrize("name", ["one more than a step", "fused elu1", "vendor's softmax, odd"])
 def test_strides(name, device, exact_dtype, relative_error, tolerance):
     case = CASES[name]
     tensors, grad = make(case, device, exact_dtype)
@@ -181,7 +232,7 @@ def test_offsets_beyond_32_bits(device, relative_error, tolerance):
     query, key, value = (fused[:, part * size : (part + 1) * size][None, None] for part in range(3))
     total, norm = linear_state(key, value, "elu1")
     options = {"scale": 0.25, "feature_map": "elu1"}
-    inputs = (query, key, value, query, total, norm)
+    inputs = (query, key, value, query, total / norm[..., None], norm.log())
     found, true = mixed_attend(*inputs, **options), truth(*(each.contiguous() for each in inputs), **options)
     assert relative_error(found, true) < tolerance[torch.float16]
 
@@ -221,10 +272,10 @@ def test_two_runs_are_equal_bit_for_bit(device, exact_dtype, monkeypatch):
 
 
 def test_the_operators_keep_pytorchs_rules(device, exact_dtype):
-    for name in ("one query, one key", "vendor's softmax"):
+    for name in ("one query, one key", "logs, one of each", "vendor's softmax"):
         tensors, _ = make(CASES[name], device, exact_dtype)
         leaves = [tensor.requires_grad_() for tensor in tensors] + [None] * (7 - len(tensors))
-        torch.library.opcheck(torch.ops.linearize.mixed_forward, (*leaves, 0.5, "given"))
+        torch.library.opcheck(torch.ops.linearize.mixed_forward, (*leaves, 0.5, CASES[name][4]))
     torch.library.opcheck(torch.ops.linearize.linear_state, (leaves[0], leaves[0], "elu1"))
 
 
@@ -234,7 +285,8 @@ def test_torch_compile_needs_no_graph_break(device, exact_dtype):
 
     def block(query, key, value):
         total, norm = linear_state(key + 1, value, "elu1")
-        return 2 * mixed_attend(query, key, value, query, total, norm, scale=0.3, feature_map="elu1").flatten(2)
+        held = (query, total / norm[..., None], norm.log())
+        return 2 * mixed_attend(query, key, value, *held, scale=0.3, feature_map="elu1").flatten(2)
 
     compiled = torch.compile(block, backend="inductor" if inputs[0].is_cuda else "aot_eager", fullgraph=True)
     output, expected = compiled(*inputs), block(*inputs)
@@ -264,6 +316,8 @@ SPECS = {
     "hybrid 1": HybridSpec(1),
     "hybrid 3": HybridSpec(3),
     "hybrid 2 lse": HybridSpec(2, stabilizer="lse"),
+    "hybrid 2 common": HybridSpec(2, stabilizer="common"),
+    "hybrid 1000": HybridSpec(1000),
     "chunked": ChunkedSpec(2, 1),
     "chunked causal": ChunkedSpec(2, 1, causal=True),
 }
@@ -280,11 +334,16 @@ def kind(layout, name, device, dtype, size=16):
     return tensors[:3], tensors[3], tuple(each.to(device) for each in maps)
 
 
-@pytest.mark.parametrize("name", ["polynomial", "elu1"])
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+WITH_MAPS = [("polynomial", each) for each in SPECS]
+WITH_MAPS += [("favor", each) for each in SPECS if each not in ("hybrid 1", "hybrid 2 lse", "hybrid 2 common")]
+WITH_MAPS += [("elu1", "linear"), ("elu1", "hybrid 3"), ("relu", "hybrid 3"), ("relu", "chunked causal")]
+
+
+@pytest.mark.parametrize(("name", "spec"), WITH_MAPS)
 def test_kinds_equal_the_reference_with_gradients_of_maps(
-    spec, name, device, exact_dtype, relative_error, tolerance, monkeypatch
+    name, spec, device, exact_dtype, relative_error, tolerance, monkeypatch
 ):
+    spec = SPECS[spec]
     monkeypatch.setattr(mixed_triton, "CHUNK_VALUES", 2500)  # parts of 64 tokens at least
     for layout in LAYOUTS.values():
         inputs, grad, maps = kind(layout, name, device, exact_dtype)
@@ -313,35 +372,62 @@ def test_every_map_runs(name, device, exact_dtype, relative_error, tolerance):
     assert relative_error(found, true) < 4 * tolerance[exact_dtype]
 
 
-def test_engines_have_equal_results_and_types(device, relative_error, tolerance):
-    inputs, _, (phi_q, phi_k) = kind(LAYOUTS["clip"], "hedgehog", device, torch.float16)
+@pytest.mark.parametrize(
+    ("name", "stabilizer"),
+    [("hedgehog", "max"), ("hedgehog", "lse"), ("hedgehog", "common"), *((name, "max") for name in MAPS)],
+)
+def test_engines_have_equal_results_and_types(name, stabilizer, device, relative_error, tolerance):
+    inputs, _, (phi_q, phi_k) = kind(LAYOUTS["clip"], name, device, torch.float16)
     query, key, value = inputs
-    states = [engine.summarise(key, value, phi_k) for engine in (TORCH, TRITON)]
-    empty = [engine.summarise(key[:, :, :0], value[:, :, :0], phi_k) for engine in (TORCH, TRITON)]
-    for pair in (states, empty):
-        for name in LinearState.__slots__:
-            theirs, mine = (getattr(each, name) for each in pair)
+    options = {"scale": 0.7, "stabilizer": stabilizer}
+    states = [engine.summarise(key, value, phi_k, **options) for engine in (TORCH, TRITON)]
+    empty = [engine.summarise(key[:, :, :0], value[:, :, :0], phi_k, **options) for engine in (TORCH, TRITON)]
+    is_raw = phi_k.is_exponential or stabilizer == "common"
+    for pair in (states, empty, [each + none for each, none in zip(states, empty, strict=True)]):
+        assert all(type(each) is (RawState if is_raw else LinearState) for each in pair)
+        for field in type(pair[0]).__slots__:
+            theirs, mine = (getattr(each, field) for each in pair)
             assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
             torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-3)
-    for stabilizer in ("max", "lse"):
-        theirs, mine = (
-            engine.mix(query, key[:, :, ::3], value[:, :, ::3], states[0], phi_q, stabilizer=stabilizer)
-            for engine in (TORCH, TRITON)
-        )
-        assert mine.dtype == theirs.dtype and relative_error(mine, theirs) < 2 * tolerance[torch.float16]
-    assert TRITON.mix(query[:, :, :0], key, value, states[0], phi_q).shape == (1, 2, 0, 16)
+    theirs, mine = (
+        engine.mix(query, key[:, :, ::3], value[:, :, ::3], states[0], phi_q, **options) for engine in (TORCH, TRITON)
+    )
+    assert mine.dtype == theirs.dtype and relative_error(mine, theirs) < 2 * tolerance[torch.float16]
+    assert TRITON.mix(query[:, :, :0], key, value, states[0], phi_q, **options).shape == (1, 2, 0, 16)
+
+
+def test_maps_of_single_numbers_are_fused():
+    assert [name for name in MAPS if issubclass(MAPS[name], Elementwise)] == list(FUSED_MAPS)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [("favor", LinearSpec()), ("elu1", LinearSpec()), ("favor", HybridSpec(2)), ("relu", ChunkedSpec(2, 1)),
+     ("hedgehog", HybridSpec(2, stabilizer="common"))],
+)  # fmt: skip
+def test_weights_sum_to_one_and_gradients_are_finite_at_any_norm(name, spec, device):
+    for layout, norm in (("clip", 5), ("no text", 5), ("no text", 300)):
+        layout = LAYOUTS[layout]
+        (query, key, value), grad, maps = kind(layout, name, device, torch.float16, 128)
+        inputs = [query * norm, key * norm, torch.ones_like(value)]
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        output = mixed_with_triton(*leaves, layout, spec, maps)
+        assert (output - 1).abs().max() < 4e-3
+        assert all(bool(each.isfinite().all()) for each in torch.autograd.grad(output, leaves, grad))
 
 
 def test_features_exist_for_some_tokens_at_a_time_or_never(device, exact_dtype, monkeypatch):
     monkeypatch.setattr(mixed_triton, "CHUNK_VALUES", 1)
     layout, seen = TokenLayout.of((grid_segment("main", 4, 7, 9),)), []
-    for name in ("hedgehog", *FUSED_MAPS):
+    logs = Favor.log_map
+    monkeypatch.setattr(Favor, "log_map", lambda *args: seen.append(("favor", args[1].shape[2])) or logs(*args))
+    for name in ("hedgehog", "favor", *FUSED_MAPS):
         inputs, _, maps = kind(layout, name, device, exact_dtype, 8)
         for each in maps:
             each.register_forward_hook(lambda module, args, output: seen.append((module.name, output.shape[2])))
         with torch.no_grad():
             mixed_with_triton(*inputs, layout, HybridSpec(2), maps)
-    assert {called for called, _ in seen} == {"hedgehog"}
+    assert {called for called, _ in seen} == {"hedgehog", "favor"}
     assert max(tokens for _, tokens in seen) == 64 and layout.num_tokens == 252
 
 

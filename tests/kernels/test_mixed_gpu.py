@@ -41,7 +41,7 @@ def truth_of_rows(inputs, rows, spec, maps, head):
     phi_q, phi_k = (each(tensor.double())[:, head : head + 1] for each, tensor in zip(maps, inputs[:2], strict=True))
     exact = torch.arange(key.shape[2], device=key.device) % spec.rate == 0
     scores = query[:, :, rows] @ key[:, :, exact].transpose(-1, -2) * SIZE**-0.5
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    weights = (scores if maps[0].is_exponential else scores - scores.amax(-1, keepdim=True)).exp()
     features, linear = phi_q[:, :, rows], phi_k[:, :, ~exact]
     numerator = weights @ value[:, :, exact] + features @ (linear.transpose(-1, -2) @ value[:, :, ~exact])
     return numerator / (weights.sum(-1, keepdim=True) + features @ linear.sum(2)[..., None])
@@ -49,7 +49,7 @@ def truth_of_rows(inputs, rows, spec, maps, head):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
 @pytest.mark.parametrize("rate", [2, 4, 8])
-@pytest.mark.parametrize("name", ["polynomial", "elu1"])
+@pytest.mark.parametrize("name", ["polynomial", "favor", "elu1"])
 @torch.no_grad()
 def test_hybrid_at_the_size_of_wan(dtype, rate, name, device, relative_error):
     inputs, maps = inputs_of(WAN, device, dtype), maps_of(name, device)
@@ -63,11 +63,11 @@ def test_hybrid_at_the_size_of_wan(dtype, rate, name, device, relative_error):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
-@pytest.mark.parametrize("name", ["polynomial", "hedgehog", "elu1"])
+@pytest.mark.parametrize("name", ["polynomial", "hedgehog", "favor", "elu1"])
 @pytest.mark.parametrize(
     "spec",
-    [HybridSpec(4), HybridSpec(2, stabilizer="lse"), LinearSpec(), ChunkedSpec(1, 1)],
-    ids=["hybrid", "lse", "linear", "chunked"],
+    [HybridSpec(4), *(HybridSpec(2, stabilizer=each) for each in ("lse", "common")), LinearSpec(), ChunkedSpec(1, 1)],
+    ids=["hybrid", "lse", "common", "linear", "chunked"],
 )
 def test_gradients(dtype, name, spec, device, relative_error):
     inputs, maps = inputs_of(SMALL, device, dtype, 2), maps_of(name, device, 2)

@@ -82,3 +82,16 @@ def make_studio(comfy, name, text_width, default_size, pooled_width=32):
 def everywhere():
     """What the record says when every site ran on clear with backend torch."""
     return dict.fromkeys(SITES, ("clear", "torch"))
+
+
+@pytest.fixture
+def notes(studio, monkeypatch):
+    """What each node tells beside the summary, in the order in which they ran."""
+    told, show = [], studio.patching.show_on_node
+
+    def note(node_id, lines=()):
+        told.append(" ".join(lines))
+        return show(node_id, lines)
+
+    monkeypatch.setattr(studio.patching, "show_on_node", note)
+    return told

@@ -36,6 +36,38 @@ SCHEMAS = {
     ),
     "LinearizeApply": ("Apply Linearized Attention", "linearize", ["model", "attention"], ["MODEL"]),
     "LinearizeUniformPlan": ("Uniform Plan", "linearize/plan", ["kind", "sites", "host", "plan"], ["ATTENTION_PLAN"]),
+    "LinearizeTeacherSamples": (
+        "Generate Teacher Samples", "linearize/distill",
+        ["model", "prompts", "latent_image", "name", "clip", "positive", "negative", "seeds", "steps", "cfg",
+         "sampler_name", "scheduler", "guidance", "first_seed", "prompts_file"],
+        ["TEACHER_SAMPLES", "STRING"],
+    ),
+    "LinearizeTransfer": (
+        "Distill Attention", "linearize/distill",
+        ["model", "samples", "plans", "updates", "learning_rate", "loss", "queries", "replay", "repeats", "held_out",
+         "output_draws", "seed", "gpus"],
+        ["ATTENTION_STUDENT", "LOSS_MAP"],
+    ),
+    "LinearizeFinetune": (
+        "Fine-tune Student", "linearize/distill",
+        ["model", "student", "samples", "updates", "preset", "rank", "block_updates", "full_rank", "map_rate",
+         "delta_rate", "optimizer", "ema", "accumulation", "checkpointing", "warmup", "held_out", "seed",
+         "preview_every", "gpus"],
+        ["ATTENTION_STUDENT", "LOSS_MAP"],
+    ),
+    "LinearizeBudgetPlan": (
+        "Budget Plan", "linearize/plan",
+        ["model", "student", "budget", "width", "height", "frames", "method", "keep_dense", "max_error"],
+        ["ATTENTION_STUDENT", "ATTENTION_PLAN", "STRING"],
+    ),
+    "LinearizeSaveStudent": (
+        "Save Linearized Attention", "linearize/distill",
+        ["student", "name", "base_model", "licence", "role", "pair_id"], ["STRING"],
+    ),
+    "LinearizePublish": (
+        "Publish to Hub", "linearize/distill", ["student", "repo_id", "private", "dry_run", "replace_card"], ["STRING"],
+    ),
+    "LinearizeSiteErrors": ("Plot Site Errors", "linearize/inspect", ["student"], ["IMAGE"]),
     "LinearizeCompare": ("Compare with Teacher", "linearize/inspect", ["image", "teacher"], ["STRING", "IMAGE"]),
     "LinearizeHighRes": (
         "High-Resolution FLUX", "linearize",

@@ -183,6 +183,86 @@ def test_a_later_student_or_plan_takes_the_deltas_away(comfy, studio, make, file
     assert torch.equal(weight(applied), before)
 
 
+CHANGED = {  # a weight that a student changes: the sites whose attention it is part of
+    "double_blocks.0.img_attn.qkv.weight": {"double.0"},
+    "double_blocks.0.txt_attn.proj.bias": {"double.0"},
+    "double_blocks.1.img_attn.norm.query_norm.weight": {"double.1"},
+    "single_blocks.0.linear1.weight": {"single.0"},
+    "single_blocks.0.linear2.weight": {"single.0"},
+    "double_blocks.0.img_mlp.0.weight": set(),
+    "final_layer.linear.weight": set(),
+}
+
+
+def whole_changes(model):
+    """Return deltas that add 1 to each of the weights above."""
+    shapes = {key: model.model_state_dict()[f"diffusion_model.{key}"].shape for key in CHANGED}
+    part = {"weight": "diff", "bias": "diff_b"}
+    return {f"diffusion_model.{key.rpartition('.')[0]}.{part[key.rpartition('.')[2]]}": torch.ones(shape)
+            for key, shape in shapes.items()}  # fmt: skip
+
+
+def still_changed(model, base):
+    return {key for key in CHANGED if not torch.equal(weight(model, key), base[key])}
+
+
+def replace(comfy, studio, make, model, node, sites):
+    """Return a model whose `sites` a node runs untrained."""
+    if node == "LinearizeApply":
+        return comfy.node(node)(model=model, attention=make(**{sites: make.clear(5)}))[0]
+    inputs = {"weights": "none", "radius": 5} if node == "LinearizeCLEAR" else {"feature_map": "elu1"}
+    return comfy.node(node)(model=model, sites=sites, **inputs)[0]
+
+
+@pytest.mark.parametrize("node", ["LinearizeCLEAR", "LinearizeHybrid", "LinearizeLinear", "LinearizeApply"])
+def test_a_node_behind_a_student_takes_out_the_weights_of_its_sites(comfy, studio, make, files, notes, node):
+    """All four nodes do, site by site, and say so; what is no site's attention goes with the last trained site."""
+    base = {key: weight(studio.model, key) for key in CHANGED}
+    plan = make(default=make.clear(3), **{"double.1": make.dense()})
+    patched, _ = load(comfy, studio.model, files(host="flux", plan=plan, deltas=whole_changes(studio.model)))
+    assert still_changed(patched, base) == set(CHANGED)
+    words = "trained weights of {} that an earlier node put in were taken out"
+    for sites, gone in (("double.0", {"double.0"}), ("single.1,double.0", {"double.0"}), ("double.1", {"double.1"})):
+        told = {"single.1,double.0": "double.0, single.1", "double.1": ""}.get(sites, sites)
+        model = replace(comfy, studio, make, patched, node, sites)
+        assert still_changed(model, base) == {key for key, owners in CHANGED.items() if not owners & gone}, sites
+        assert (words.format(told) in notes[-1]) if told else "taken out" not in notes[-1]
+    first = replace(comfy, studio, make, patched, node, "double.0")
+    second = replace(comfy, studio, make, first, node, "double.0,single.0")
+    assert words.format("single.0") in notes[-1], "what is out already is not named again"
+    assert still_changed(second, base) == {
+        "double_blocks.1.img_attn.norm.query_norm.weight", "double_blocks.0.img_mlp.0.weight",
+        "final_layer.linear.weight",
+    }  # fmt: skip
+    assert still_changed(replace(comfy, studio, make, second, node, "single.1"), base) == set()
+    assert still_changed(patched, base) == set(CHANGED), "the student's own model stays as it was"
+    studio.sample(second)
+    assert [studio.ran(second)[site][0] == "clear" for site in SITES] == [
+        node in ("LinearizeCLEAR", "LinearizeApply"), False, node in ("LinearizeCLEAR", "LinearizeApply"), True,
+    ]  # fmt: skip
+
+
+def test_a_weight_of_two_sites_stays_while_one_is_trained(comfy, studio, make, files, monkeypatch):
+    host, _ = studio.patching.host_of(studio.model)
+    shared = ("double_blocks.0.img_attn",)
+    monkeypatch.setattr(type(host), "site_weights", lambda *_: {"double.0": shared, "double.1": shared})
+    before = weight(studio.model)
+    deltas, change = low_rank()
+    patched, _ = load(comfy, studio.model, files(host="flux", plan=make(default=make.clear(3)), deltas=deltas))
+    one = studio.clear(patched, radius=5, weights="none", sites="double.0")
+    assert torch.allclose(weight(one), before + change, atol=1e-6)
+    both = studio.clear(one, radius=5, weights="none", sites="double.1")
+    assert torch.equal(weight(both), before)
+
+
+def test_a_student_behind_a_student_says_that_it_replaces_it(comfy, studio, make, files, notes):
+    name = files(host="flux", plan=make(default=make.clear(3)), deltas=low_rank()[0])
+    patched, student = load(comfy, studio.model, name)
+    assert "taken out" not in notes[-1]
+    comfy.node("LinearizeApply")(model=patched, attention=student)
+    assert "trained weights of double.0-1, single.0-1 that an earlier node put in were taken out" in notes[-1]
+
+
 def test_a_whole_weight_lies_under_earlier_loras(comfy, studio, make, files):
     import comfy.sd as comfy_sd
 

@@ -307,6 +307,21 @@ def test_a_later_node_takes_the_weights_of_its_sites_away(comfy, studio, place, 
     assert [settings.trained for settings in runtime.sites.values()] == [True, True, True, False]
 
 
+def test_a_kind_behind_them_takes_the_weights_of_its_sites_away_and_says_so(comfy, studio, place, base_tensors, notes):
+    tensors = published()
+    name = place("linearize", "clear_local_3.safetensors", tensors)
+    patched = studio.clear(studio.model, radius=3, weights=name)
+    assert notes == [f"weights: {name}"]
+    patched = comfy.node("LinearizeHybrid")(model=patched, sites="double.1,single", feature_map="elu1")[0]
+    assert "trained weights of double.1, single.0-1 that an earlier node put in were taken out" in notes[1]
+    for parameter, expected in (
+        ("double_blocks.0.img_attn.qkv", tensors["transformer_blocks.0.attn.to_q.weight"]),
+        ("double_blocks.1.img_attn.qkv", base_tensors["double_blocks.1.img_attn.qkv.weight"][:WIDTH]),
+        ("single_blocks.0.linear1", base_tensors["single_blocks.0.linear1.weight"][:WIDTH]),
+    ):
+        assert torch.equal(effective(patched, f"{parameter}.weight")[:WIDTH], expected), parameter
+
+
 def test_pooling_weights_are_counted_and_travel_with_the_model(comfy, studio, place):
     """They are an additional model: loaded with the base, counted, cloned, and made anew for another GPU."""
     name = place("linearize", "clear_local_3_down_4.safetensors", published(4))

@@ -8,13 +8,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ("kernels", "attention", "training", "nodes")  # each may import itself and those before it
-HOST_APPLICATION = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution"}
+HOST_APPLICATION = {
+    "comfy", "comfy_api", "comfy_extras", "comfy_execution", "execution", "folder_paths", "latent_preview", "server",
+}  # fmt: skip
 PATCHER_METHODS = {
     "add_callback", "add_callback_with_key", "add_object_patch", "add_patches", "add_wrapper", "add_wrapper_with_key",
     "model_options", "remove_callbacks_with_key", "remove_wrappers_with_key", "set_additional_models",
     "set_attachments", "set_injections", "set_model_attn1_patch", "set_model_unet_function_wrapper",
 }  # fmt: skip
-MAY_TOUCH_PATCHERS = {"nodes/patching.py", "training/comfy_patch.py"}
+MAY_TOUCH_PATCHERS = {"nodes/patching.py", "nodes/weight_patches.py", "training/comfy_patch.py"}
 
 
 def modules():

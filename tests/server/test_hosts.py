@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from linearize.attention.cost import attention_cost
+from linearize.attention.layout import TokenLayout, grid_segment
+from linearize.attention.specs import DenseSpec, HybridSpec
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows" / "api"
 WINDOWS = {"radius": 2, "temporal_radius": 2}  # the shipped ones cover all of a tiny latent
@@ -24,6 +28,7 @@ class Tiny:
         sites: number of self-attentions of each.
         size: (width, height, frames) in pixels.
         text_width, pooled_width, mask: what its text encoder would give.
+        hybrid: sites that a plan names here instead of those of the whole model.
     """
 
     models: tuple[str, ...]
@@ -32,10 +37,12 @@ class Tiny:
     text_width: int = 4096
     pooled_width: int = 0
     mask: bool = False
+    hybrid: str = ""
 
 
 TEMPLATES = {
     "wan21_t2v_clear": Tiny(models=("wan",), sites=2, size=(160, 96, 17)),
+    "wan21_t2v_hybrid": Tiny(models=("wan",), sites=2, size=(160, 96, 17), hybrid="blocks.1"),
     "wan22_t2v_clear": Tiny(models=("wan", "wan_low"), sites=2, size=(160, 96, 17)),
     "sd35_clear": Tiny(models=("sd3",), sites=3, size=(192, 128, 1), pooled_width=2048),
     "hunyuan_video_clear": Tiny(
@@ -63,6 +70,8 @@ def on_tiny_models(name, steps=None, **settings):
             inputs["steps"] = steps
         if kind == "LinearizeCLEAR":
             inputs |= {**WINDOWS, **settings}
+        elif kind == "LinearizeUniformPlan" and inputs["sites"] != "all":
+            inputs["sites"] = tiny.hybrid
         elif kind in ("UNETLoader", "CheckpointLoaderSimple"):
             kind, inputs = "UNETLoader", {"unet_name": f"linearize_tiny_{next(models)}.safetensors"}
             inputs["weight_dtype"] = "default"
@@ -90,7 +99,7 @@ def test_every_template_is_run_by_these_tests():
     assert {path.stem for path in FOLDER.glob("*.json") if not path.stem.startswith("flux")} == set(TEMPLATES)
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", [name for name, tiny in TEMPLATES.items() if not tiny.hybrid])
 def test_a_template_runs_on_tiny_models(comfy, server, name):
     """Every self-attention of every model ran on windows, says the report behind its sampler."""
     tiny, workflow = TEMPLATES[name], on_tiny_models(name, steps=4, start_percent=0.0)
@@ -104,6 +113,28 @@ def test_a_template_runs_on_tiny_models(comfy, server, name):
     (saved,) = outputs[save]["images"]
     assert saved["filename"].endswith(".png" if tiny.size[2] == 1 else ".mp4")
     assert len(server.image(saved)) > 1000
+
+
+def test_half_of_wan_runs_hybrid_and_the_other_half_dense(comfy, server):
+    """The plan names the blocks; the record counts what ran, and its FLOPs are exactly those of one block of each."""
+    workflow = on_tiny_models("wan21_t2v_hybrid", steps=4)
+    outputs = server.run(workflow)
+    (report,) = of_type(workflow, "LinearizeReport")
+    planned = outputs[report]["text"][0].splitlines()
+    assert planned[:3] == [
+        "Wan, 160 x 96 x 17: 300 tokens (0 global), 2 sites: blocks.0-1",
+        "dense: 1 site (blocks.0)",
+        "hybrid rate 2 feature_map favor: 1 site (blocks.1)",
+    ]
+    layout = TokenLayout.of([grid_segment("main", 5, 6, 10)])
+    dense, hybrid = (attention_cost(spec, layout, 2, 128).flops for spec in (DenseSpec(), HybridSpec(2, "favor")))
+    assert what_ran(workflow, outputs) == [
+        "dense (host): 1 site\nhybrid (torch): 1 site\n"
+        f"50% linearized, {(dense + hybrid) / (2 * dense):.1%} of attention FLOPs"
+    ]
+    (save,) = of_type(workflow, "SaveVideo")
+    (saved,) = outputs[save]["images"]
+    assert saved["filename"].endswith(".mp4") and len(server.image(saved)) > 1000
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""Budget Plan: of the candidates that were distilled, which one each site runs under a budget of FLOPs."""
+
+from comfy_api.latest import io
+
+from ..attention.candidates import Candidates
+from ..attention.student_file import StudentFile
+from ..training.budget import METHODS
+from ..training.budget_student import Budget, decide
+from . import patching
+from .sockets import CATEGORY_PLAN, AttentionPlan, AttentionStudent
+
+
+class LinearizeBudgetPlan(io.ComfyNode):
+    """Trains nothing and changes no model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return inputs and outputs."""
+        return io.Schema(
+            node_id="LinearizeBudgetPlan",
+            display_name="Budget Plan",
+            category=CATEGORY_PLAN,
+            description="Chooses for every site the candidate that it runs, or dense attention, so that the errors "
+            "that were measured add up to the least that a budget of operations allows.",
+            search_aliases=["block rate selection", "knapsack", "choose layers", "per layer attention"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model the student was distilled from; it tells sites and sizes."),
+                AttentionStudent.Input("student", tooltip="From Distill Attention, best with several candidates."),
+                io.Float.Input(
+                    "budget",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    round=0.001,
+                    tooltip="Share of the operations of dense attention that may be left, at the size below.",
+                ),
+                io.Int.Input(
+                    "width", default=1024, min=16, max=32768, step=8, tooltip="Width of the picture in pixels."
+                ),
+                io.Int.Input(
+                    "height", default=1024, min=16, max=32768, step=8, tooltip="Height of the picture in pixels."
+                ),
+                io.Int.Input(
+                    "frames",
+                    default=1,
+                    min=1,
+                    max=8192,
+                    tooltip="Frames of the clip; picture models do not use it.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default=METHODS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="optimal mixes all candidates. homogeneous takes one kind for the sites with the lowest "
+                    "errors, as Attention Surgery's baseline does.",
+                ),
+                io.String.Input(
+                    "keep_dense",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Sites that stay dense whatever the budget: double, single.0-3, or several with commas.",
+                ),
+                io.Float.Input(
+                    "max_error",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.001,
+                    round=0.00001,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Candidates with a higher error are not used; a site without another one stays dense. 0 is "
+                    "off.",
+                ),
+            ],
+            outputs=[
+                AttentionStudent.Output(tooltip="The student with one candidate per site, for Apply, Save or "
+                                        "Fine-tune."),
+                AttentionPlan.Output(tooltip="What every site runs, without learned weights."),
+                io.String.Output(display_name="text", tooltip="Kinds by number of sites, the share kept, errors."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        student: StudentFile | Candidates,
+        budget: float,
+        width: int,
+        height: int,
+        frames: int,
+        method: str = METHODS[0],
+        keep_dense: str = "",
+        max_error: float = 0.0,
+    ) -> io.NodeOutput:
+        """Return the decided student, its plan and a text."""
+        host, module = patching.host_of(model)
+        found = decide(student, host, module, Budget(budget, width, height, frames, method, keep_dense, max_error))
+        patching.show_on_node(cls.hidden.unique_id)(found.text)
+        return io.NodeOutput(found.student, found.plan, found.text)

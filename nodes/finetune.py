@@ -1,0 +1,238 @@
+"""Fine-tune Student: changes of weights join a student's feature maps, block by block and then end to end."""
+
+from typing import Any
+
+import comfy.model_management
+import latent_preview
+from comfy_api.latest import io
+
+from ..attention.candidates import Candidates, decided
+from ..attention.site_call import SiteCall
+from ..attention.student_file import StudentFile
+from ..attention.student_fit import check_student
+from ..training.comfy_trainee import ComfyTrainee, with_trainee
+from ..training.conditioning import content_sha256
+from ..training.estimate import Estimate, estimate
+from ..training.finetune import Finetune
+from ..training.job import JobFolder
+from ..training.loop import Progress
+from ..training.optimizers import OPTIMIZERS
+from ..training.recipe import PRESETS, FinetuneRecipe
+from ..training.results import Finished, pack
+from ..training.runs import run_finetune
+from ..training.samples import TeacherSamples as Samples
+from . import patching
+from .apply import model_fingerprint
+from .sockets import CATEGORY_DISTILL, AttentionStudent, TeacherSamples
+from .training_run import cancelled_runs, check_model, finished, job_folder, run_with_progress
+from .training_worker import gpus_input, gpus_key, train_in_processes
+
+TITLE = "fine-tuning"
+
+
+class LinearizeFinetune(io.ComfyNode):
+    """Stages 2 and 3 of distillation, on a copy of the model that is loaded for it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return inputs and outputs."""
+        return io.Schema(
+            node_id="LinearizeFinetune",
+            display_name="Fine-tune Student",
+            category=CATEGORY_DISTILL,
+            description="Trains a student further with changes of the model's attention weights: each block alone, "
+            "then the whole model, against what the teacher predicts. Needs the memory of training. Stopped, it goes "
+            "on when it is run again.",
+            search_aliases=["finetune", "distill weights", "train lora", "attention surgery", "clear"],
+            inputs=[
+                io.Model.Input("model", tooltip="The teacher: the model from before any Linearize node. It is not "
+                               "changed; training loads a copy of it."),
+                AttentionStudent.Input(
+                    "student", tooltip="What Distill Attention or Load Linearized Attention gave. Of a site with "
+                    "several candidates the one of lowest error is taken, unless Budget Plan chose before."
+                ),
+                TeacherSamples.Input("samples", tooltip="What the teacher painted, from Generate Teacher Samples."),
+                io.Int.Input("updates", default=500, min=0, max=10**6,
+                             tooltip="Updates of the whole model, after those of the single blocks."),
+                io.Combo.Input(
+                    "preset", options=list(PRESETS), default="ours",
+                    tooltip="What the whole model learns from. ours: the teacher's prediction, and its attention at "
+                    "every fourth site. clear: the samples, the prediction and the attention, as CLEAR does. "
+                    "attention_surgery: the samples alone.",
+                ),
+                io.Int.Input("rank", default=64, min=0, max=4096,
+                             tooltip="Rank of the changes of weights. 0 trains feature maps and pooling weights only."),
+                *_advanced_inputs(),
+            ],
+            outputs=[
+                AttentionStudent.Output(tooltip="The student, for Save or Apply Linearized Attention."),
+                io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="Loss by update, for the core's graph."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        student: Candidates | StudentFile,
+        samples: Samples,
+        updates: int,
+        preset: str,
+        rank: int,
+        full_rank: bool,
+        preview_every: int,
+        gpus: int,
+        **advanced: Any,
+    ) -> io.NodeOutput:
+        """Return the student and the losses."""
+        notes = [check_model(model, samples)]
+        chosen, note = decided(candidates_of(model, student))
+        kind = "maps" if rank == 0 else "full" if full_rank else "lora"
+        recipe = FinetuneRecipe(updates=updates, trainables=kind, rank=max(rank, 1), **PRESETS[preset], **advanced)
+        digest = content_sha256(*pack(Finished(chosen, {}, "")))
+        with job_folder("finetune", model, samples, recipe.to_json(), student=digest, **gpus_key(gpus)) as job:
+            result, node_id = finished(job), cls.hidden.unique_id
+            if result is None and gpus > 1:
+                result = train_in_processes(gpus, model, samples, recipe, job, node_id, TITLE, student=chosen)
+            elif result is None:
+                fingerprint, device = model_fingerprint(model), comfy.model_management.get_torch_device()
+
+                def train(trainee: ComfyTrainee) -> Finished:
+                    run = Updates(trainee, job, node_id, preview_every)
+                    return run_finetune(trainee, samples, fingerprint, chosen, recipe, job, run, device=device)
+
+                result = with_trainee(model, samples, train)
+            patching.show_on_node(node_id)("\n".join(text for text in (result.text, note, *notes) if text))
+        return io.NodeOutput(result.candidates, {"loss": result.history.get("loss", [])})
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        """Return what changes when a run was cancelled: the next one goes on."""
+        return cancelled_runs()
+
+
+def candidates_of(model: Any, student: Candidates | StudentFile) -> Candidates:
+    """Return a student as candidates, after checking that it fits the model.
+
+    Raises:
+        ValueError: it is another host's, or does not fit the model's sites.
+    """
+    host, module = patching.host_of(model)
+    if isinstance(student, StudentFile):
+        return Candidates.of_student(student, check_student(student, host.name, host.sites(module)))
+    check_student(student.student(), host.name, host.sites(module))
+    return student
+
+
+class Updates:
+    """Does a stage's updates with progress on the node, after telling what memory they take.
+
+    Args:
+        trainee: that is trained.
+        job: its folder.
+        node_id: of the node.
+        preview_every: updates between pictures; 0 makes none.
+    """
+
+    def __init__(self, trainee: ComfyTrainee, job: JobFolder, node_id: str | None, preview_every: int) -> None:
+        self._trainee, self._job, self._node_id, self._preview_every = trainee, job, node_id, preview_every
+
+    def __call__(self, stage: Finetune) -> Progress:
+        """Return how far it got."""
+        needed = needed_memory(self._trainee, stage)
+        free: Any = comfy.model_management.get_free_memory(self._trainee.device)
+        # the model is there already
+        patching.show_on_node(self._node_id)(f"{TITLE} {needed.text(free + needed.base)}")
+        preview = previewer(self._trainee, stage) if self._preview_every else None
+        return run_with_progress(
+            stage, self._job, self._node_id, TITLE, preview=preview, preview_every=self._preview_every
+        )
+
+
+def needed_memory(trainee: ComfyTrainee, stage: Finetune) -> Estimate:
+    """Return what a run takes of the device, after one forward of the teacher that tells its tokens."""
+    seen: list[SiteCall] = []
+    trainee.watch(stage.held_out[0], lambda call: None if seen else seen.append(call))
+    (call,) = seen
+    batch, heads, tokens, head_dim = call.query.shape
+    weights = list(trainee.module.parameters())
+    return estimate(
+        sum(each.nbytes for each in weights),
+        sum(each.numel() for each in stage.trainables.trained().values()),
+        optimizer=stage.recipe.optimizer,
+        has_average=stage.recipe.ema > 0,
+        num_tokens=batch * tokens,
+        width=heads * head_dim,
+        num_blocks=len(trainee.blocks),
+        checkpointing=trainee.checkpointing,
+        value_bytes=call.query.element_size(),
+        num_cast=sum(each.numel() for each in weights if each.dtype != call.query.dtype),
+    )
+
+
+def previewer(trainee: ComfyTrainee, stage: Finetune) -> Any:
+    """Return a function that gives a picture of what the student sees in a held-out sample, or None for no pictures."""
+    decoder = latent_preview.get_previewer(trainee.device, trainee.latent_format)
+    draw = stage.held_out[len(stage.held_out) // 2]
+    if decoder is None:
+        return None
+    return lambda: decoder.decode_latent_to_preview_image("JPEG", trainee.clean_picture(draw))
+
+
+def _advanced_inputs() -> list[Any]:
+    default = FinetuneRecipe()
+    return [
+        io.Int.Input(
+            "block_updates", default=default.block_updates, min=0, max=10**6, advanced=True,
+            tooltip="Updates before those of the whole model, each block alone on the teacher's inputs. Cheap, and "
+            "linear and hybrid attention gain most from it.",
+        ),
+        io.Boolean.Input(
+            "full_rank", default=False, advanced=True,
+            tooltip="Changes whole weights instead of adding matrices of a rank, as CLEAR does. Wants a large GPU and "
+            "a delta_rate of about 0.00001.",
+        ),
+        io.Float.Input(
+            "map_rate", default=default.map_rate, min=1e-7, max=1.0, step=1e-5, round=1e-7, advanced=True,
+            tooltip="Learning rate of feature maps and pooling weights. Blocks alone take twice as much.",
+        ),
+        io.Float.Input(
+            "delta_rate", default=default.delta_rate, min=1e-7, max=1.0, step=1e-5, round=1e-7, advanced=True,
+            tooltip="Learning rate of the changes of weights. Blocks alone take twice as much.",
+        ),
+        io.Combo.Input(
+            "optimizer", options=list(OPTIMIZERS), default=default.optimizer, advanced=True,
+            tooltip="adamw needs nothing else. adamw_8bit (package bitsandbytes) takes less memory; prodigy "
+            "(prodigyopt) finds its learning rates; schedule_free (schedulefree) averages by itself, with ema 0.",
+        ),
+        io.Float.Input(
+            "ema", default=default.ema, min=0.0, max=0.9999, step=0.001, round=1e-4, advanced=True,
+            tooltip="Decay of the average over updates that is kept as the result. 0 keeps the last update.",
+        ),
+        io.Int.Input(
+            "accumulation", default=default.accumulation, min=1, max=1024, advanced=True,
+            tooltip="Noised samples per update, one after the other. More are steadier and take longer.",
+        ),
+        io.Boolean.Input(
+            "checkpointing", default=default.checkpointing, advanced=True,
+            tooltip="Keeps only what goes into each block and computes it again for the gradient: much less memory, "
+            "about a third more time.",
+        ),
+        io.Int.Input(
+            "warmup", default=default.warmup, min=0, max=10**6, advanced=True,
+            tooltip="Updates over which the learning rates rise, in each of the two stages.",
+        ),
+        io.Int.Input(
+            "held_out", default=default.held_out, min=1, max=1024, advanced=True,
+            tooltip="Noised samples that are not trained on, by which the student is judged before and after.",
+        ),
+        io.Int.Input("seed", default=default.seed, min=0, max=2**31, advanced=True,
+                     tooltip="Of noise, noise levels and the first changes. Equal seeds train equally."),
+        io.Int.Input(
+            "preview_every", default=0, min=0, max=10**6, advanced=True,
+            tooltip="Updates between pictures of what the student sees in a noised sample. 0 shows none; pictures "
+            "also want previews switched on in ComfyUI.",
+        ),
+        gpus_input(),
+    ]  # fmt: skip

@@ -1,0 +1,91 @@
+"""Publish to Hub: a student's file and its model card, shown first and sent only when that is asked for."""
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..training.publish import CARD, Publication, describe_publication, prepare, publish
+from . import model_files, patching
+from .sockets import CATEGORY_DISTILL
+
+NO_FILE = "none"
+
+
+class LinearizePublish(io.ComfyNode):
+    """Writes the card into the output folder; touches the network only with `dry_run` off."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return inputs and outputs."""
+        return io.Schema(
+            node_id="LinearizePublish",
+            display_name="Publish to Hub",
+            category=CATEGORY_DISTILL,
+            description="Uploads a saved student and a model card to the Hugging Face Hub. As long as dry_run is on "
+            "nothing is sent: the card is written into the output folder, and the text says what would be uploaded.",
+            search_aliases=["upload student", "hugging face", "share weights", "model card"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "student",
+                    options=[NO_FILE, *model_files.local_files()],
+                    default=NO_FILE,
+                    tooltip="A file in models/linearize, from Save Linearized Attention.",
+                ),
+                io.String.Input("repo_id", default="", tooltip="Where it goes on the Hub: owner/name."),
+                io.Boolean.Input(
+                    "private",
+                    default=True,
+                    tooltip="Makes a new repository that only you see. One that is there keeps its setting; a public "
+                    "one is refused while this is on.",
+                ),
+                io.Boolean.Input(
+                    "dry_run",
+                    default=True,
+                    tooltip="Sends nothing. Switched off, the file is uploaded with the login of this machine (hf auth "
+                    "login).",
+                ),
+                io.Boolean.Input(
+                    "replace_card",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Writes the card anew where the repository has one. Off keeps what you wrote there.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="text", tooltip="What was or would be uploaded, and the card.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, student: str, repo_id: str, private: bool, dry_run: bool, replace_card: bool = False
+    ) -> io.NodeOutput:
+        """Return what was or would be uploaded."""
+        path = None if student == NO_FILE else model_files.find(student)
+        if path is None:
+            raise ValueError(f"choose a student to publish, one of those in models/linearize; got {student!r}")
+        publication = prepare(path, repo_id)
+        card = write_card(publication)
+        if dry_run:
+            first = "dry run, nothing was sent; switch dry_run off to publish"
+        else:
+            first = f"published: {publish(publication, private=private, replace_card=replace_card)}"
+        text = f"{first}\n{describe_publication(publication, private, card)}"
+        patching.show_on_node(cls.hidden.unique_id)(first)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+    @classmethod
+    def fingerprint_inputs(cls, student: str = NO_FILE, **_):
+        """Return what changes when the file changes."""
+        return model_files.state("" if student == NO_FILE else student)
+
+
+def write_card(publication: Publication) -> Path:
+    """Write the card into ComfyUI's output folder and return its path."""
+    folder = Path(folder_paths.get_output_directory()) / "linearize" / "hub" / publication.file.repo.replace("/", "--")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / CARD
+    path.write_text(publication.card, encoding="utf-8")
+    return path

@@ -1,0 +1,57 @@
+"""Plot Site Errors: what distillation measured, site by site and candidate by candidate."""
+
+from comfy_api.latest import io, ui
+
+from ..attention.candidates import Candidate, Candidates
+from ..attention.hosts import HOSTS
+from ..attention.student_file import StudentFile
+from .error_picture import draw_errors
+from .sockets import CATEGORY_INSPECT, AttentionStudent
+
+
+class LinearizeSiteErrors(io.ComfyNode):
+    """Draws what the student holds; measures nothing."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return inputs and outputs."""
+        return io.Schema(
+            node_id="LinearizeSiteErrors",
+            display_name="Plot Site Errors",
+            category=CATEGORY_INSPECT,
+            description="Draws how far each site of a student is from the attention it replaces, one bar per "
+            "candidate. Sites with long bars are those to keep dense.",
+            search_aliases=["plot errors", "distillation error", "block error", "sensitivity"],
+            is_output_node=True,
+            inputs=[
+                AttentionStudent.Input("student", tooltip="From Distill Attention or Budget Plan, or a loaded one."),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="plot", tooltip="One group of bars per site, coloured by kind, on a log scale."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, student: StudentFile | Candidates) -> io.NodeOutput:
+        """Return the picture."""
+        sites = measured_sites(student)
+        title = next((host.title for host in HOSTS if host.name == student.host), student.host)
+        picture = draw_errors(title, sites)
+        return io.NodeOutput(picture, ui=ui.PreviewImage(picture, cls=cls))
+
+
+def measured_sites(student: StudentFile | Candidates) -> dict[str, tuple[Candidate, ...]]:
+    """Return the candidates of each site; of a loaded student those sites whose error its file holds.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if isinstance(student, Candidates):
+        sites = dict(student.sites)
+    else:
+        sites = {site: (Candidate(student.plan.spec_of(site), error),) for site, error in student.site_errors.items()}
+    if not sites:
+        raise ValueError("this student holds no errors to draw; Distill Attention measures them")
+    return sites

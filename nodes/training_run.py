@@ -1,0 +1,147 @@
+"""What the nodes that train share: the job of a run on disk, refusals, progress and interrupts on the node.
+
+A job is found again by what it is made of; finished, it answers without the model, unfinished, it goes on.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+
+from ..training.job import JobFolder
+from ..training.loop import Losses, Progress, Stage, progress_of, run_stage
+from ..training.results import Finished, unpack
+from ..training.samples import TeacherSamples, check_samples
+from . import patching
+from .apply import model_fingerprint
+
+VERSION = 1  # of what the stages do; a change of results starts every job anew
+TEXT_INTERVAL_S = 0.5
+PERCENTS = (0.1, 0.5, 0.9)
+_cancelled: list[str] = []
+
+
+def check_model(model: Any, samples: TeacherSamples) -> str:
+    """Return a note on a model and its samples, often empty, after refusing what cannot be trained.
+
+    Raises:
+        ValueError: a Linearize node patched the model already, no host knows it, or the samples are another model's.
+    """
+    host, _ = patching.host_of(model)
+    if patching.runtime_of(model) is not None:
+        raise ValueError("this model is linearized already; connect the one that goes into the Linearize node")
+    found = check_samples(samples, host.name, model_fingerprint(model))
+    return "the samples are of a model that this one is a fine-tune of" if found == "fine-tune" else ""
+
+
+def job_folder(kind: str, model: Any, samples: TeacherSamples, recipe: Mapping[str, Any], **more: Any) -> JobFolder:
+    """Return the folder of a job below ComfyUI's output folder.
+
+    Args:
+        kind: of training, such as "transfer".
+        model: the teacher.
+        samples: its samples.
+        recipe: as JSON holds it.
+        more: what else the result depends on, as JSON holds it.
+    """
+    host, _ = patching.host_of(model)
+    description = {
+        "kind": kind, "version": VERSION, "host": host.name, "model": model_digest(model), "samples": samples.digest,
+        "recipe": dict(recipe), **more,
+    }  # fmt: skip
+    return JobFolder(Path(folder_paths.get_output_directory()) / "linearize" / "jobs", description)
+
+
+def model_digest(model: Any) -> str:
+    """Return a hash of what tells models apart: norm weights, the LoRAs they carry, their noise schedule."""
+    digest = hashlib.sha256(model_fingerprint(model).numpy().tobytes())
+    sampling = model.get_model_object("model_sampling")
+    _add(digest, [float(sampling.percent_to_sigma(percent)) for percent in PERCENTS])
+    _add(digest, {str(key): entries for key, entries in model.patches.items()})
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    """Add a patch to a hash: contents of tensors, whatever device they lie on."""
+    if isinstance(value, torch.Tensor):
+        digest.update(repr((str(value.dtype), tuple(value.shape))).encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        for name in sorted(value, key=str):
+            digest.update(str(name).encode())
+            _add(digest, value[name])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"[{len(value)}]".encode())
+        for each in value:
+            _add(digest, each)
+    elif hasattr(value, "weights"):  # a weight adapter of ComfyUI
+        digest.update(type(value).__name__.encode())
+        _add(digest, value.weights)
+    else:
+        digest.update(repr(value if isinstance(value, (int, float, str, type(None))) else type(value)).encode())
+
+
+def run_with_progress(
+    stage: Stage,
+    job: JobFolder,
+    node_id: str | None,
+    title: str,
+    *,
+    preview: Callable[[], Any] | None = None,
+    preview_every: int = 0,
+) -> Progress:
+    """Do the updates of a stage with a progress bar and a status text; an interrupt ends it early.
+
+    Args:
+        title: what is trained, for the status text.
+        preview: returns a picture as ComfyUI's progress bar takes it, or None.
+        preview_every: updates between pictures; 0 makes none.
+
+    Returns:
+        How far it got: fewer updates than the stage has mean that the user cancelled. The state is saved then, and the
+        stage holds the last finished update.
+    """
+    bar = comfy.utils.ProgressBar(stage.num_updates, node_id=node_id)
+    show = patching.show_on_node(node_id)
+    started = shown = time.monotonic()
+    first: list[int] = []
+
+    def watch(done: int, total: int, losses: Losses) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        first.append(done) if not first else None
+        picture = preview() if preview is not None and preview_every and done % preview_every == 0 else None
+        bar.update_absolute(done, total, picture)
+        if now - shown >= TEXT_INTERVAL_S or done == total:
+            shown = now
+            show(progress_text(title, done, total, losses, (now - started) / (done - first[0] + 1)))
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    try:
+        return run_stage(stage, job, watch)
+    except comfy.model_management.InterruptProcessingException:
+        _cancelled.append(title)
+        return progress_of(job)
+
+
+def cancelled_runs() -> int:
+    """Return how many runs were cancelled so far: for a node's `fingerprint_inputs`, so that the next run goes on."""
+    return len(_cancelled)
+
+
+def progress_text(title: str, done: int, total: int, losses: Losses, seconds: float) -> str:
+    """Return the status of a run: updates, losses, seconds per update."""
+    parts = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+    return f"{title}: update {done} of {total}, {parts}, {seconds:.2g} s per update"
+
+
+def finished(job: JobFolder) -> Finished | None:
+    """Return the result of a finished job, or None."""
+    saved = job.result()
+    return unpack(*saved) if saved else None

@@ -1,0 +1,132 @@
+"""Distill Attention: candidates of every site learn from the teacher's own queries, keys and values."""
+
+from typing import Any
+
+import comfy.model_management
+from comfy_api.latest import io
+
+from ..attention.plans import Plan
+from ..training.comfy_model import with_teacher
+from ..training.comfy_patch import model_fingerprint
+from ..training.loop import Progress, Stage
+from ..training.recipe import VALUE_LOSSES, TransferRecipe
+from ..training.runs import resolved_plans, run_transfer
+from ..training.samples import TeacherSamples as Samples
+from . import patching
+from .sockets import CATEGORY_DISTILL, AttentionPlan, AttentionStudent, TeacherSamples
+from .training_run import cancelled_runs, check_model, finished, job_folder, run_with_progress
+from .training_worker import gpus_input, gpus_key, train_in_processes
+
+MAX_PLANS = 12
+TITLE = "distilling attention"
+
+
+class LinearizeTransfer(io.ComfyNode):
+    """Stage 1 of distillation; the model itself is not trained, so any quantised or offloaded one will do."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return inputs and outputs."""
+        plans = io.Autogrow.TemplatePrefix(AttentionPlan.Input("plan"), prefix="plan", min=1, max=MAX_PLANS)
+        return io.Schema(
+            node_id="LinearizeTransfer",
+            display_name="Distill Attention",
+            category=CATEGORY_DISTILL,
+            description="Teaches feature maps and pooling weights the model's own attention, site by site. The model "
+            "is not changed and needs no gradient. Stopped, it goes on when it is run again.",
+            search_aliases=["distill attention", "attention transfer", "train linear attention"],
+            inputs=[
+                io.Model.Input("model", tooltip="The teacher: the model from before any Linearize node."),
+                TeacherSamples.Input("samples", tooltip="What the teacher painted, from Generate Teacher Samples."),
+                io.Autogrow.Input(
+                    "plans",
+                    template=plans,
+                    tooltip="What the sites are to run. Several plans give several candidates per site, trained from "
+                    "the same passes of the teacher; Budget Plan then chooses.",
+                ),
+                io.Int.Input(
+                    "updates",
+                    default=1000,
+                    min=0,
+                    max=10**6,
+                    tooltip="Updates of every candidate; each takes one pass of the teacher. 0 only measures.",
+                ),
+                *_advanced_inputs(),
+            ],
+            outputs=[
+                AttentionStudent.Output(tooltip="The candidates, for Budget Plan, Fine-tune Student or Save."),
+                io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="Loss by update, for the core's graph."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, samples: Samples, plans: dict[str, Plan], updates: int, gpus: int, **advanced: Any
+    ) -> io.NodeOutput:
+        """Return the candidates and the losses."""
+        notes = [note for note in (check_model(model, samples),) if note]
+        host, module = patching.host_of(model)
+        given = [plan for plan in plans.values() if plan is not None]
+        specs = resolved_plans(host, host.sites(module), given)
+        recipe = TransferRecipe(updates=updates, **advanced)
+        node_id, described = cls.hidden.unique_id, {"plans": [plan.to_json() for plan in given], **gpus_key(gpus)}
+        with job_folder("transfer", model, samples, recipe.to_json(), **described) as job:
+            result = finished(job)
+            if result is None and gpus > 1:
+                result = train_in_processes(gpus, model, samples, recipe, job, node_id, TITLE, plans=given)
+            elif result is None:
+                fingerprint, device = model_fingerprint(model), comfy.model_management.get_torch_device()
+
+                def run(stage: Stage) -> Progress:
+                    return run_with_progress(stage, job, node_id, TITLE)
+
+                result = with_teacher(model, samples, lambda teacher: run_transfer(
+                    teacher, samples, fingerprint, specs, recipe, job, run, device=device))  # fmt: skip
+            patching.show_on_node(node_id)("\n".join([result.text, *notes]))
+        return io.NodeOutput(result.candidates, {"loss": result.history.get("loss", [])})
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        """Return what changes when a run was cancelled: the next one goes on."""
+        return cancelled_runs()
+
+
+def _advanced_inputs() -> list[Any]:
+    default = TransferRecipe()
+    return [
+        io.Float.Input(
+            "learning_rate", default=default.learning_rate, min=1e-6, max=1.0, step=1e-4, advanced=True,
+            tooltip="Of AdamW, at its highest; it warms up and then falls along half a cosine.",
+        ),
+        io.Combo.Input(
+            "loss", options=list(VALUE_LOSSES), default=default.loss, advanced=True,
+            tooltip="value compares attention outputs, as Attention Surgery does; squared weighs large differences "
+            "more; score compares attention weights.",
+        ),
+        io.Int.Input(
+            "queries", default=default.queries, min=0, max=2**20, advanced=True,
+            tooltip="Queries of each call that are trained on, drawn anew each time. 0 takes all; fewer need less "
+            "memory. Keys are always all.",
+        ),
+        io.Int.Input(
+            "replay", default=default.replay, min=1, max=1024, advanced=True,
+            tooltip="Passes of the teacher that are kept in host memory and trained on in turns. 1 keeps none.",
+        ),
+        io.Int.Input(
+            "repeats", default=default.repeats, min=1, max=1024, advanced=True,
+            tooltip="Updates per pass of the teacher. More are cheaper and see less variety.",
+        ),
+        io.Int.Input(
+            "held_out", default=default.held_out, min=1, max=1024, advanced=True,
+            tooltip="Passes on samples that are not trained on, by which candidates are judged.",
+        ),
+        io.Int.Input(
+            "output_draws", default=default.output_draws, min=0, max=1024, advanced=True,
+            tooltip="Passes of which, in the end, a matrix per head behind each candidate's attention is made, in "
+            "closed form. It is kept where it lowers the error; 0 makes none.",
+        ),
+        io.Int.Input("seed", default=default.seed, min=0, max=2**31, advanced=True,
+                     tooltip="Of noise, noise levels and queries. Equal seeds train equally."),
+        gpus_input(),
+    ]  # fmt: skip

@@ -1,0 +1,62 @@
+"""The command `python -m linearize.training job.json`: one training job without ComfyUI's server.
+
+torchrun starts `worker.py` beside this file instead, once per process. `docs/training.md` describes the job's file.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from .comfy_setup import find_comfyui, prepare
+from .distributed import OtherProcessFailed, join
+from .job_file import read_job
+from .loop import OutOfMemory
+from .progress_file import ProgressFile
+
+USAGE = "usage: python -m linearize.training job.json"
+
+
+def main(arguments: list[str]) -> int:
+    """Do a job; return the exit code: 0 done or stopped by a signal, 1 with one sentence on stderr, 2 misuse."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        sys.stderr.write(USAGE + "\n")
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    talk()
+    folder: Path | None = None
+    try:
+        job = read_job(Path(arguments[0]))
+        folder = job.folder
+        workers = join(on_cpu=job.device == "cpu")
+        with workers.reporting():
+            prepare(find_comfyui(job.comfyui), on_cpu=job.device == "cpu")
+            from . import comfy_worker
+
+            try:
+                text = comfy_worker.train(job, workers)
+            except comfy_worker.StoppedEarly as stopped:
+                text = str(stopped)
+        workers.close()
+    except (ValueError, OutOfMemory) as problem:
+        if folder is not None:
+            ProgressFile(folder).add({"problem": str(problem)})
+        sys.stderr.write(f"{problem}\n")
+        return 1
+    except OtherProcessFailed:
+        return 1
+    if workers.rank == 0:
+        sys.stdout.write(text + "\n")
+    return 0
+
+
+def talk() -> None:
+    """Have the pack's own messages on stdout."""
+    pack = logging.getLogger(__package__.rpartition(".")[0] if __package__ else None)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    pack.addHandler(handler)
+    pack.setLevel(logging.INFO)
+    pack.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

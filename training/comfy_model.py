@@ -1,0 +1,127 @@
+"""ComfyUI's models as teachers: noised samples through the core's own conditioning and model call.
+
+A run of training is one "sampling" to ComfyUI: the core loads the model, places it, runs the hooks of other nodes and
+cleans up, and in between the training loop makes the forwards.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import comfy.model_management
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..attention.site_call import SiteCall
+from .comfy_patch import host_of, watched
+from .comfy_sampling import from_conditioning
+from .model import Draw, Observe
+from .samples import TeacherSamples
+from .schedule import generator
+
+T = TypeVar("T")
+
+
+class ComfyTeacher:
+    """A teacher as `model.Teacher` describes it, inside a run of `with_teacher`."""
+
+    def __init__(
+        self, guider: Any, runtime: Any, options: dict[str, Any], samples: TeacherSamples, device: Any
+    ) -> None:
+        self.host, module = host_of(guider.model_patcher)
+        self.sites = self.host.sites(module)
+        self.num_samples, self.has_negative = len(samples.entries), samples.has_negative
+        self.device = device
+        self._model, self._runtime, self._options = guider.inner_model, runtime, options
+        self._samples = samples
+        self._conditions: dict[tuple[str, torch.Size], Any] = {}
+
+    def watch(self, draw: Draw, observe: Observe) -> Tensor:
+        """See `model.Teacher`."""
+
+        def see(call: SiteCall) -> None:
+            with torch.inference_mode(False), torch.enable_grad():
+                query, key, value, output = (each.clone() for each in (call.query, call.key, call.value, call.output))
+                observe(replace(call, query=query, key=key, value=value, output=output))
+
+        noised, sigma, _ = self.noised(draw)
+        self._runtime.observe = see
+        try:
+            with torch.inference_mode():
+                return self._velocity(draw, noised, sigma, self._options)
+        finally:
+            self._runtime.observe = None
+
+    def noised(self, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the noised sample, its noise level (1,), and the clean sample in the model's own scale."""
+        clean = self._model.process_latent_in(self._samples.latent(draw.sample)).to(self.device, torch.float32)
+        noise = torch.randn(clean.shape, generator=generator("noise", draw.seed)).to(clean)
+        sampling = self._model.model_sampling
+        sigma = torch.tensor([float(sampling.percent_to_sigma(draw.percent))], device=self.device)
+        return sampling.noise_scaling(sigma, noise, clean, False), sigma, clean
+
+    def _velocity(self, draw: Draw, noised: Tensor, sigma: Tensor, options: dict[str, Any]) -> Tensor:
+        conditions = self._conditions_of(draw, noised)
+        denoised = comfy.samplers.calc_cond_batch(self._model, [conditions], noised, sigma, options)[0]
+        return (noised - denoised).float() / sigma
+
+    def _conditions_of(self, draw: Draw, noised: Tensor) -> Any:
+        """Return the processed conditioning of a draw; prompts are few beside draws, so they are kept."""
+        entry = self._samples.entries[draw.sample]
+        name = (entry.negative if draw.negative else entry.positive) or ""
+        key = (name, noised.shape)
+        if key not in self._conditions:
+            plain = from_conditioning(self._samples.conditioning(draw.sample, negative=draw.negative))
+            ready = {"positive": comfy.sampler_helpers.convert_cond(plain)}
+            processed = comfy.samplers.process_conds(self._model, noised, ready, self.device, noised, None, draw.seed,
+                                                     latent_shapes=[noised.shape])  # fmt: skip
+            self._conditions[key] = processed["positive"]
+        return self._conditions[key]
+
+
+class _Session(comfy.samplers.Sampler):
+    """Runs work where the core expects a sampler to run."""
+
+    def __init__(self, work: Callable[[Any, dict[str, Any]], None]) -> None:
+        self._work = work
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+               disable_pbar=False):  # noqa: ANN001, ANN201  # fmt: skip
+        """Do the work; the "picture" is the latent that came in."""
+        self._work(model_wrap, extra_args["model_options"])
+        return latent_image
+
+
+def with_teacher(model: Any, samples: TeacherSamples, work: Callable[[ComfyTeacher], T]) -> T:
+    """Return what `work` makes of a model and its samples; the model is loaded meanwhile, and unchanged afterwards.
+
+    Args:
+        model: a model patcher, as it was loaded, with whatever LoRAs it carries.
+        samples: made by it.
+        work: called outside inference mode, with gradients enabled.
+    """
+    patched, runtime = watched(model)
+    results: list[T] = []
+
+    def run(guider: Any, options: dict[str, Any]) -> None:
+        results.append(work(ComfyTeacher(guider, runtime, options, samples, patched.load_device)))
+
+    run_session(patched, samples, run)
+    return results[0]
+
+
+def run_session(patched: Any, samples: TeacherSamples, run: Callable[[Any, dict[str, Any]], None]) -> None:
+    """Call `run(guider, model options)` while the core has a model in place for sampling."""
+    with torch.inference_mode(False), torch.enable_grad():
+        guider = comfy.samplers.CFGGuider(patched)
+        guider.inner_set_conds({"positive": from_conditioning(samples.conditioning(0))})
+        latent = samples.latent(0)
+        sigmas = torch.tensor([1.0, 0.0])
+        guider.sample(torch.zeros_like(latent), latent, _Session(run), sigmas, disable_pbar=True, seed=0)
+
+
+def stop_if_interrupted() -> None:
+    """Raise ComfyUI's own exception where the user cancelled."""
+    comfy.model_management.throw_exception_if_processing_interrupted()

@@ -1,0 +1,114 @@
+"""How a runtime gets onto a clone of a model patcher: for training, and for `nodes/patching.py`, which adds more."""
+
+import contextlib
+from typing import Any
+
+import comfy.memory_management
+import comfy.model_management
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..attention.fingerprint import fingerprint
+from ..attention.hosts import Host, find_host
+from ..attention.memory import LongLived
+from ..attention.runtime import OVERRIDE_KEY, RUNTIME_KEY, AttentionOverride, Runtime, model_call_wrapper
+from .comfy_injection import site_injection
+
+KEY = "linearize"
+
+
+def host_of(model: Any) -> tuple[Host, Any]:
+    """Return the host of a model patcher and its diffusion model.
+
+    Raises:
+        ValueError: no host knows the model; the sentence lists the known ones.
+    """
+    module = model.get_model_object("diffusion_model")
+    return find_host(module), module
+
+
+def runtime_of(model: Any) -> Runtime | None:
+    """Return the runtime that a Linearize node put on this model, if one did."""
+    return model.model_options.get("transformer_options", {}).get(RUNTIME_KEY)
+
+
+def model_fingerprint(model: Any) -> Tensor:
+    """Return the fingerprint of a model patcher's base weights."""
+    host, module = host_of(model)
+    return fingerprint([parameter(model, name) for name in host.norm_parameters(module)])
+
+
+def parameter(model: Any, name: str) -> Tensor:
+    """Return a parameter of the diffusion model, on the CPU and without any patch."""
+    backup = model.backup.get(f"diffusion_model.{name}")
+    value = backup.weight if backup is not None else model.model_state_dict()[f"diffusion_model.{name}"]
+    return value.detach().cpu().clone()
+
+
+def is_as_loaded(model: Any) -> bool:
+    """Return whether no node changed a model patcher since its loader made it: no LoRA, sampling setting or hook."""
+    options = dict(model.model_options)
+    changes = (
+        options.pop("transformer_options", {}), options, model.patches, model.object_patches, model.injections,
+        model.hook_patches, model.weight_wrapper_patches, *model.wrappers.values(),
+    )  # fmt: skip
+    return not any(changes)
+
+
+def install_runtime(patched: Any, runtime: Runtime, module: Any) -> None:
+    """Put a runtime and all that finds it on a clone: the override, the wrapper of the forward, hooks on modules."""
+    host = runtime.host
+    options = patched.model_options.setdefault("transformer_options", {})
+    options[RUNTIME_KEY] = runtime
+    current = options.get(OVERRIDE_KEY)
+    if not getattr(current, "linearize_override", False):
+        options[OVERRIDE_KEY] = AttentionOverride(previous=current)
+    patched.remove_wrappers_with_key(host.wrapped, KEY)
+    patched.add_wrapper_with_key(host.wrapped, KEY, model_call_wrapper)
+    if host.site_modules(module):
+        patched.set_injections(KEY, [site_injection(host)])
+
+
+def watched(model: Any) -> tuple[Any, Runtime]:
+    """Return a clone that runs as `model` does, and the runtime whose `observe` is shown its attention calls."""
+    host, module = host_of(model)
+    patched = model.clone()
+    runtime = Runtime(host, {}, LongLived(pause_recording))
+    install_runtime(patched, runtime, module)
+    return patched, runtime
+
+
+def trainable(model: Any) -> tuple[Any, Runtime]:
+    """Return a copy of a model, with weights of its own that autograd can save, and the runtime of its attention.
+
+    It runs as `model` does, in bf16 where the device has it and in fp32 elsewhere. Call it outside inference mode.
+
+    Raises:
+        ValueError: the model's loader cannot load it a second time, or no host knows it.
+    """
+    host, _ = host_of(model)
+    if getattr(model, "cached_patcher_init", None) is None:
+        raise ValueError(
+            "the node that loaded this model cannot load it a second time, which fine-tuning needs; load it with "
+            "ComfyUI's own Load Diffusion Model or Load Checkpoint"
+        )
+    patched = model.clone(disable_dynamic=True, force_deepcopy=True)
+    in_bf16 = comfy.model_management.should_use_bf16(patched.load_device, prioritize_performance=False)
+    patched.set_model_compute_dtype(torch.bfloat16 if in_bf16 else torch.float32)
+    patched.model.requires_grad_(False)
+    runtime = Runtime(host, {}, LongLived(pause_recording))
+    install_runtime(patched, runtime, patched.get_model_object("diffusion_model"))
+    patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _load_whole)
+    return patched, runtime
+
+
+def _load_whole(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Have the core place all weights on the device: a backward pass cannot bring them back one by one."""
+    return executor(*args, **{**kwargs, "force_full_load": True})
+
+
+def pause_recording() -> contextlib.AbstractContextManager[Any]:
+    """Return the host's pause for allocations that outlive a block; a no-op where it records none."""
+    pause = getattr(comfy.memory_management, "pause_malloc_graph", contextlib.nullcontext)
+    return pause()

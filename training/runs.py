@@ -1,0 +1,160 @@
+"""A whole job of either stage, from a loaded model to the finished result: the nodes and `worker.py` run the same.
+
+How the updates are done, with a progress bar or by several processes, is the caller's: it hands in `run`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..attention.backends import refused
+from ..attention.candidates import Candidate, Candidates
+from ..attention.hosts.base import Host, Site
+from ..attention.plans import Plan
+from ..attention.specs import SiteSpec
+from .finetune import Finetune
+from .job import JobFolder
+from .loop import Progress
+from .model import Teacher, Trainee
+from .recipe import FinetuneRecipe, TransferRecipe
+from .results import Finished, pack
+from .samples import TeacherSamples
+from .transfer import Errors, Transfer, label
+from .workers import ALONE, Workers
+
+S = TypeVar("S", Transfer, Finetune)
+Run = Callable[[S], Progress]
+
+
+def resolved_plans(host: Host, sites: Sequence[Site], plans: Sequence[Plan]) -> list[dict[str, SiteSpec]]:
+    """Return the spec of each site, plan by plan, after refusing what the model cannot run.
+
+    Raises:
+        ValueError: no plan came in, one is for another host or names a site that is not there, or a spec does not fit.
+    """
+    if not plans:
+        raise ValueError("no plan came in; connect Uniform Plan to say what the sites are to run")
+    resolved = []
+    for plan in plans:
+        if plan.host != host.name:
+            raise ValueError(f"the plan is for host {plan.host}, this model is {host.name} ({host.title})")
+        specs = plan.resolve([site.id for site in sites])
+        for site in sites:
+            reason = refused(specs[site.id], site.num_heads, site.head_dim)
+            if reason is not None:
+                raise ValueError(f"{site.id}: {reason.text}")
+        resolved.append(specs)
+    return resolved
+
+
+def run_transfer(
+    teacher: Teacher,
+    samples: TeacherSamples,
+    fingerprint: Tensor,
+    specs: Sequence[Mapping[str, SiteSpec]],
+    recipe: TransferRecipe,
+    job: JobFolder,
+    run: Run[Transfer],
+    *,
+    device: torch.device,
+    workers: Workers = ALONE,
+) -> Finished:
+    """Return what a job of stage 1 learned, stopped early or not; a job that is done is saved as finished.
+
+    Args:
+        teacher: the model and its samples.
+        samples: as a folder, for what is told about them.
+        fingerprint: of the model.
+        specs: of the sites, plan by plan.
+        recipe: how.
+        job: its folder, opened.
+        run: does the updates.
+        device: of what learns.
+        workers: the processes that train together.
+    """
+    stage = Transfer(teacher, specs, recipe, device, workers)
+    before = stage.measure()
+    progress = run(stage)
+    after = stage.fit_outputs()[1] if recipe.output_draws else stage.measure()
+    text = transfer_text(stage.candidates(before), after, progress, stage.num_updates)
+    facts = {
+        **recipe.to_json(), "updates_done": progress.done, "samples": len(samples.entries), "notes": progress.notes,
+        "error_before": mean_error(before), "error_after": mean_error(after),
+    }  # fmt: skip
+    candidates = Candidates(
+        host=teacher.host.name,
+        sites=stage.candidates(after),
+        base_model=samples.about.base_model,
+        recipe={"transfer": facts},
+        fingerprint=fingerprint,
+    )
+    return _finish(job, progress, stage.num_updates, Finished(candidates, progress.history, text))
+
+
+def run_finetune(
+    trainee: Trainee,
+    samples: TeacherSamples,
+    fingerprint: Tensor,
+    student: Candidates,
+    recipe: FinetuneRecipe,
+    job: JobFolder,
+    run: Run[Finetune],
+    *,
+    device: torch.device,
+    workers: Workers = ALONE,
+) -> Finished:
+    """Return what a job of stages 2 and 3 learned, as `run_transfer`.
+
+    Args:
+        student: one candidate per converted site; it is told its base model where it does not name one.
+    """
+    known = replace(
+        student,
+        base_model=student.base_model or samples.about.base_model,
+        fingerprint=fingerprint if student.fingerprint is None else student.fingerprint,
+    )
+    stage = Finetune(trainee, known, recipe, device, workers)
+    try:
+        progress = run(stage)
+        found, text = stage.result(progress)
+    finally:
+        stage.close()
+    lines = [text, *progress.notes]
+    if progress.done < stage.num_updates:
+        lines.append(cancelled_text(progress, stage.num_updates))
+    return _finish(job, progress, stage.num_updates, Finished(found, progress.history, "\n".join(lines)))
+
+
+def _finish(job: JobFolder, progress: Progress, total: int, result: Finished) -> Finished:
+    if progress.done == total:
+        job.finish(*pack(result))
+    return result
+
+
+def transfer_text(found: Mapping[str, Sequence[Candidate]], after: Errors, progress: Progress, updates: int) -> str:
+    """Return each candidate's mean error over its sites, before and after."""
+    rows: dict[str, list[tuple[float, float]]] = {}
+    for site, candidates in found.items():
+        for candidate, error in zip(candidates, after[site], strict=True):
+            rows.setdefault(label(candidate.spec), []).append((candidate.error, error))
+    lines = ["held-out error of the attention outputs, before -> after, mean over sites:"]
+    for name, errors in rows.items():
+        first, last = (sum(pair[i] for pair in errors) / len(errors) for i in (0, 1))
+        lines.append(f"{name}: {first:.2%} -> {last:.2%} ({len(errors)} sites)")
+    if progress.done < updates:
+        lines.append(cancelled_text(progress, updates))
+    return "\n".join([*lines, *progress.notes])
+
+
+def mean_error(errors: Errors) -> float:
+    """Return the mean over all candidates of all sites."""
+    values = [error for of_site in errors.values() for error in of_site]
+    return sum(values) / len(values)
+
+
+def cancelled_text(progress: Progress, total: int) -> str:
+    """Return what is said of a run that was cancelled: how far it got, and how it goes on."""
+    return f"cancelled after {progress.done} of {total} updates and saved; run the same workflow again to go on"

@@ -1,0 +1,124 @@
+"""A teacher's samples on disk, `linearize/samples/1`, and how they are read.
+
+`about.json` says how the samples were made and `index.jsonl` lists them, one line each; latents and conditionings are
+safetensors files beside them. `samples_writer.py` writes them, `comfy_sampling.py` has a model make them.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from ..attention.fingerprint import Match, distance, match
+from .conditioning import NODE, Conditioning, SamplesProblem, content_sha256, load_tensors, read_conditioning
+from .sample_index import ABOUT, About, Sample, has_files, read_about, read_index
+
+LATENT = "samples"  # name of the tensor in a latent's file, as in ComfyUI's LATENT
+
+
+class TeacherSamples:
+    """A folder of samples, opened; tensors are read when they are asked for.
+
+    Args:
+        folder: that holds them.
+        about: how they were made.
+        entries: the samples, each at the place of its number.
+    """
+
+    def __init__(self, folder: Path, about: About, entries: tuple[Sample, ...]) -> None:
+        self.folder = folder
+        self.about = about
+        self.entries = entries
+
+    @classmethod
+    def open(cls, folder: Path) -> "TeacherSamples":
+        """Return the samples of a folder, finished or not; a last line that was torn by a kill does not count.
+
+        Raises:
+            SamplesProblem: there is no such folder, it holds no sample or other things, it is damaged, or a file that
+                its index lists is missing.
+        """
+        folder = Path(folder)
+        if not (folder / ABOUT).is_file():
+            raise SamplesProblem(f"there are no teacher samples in {folder}; make them with {NODE}")
+        about = read_about(folder)
+        found, _ = read_index(folder, about)
+        if not found:
+            raise SamplesProblem(f"no sample in {folder} is finished; run {NODE} again")
+        lost = [number for number in range(max(found) + 1) if number not in found]
+        lost += [number for number, sample in found.items() if not has_files(folder, sample)]
+        if lost:
+            raise SamplesProblem(f"sample {min(lost)} in {folder} lost its files; run {NODE} again to make it anew")
+        return cls(folder, about, tuple(found[number] for number in range(len(found))))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def has_negative(self) -> bool:
+        """Whether the samples were made with a negative prompt that counts."""
+        return self.about.uses_negative and all(sample.negative is not None for sample in self.entries)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what was made and how, the contents of all tensors included; it does not depend on the place."""
+        digest = hashlib.sha256(json.dumps(self.about.to_json(), sort_keys=True).encode())
+        for sample in self.entries:
+            digest.update(sample.line())
+        return digest.hexdigest()
+
+    def latent(self, number: int) -> Tensor:
+        """Return a sample as the sampler gave it (ComfyUI's LATENT "samples"), (1, C, ...) fp32 on the CPU.
+
+        Raises:
+            ValueError: the file cannot be read, or is not the one that the index lists; one sentence.
+        """
+        sample = self.entries[number]
+        tensors, _ = load_tensors(self.folder / sample.latent)
+        latent = tensors.get(LATENT)
+        if latent is None or tuple(latent.shape) != sample.shape or content_sha256(tensors) != sample.sha256:
+            raise self._changed(sample.latent)
+        return latent.float()
+
+    def conditioning(self, number: int, negative: bool = False) -> Conditioning:
+        """Return the conditioning of a sample, tensors on the CPU.
+
+        Raises:
+            ValueError: it has no negative one, or as in `latent`.
+        """
+        file = self.entries[number].negative if negative else self.entries[number].positive
+        if file is None:
+            raise SamplesProblem(f"sample {number} in {self.folder} has no negative conditioning, its cfg is 1")
+        conditioning = read_conditioning(self.folder / file)
+        if conditioning.file != file:
+            raise self._changed(file)
+        return conditioning
+
+    def _changed(self, file: str) -> SamplesProblem:
+        return SamplesProblem(
+            f"{file} in {self.folder} is not the file that was written there; delete it, and run {NODE} again to make "
+            "its samples anew"
+        )
+
+
+def check_samples(samples: TeacherSamples, host_name: str, fingerprint: Tensor) -> Match:
+    """Return whether samples are of the "same" model or of one that is its "fine-tune".
+
+    Raises:
+        SamplesProblem: they are of another host, or of an unrelated model.
+    """
+    about = samples.about
+    base = about.base_model or "an unnamed model"
+    if about.host != host_name:
+        raise SamplesProblem(
+            f"the samples in {samples.folder} are of host {about.host} ({base}), this model is {host_name}; make its "
+            f"own with {NODE}"
+        )
+    found = match(fingerprint, about.fingerprint)
+    if found == "other":
+        raise SamplesProblem(
+            f"the samples in {samples.folder} are of another model, {base} (norms "
+            f"{distance(fingerprint, about.fingerprint):.0%} apart); make this model's own with {NODE}"
+        )
+    return found

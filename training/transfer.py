@@ -1,0 +1,276 @@
+"""Stage 1: every candidate of every site learns from the teacher's own queries, keys and values.
+
+The model runs as it was loaded and needs no gradient, so any quantised or offloaded one will do. One forward serves
+all sites and all candidates; nothing a candidate computes goes back into the model.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor
+
+from ..attention.candidates import Candidate
+from ..attention.layout import Reason
+from ..attention.site_call import SiteCall
+from ..attention.specs import DenseSpec, HeadSplit, SiteSpec
+from .closed_form import OutputFit
+from .loop import Losses
+from .model import Draw, Teacher
+from .recipe import TransferRecipe
+from .schedule import generator, held_out_draws, rate_at, split_samples, training_draw
+from .site_trainer import SiteTrainer, grid_rows, unusable
+from .workers import ALONE, Workers
+
+LEAST_QUERIES = 64
+Errors = dict[str, list[float]]  # by site, of its candidates
+
+
+class Transfer:
+    """The stage as `loop.run_stage` runs it.
+
+    Args:
+        teacher: the model and its samples.
+        plans: specs by site; equal specs of a site are one candidate, dense ones none.
+        recipe: how long, how fast, on what.
+        workers: the other processes of this run; gradients are averaged over them.
+
+    Raises:
+        ValueError: no plan names a site, or a spec does not fit its site.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        plans: Sequence[Mapping[str, SiteSpec]],
+        recipe: TransferRecipe,
+        device: torch.device,
+        workers: Workers = ALONE,
+    ) -> None:
+        self.teacher, self.recipe, self.workers, self.num_updates = teacher, recipe, workers, recipe.updates
+        self.trainers: dict[str, list[SiteTrainer]] = {}
+        for site in teacher.sites:
+            specs = dict.fromkeys(plan[site.id] for plan in plans if site.id in plan)
+            wanted = [spec for spec in specs if not isinstance(spec, DenseSpec)]
+            if wanted:
+                self.trainers[site.id] = [SiteTrainer(site, spec, recipe, device) for spec in wanted]
+        if not self.trainers:
+            raise ValueError("the plans leave every site dense, so there is nothing to distil; choose another kind")
+        self._queries = recipe.queries
+        self._training, self._held_out = split_samples(teacher.num_samples)
+        self._kept: dict[int, dict[str, SiteCall]] = {}
+        self._round, self._round_draws = -1, 0
+
+    def update(self, number: int) -> Losses:
+        """See `loop.Stage`: gradients of one forward, or of one kept in memory, then a step of every candidate."""
+        losses: dict[str, list[float]] = {}
+        failed: dict[str, Reason] = {}
+
+        def learn(call: SiteCall) -> None:
+            reason = unusable(call)
+            if reason is not None:
+                failed[call.site] = reason
+                return
+            rows = self._rows(call, number)
+            for trainer in self.trainers.get(call.site, ()):
+                if trainer.optimizer is not None:
+                    losses.setdefault(label(trainer.spec), []).append(trainer.backward(call, rows))
+
+        self._forget_gradients()
+        seen = self._show(number, learn)
+        self._check_seen(seen, failed)
+        self.workers.average(p.grad for each in self._all() for p in each.parameters() if p.grad is not None)
+        rate = rate_at(number, self.num_updates, self.recipe.warmup)
+        for trainer in self._all():
+            trainer.step(rate)
+        means = {name: sum(values) / len(values) for name, values in losses.items()}
+        return {"loss": sum(means.values()) / max(1, len(means)), **means}
+
+    def measure(self) -> Errors:
+        """Return each candidate's error on held-out draws, by site."""
+        sums = {site: [[0.0, 0.0] for _ in trainers] for site, trainers in self.trainers.items()}
+
+        def compare(call: SiteCall) -> None:
+            for trainer, total in zip(self.trainers[call.site], sums[call.site], strict=True):
+                missed, whole = trainer.energies(call)
+                total[0] += missed
+                total[1] += whole
+
+        draws = held_out_draws(self.recipe.seed, self._held_out, self.recipe.held_out, self.teacher.has_negative)
+        self._pass(draws, compare)
+        return {site: [missed / whole for missed, whole in totals] for site, totals in sums.items()}
+
+    def fit_outputs(self) -> tuple[Errors, Errors]:
+        """Put the best matrices behind every candidate's attention, where they lower its error on held-out draws.
+
+        Returns:
+            The errors without and with them.
+        """
+        fits = {
+            site: [OutputFit(each.site.num_heads, each.site.head_dim) for each in trainers]
+            for site, trainers in self.trainers.items()
+        }
+
+        @torch.no_grad()
+        def add(call: SiteCall) -> None:
+            rows = grid_rows(call)
+            for trainer, fit in zip(self.trainers[call.site], fits[call.site], strict=True):
+                fit.add(trainer.output(call).index_select(2, rows), call.output.index_select(2, rows))
+
+        before = self.measure()
+        numbers = range(self.recipe.output_draws)
+        draws = [training_draw(self.recipe.seed + 1, n, self._training, self.teacher.has_negative) for n in numbers]
+        self._pass(draws, add)
+        for site, trainers in self.trainers.items():
+            for trainer, fit in zip(trainers, fits[site], strict=True):
+                trainer.matrices = fit.solve()
+        after = self.measure()
+        for site, trainers in self.trainers.items():
+            for number, trainer in enumerate(trainers):
+                if after[site][number] >= before[site][number]:
+                    trainer.matrices, after[site][number] = None, before[site][number]
+        return before, after
+
+    def _pass(self, draws: Sequence[Draw], use: Callable[[SiteCall], None]) -> None:
+        """Run the teacher on draws and use the calls of sites that have candidates."""
+        seen: set[str] = set()
+        failed: dict[str, Reason] = {}
+
+        def see(call: SiteCall) -> None:
+            reason = unusable(call)
+            if reason is not None:
+                failed[call.site] = reason
+            elif call.site in self.trainers:
+                seen.add(call.site)
+                use(call)
+
+        for draw in draws:
+            self.teacher.watch(draw, see)
+        self._check_seen(seen, failed)
+
+    def candidates(self, errors: Errors) -> dict[str, tuple[Candidate, ...]]:
+        """Return what was learned, with the errors that `measure` returned."""
+        return {
+            site: tuple(
+                Candidate(trainer.spec, error, trainer.result())
+                for trainer, error in zip(trainers, errors[site], strict=True)
+            )
+            for site, trainers in self.trainers.items()
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """See `loop.Stage`."""
+        return {
+            f"{site}.{number}.{name}": tensor
+            for site, trainers in self.trainers.items()
+            for number, trainer in enumerate(trainers)
+            for name, tensor in trainer.state().items()
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `loop.Stage`."""
+        for site, trainers in self.trainers.items():
+            for number, trainer in enumerate(trainers):
+                prefix = f"{site}.{number}."
+                own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+                trainer.restore({name.removeprefix(prefix): tensor for name, tensor in own.items()})
+
+    def relieve(self) -> str | None:
+        """See `loop.Stage`: train on half as many queries of a call."""
+        now = self._queries or 8192
+        if now <= LEAST_QUERIES:
+            return None
+        self._queries = now // 2
+        return f"memory ran out, so {self._queries} queries of each call are trained on"
+
+    def _show(self, number: int, learn: Callable[[SiteCall], None]) -> set[str]:
+        """Show `learn` the calls of one forward; return the sites that were seen."""
+        forward, repeats = number // self.recipe.repeats, self.recipe.repeats
+        if self.recipe.replay == 1 and repeats == 1:
+            seen = set()
+
+            def see(call: SiteCall) -> None:
+                if call.site in self.trainers:
+                    seen.add(call.site)
+                    learn(call)
+
+            self.teacher.watch(self._draw(forward), see)
+            return seen
+        calls = self._replayed(number)
+        for call in calls.values():
+            learn(call)
+        return set(calls)
+
+    def _replayed(self, number: int) -> dict[str, SiteCall]:
+        """Return the calls of a forward of this round; the round's first use runs its forwards."""
+        per_round = self.recipe.replay * self.recipe.repeats
+        round_number, place = divmod(number, per_round)
+        first = round_number * self.recipe.replay
+        if self._round != round_number:
+            self._kept, self._round, self._round_draws = {}, round_number, self.recipe.replay
+            for index in range(self.recipe.replay):
+                if index >= self._round_draws:
+                    break
+                self._kept[index] = self._keep(first + index)
+                held = sum(call_bytes(call) for call in self._kept[0].values())
+                self._round_draws = max(1, min(self.recipe.replay, self.recipe.replay_bytes // max(1, held)))
+        order = torch.randperm(self._round_draws, generator=generator(self.recipe.seed, "replay", round_number, place))
+        return self._kept[int(order[0])]
+
+    def _keep(self, forward: int) -> dict[str, SiteCall]:
+        calls: dict[str, SiteCall] = {}
+
+        def keep(call: SiteCall) -> None:
+            if call.site in self.trainers:
+                tensors = {name: getattr(call, name).detach().cpu().clone() for name in TENSORS}
+                calls[call.site] = replace(call, **tensors)
+
+        self.teacher.watch(self._draw(forward), keep)
+        return calls
+
+    def _draw(self, forward: int) -> Draw:
+        number = forward * self.workers.count + self.workers.rank
+        return training_draw(self.recipe.seed, number, self._training, self.teacher.has_negative)
+
+    def _rows(self, call: SiteCall, number: int) -> Tensor:
+        """Return the queries of a call that are trained on, drawn anew for every update."""
+        rows = grid_rows(call)
+        if not self._queries or len(rows) <= self._queries:
+            return rows
+        order = torch.randperm(len(rows), generator=generator(self.recipe.seed, "rows", number, call.site))
+        return rows[order[: self._queries].sort().values.to(rows.device)]
+
+    def _all(self) -> list[SiteTrainer]:
+        return [trainer for trainers in self.trainers.values() for trainer in trainers]
+
+    def _forget_gradients(self) -> None:
+        for trainer in self._all():  # an update that was broken off leaves some
+            trainer.zero_grad()
+
+    def _check_seen(self, seen: set[str], failed: Mapping[str, Reason]) -> None:
+        if failed:
+            site, reason = next(iter(failed.items()))
+            raise ValueError(f"{site} cannot be distilled here: {reason.text}")
+        missing = [site for site in self.trainers if site not in seen]
+        if missing:
+            raise ValueError(
+                f"the model ran without calling {missing[0]} through ComfyUI's attention; take out the node that"
+                " replaces its attention"
+            )
+
+
+TENSORS = ("query", "key", "value", "output")
+
+
+def call_bytes(call: SiteCall) -> int:
+    """Return the bytes that a call's tensors take."""
+    return sum(getattr(call, name).nbytes for name in TENSORS)
+
+
+def label(spec: SiteSpec) -> str:
+    """Return a spec in a few words, for curves and tables: its kind and what differs from the defaults."""
+    if isinstance(spec, HeadSplit):
+        return " + ".join(label(group.spec) for group in spec.groups)
+    default = type(spec)()
+    different = [name for name in asdict(spec) if getattr(spec, name) != getattr(default, name)]
+    return " ".join([spec.kind, *(f"{name}={getattr(spec, name)}" for name in different)])
