@@ -84,6 +84,16 @@ WIDTH = 280  # of other types; a node is as wide as the widest of its column
 # fit a screen of 1920
 LAYOUTS = {  # workflow: columns; `note` is the note
     "demo/clear_demo": ("1 2 3", "4 5 6", "7", "8 9", "10"),
+    "demo/distill_demo": (
+        "1 2 3 16",
+        "Teacher: 4",
+        "Candidates: 5 6 7",
+        "Distil: 8 21 22",
+        "Distil: 9 10 11",
+        "Compare: 13 23 12",
+        "Compare: 14 15",
+        "Result: 17 18 19 20",
+    ),
     "workflows/flux_dev_clear": (
         "note 1 2 3",
         "Windows and prompt: 4 5",

@@ -18,7 +18,7 @@ READY = "window.app?.graph && app.extensionManager?.workflow?.activeWorkflow"
 HAS_OURS = "window.app?.graph?.nodes.some(node => node.type === 'LinearizeReport')"
 MILLISECONDS = 60_000  # the longest that one step may take
 TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "workflows").glob("*.json"))
-WORKFLOWS = ("demo/clear_demo.json", *TEMPLATES)
+WORKFLOWS = ("demo/clear_demo.json", "demo/distill_demo.json", *TEMPLATES)
 STATUS = "$$node-text-preview"  # the frontend's own widget for a node's status text
 CHANGE_AND_LISTEN = """() => {
     window.progress = [];
