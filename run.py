@@ -185,6 +185,10 @@ def announce(pending: list) -> None:
 
 
 def make_venv() -> None:
+    if Path(sys.prefix).resolve() == VENV.resolve():
+        raise Problem(
+            f"The environment {VENV} has to be made anew, and this Python is in it; call run.py with another."
+        )
     if VENV.exists():
         shutil.rmtree(VENV)  # a half-made one cannot be trusted
     run([sys.executable, "-m", "venv", str(VENV)])

@@ -132,16 +132,33 @@ def mixed_attention(
         stabilizer: as in `HybridSpec`.
     """
     check_layout(layout, query, key, value)
+    options = {"scale": scale, "stabilizer": stabilizer, "engine": engine}
+    output, tokens = dense_for_global_queries(query, key, value, layout, scale), grid_tokens(layout, query.device)
+    return output.index_copy(
+        2, tokens, mixed_queries(query.index_select(2, tokens), key, value, exact, linear, maps, **options)
+    )
+
+
+def mixed_queries(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    exact: Tensor,
+    linear: Tensor,
+    maps: Maps,
+    *,
+    scale: float | None = None,
+    stabilizer: str = "max",
+    engine: Engine | None = None,
+) -> Tensor:
+    """Return what some queries of grid tokens, (B, H, M, D), make of all keys; arguments as in `mixed_attention`."""
     if not len(linear):
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
     phi_q, phi_k = maps
     summarise, mix = engine or TORCH
     options = {"scale": scale, "stabilizer": stabilizer}
     state = summarise(key.index_select(2, linear), value.index_select(2, linear), phi_k, **options)
-    output = dense_for_global_queries(query, key, value, layout, scale)
-    parts = (key.index_select(2, exact), value.index_select(2, exact))
-    queries = grid_tokens(layout, query.device)
-    return output.index_copy(2, queries, mix(query.index_select(2, queries), *parts, state, phi_q, **options))
+    return mix(query, key.index_select(2, exact), value.index_select(2, exact), state, phi_q, **options)
 
 
 def is_on_raw_scale(feature_map: FeatureMap, stabilizer: str) -> bool:

@@ -6,7 +6,7 @@ from .chunked import chunked_attention
 from .feature_maps import Maps
 from .hybrid import hybrid_attention
 from .layout import TokenLayout
-from .linear import Engine, linear_attention
+from .linear import Engine, linear_attention, mixed_queries, split_tokens
 from .specs import HybridSpec, LinearSpec, MappedSpec
 
 
@@ -31,3 +31,25 @@ def mapped_attention(
     if isinstance(spec, HybridSpec):
         return hybrid_attention(query, key, value, layout, spec, maps, scale=scale, engine=engine)
     return chunked_attention(query, key, value, layout, spec, maps, scale=scale, engine=engine)
+
+
+def mapped_queries(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    spec: LinearSpec | HybridSpec,
+    maps: Maps,
+    *,
+    scale: float | None = None,
+    engine: Engine | None = None,
+) -> Tensor:
+    """Return linear or hybrid attention of some queries alone; training draws a few of each call.
+
+    Shapes:
+        query: (B, H, M, D), of tokens on a grid. key, value: (B, H, N, D). Output: (B, H, M, D).
+    """
+    rate, stabilizer = (spec.rate, spec.stabilizer) if isinstance(spec, HybridSpec) else (None, "max")
+    exact, linear = split_tokens(layout, rate, query.device)
+    options = {"scale": scale, "stabilizer": stabilizer, "engine": engine}
+    return mixed_queries(query, key, value, exact, linear, maps, **options)

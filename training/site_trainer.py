@@ -5,18 +5,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..attention.backends import AUTO, Call, choose_backend
+from ..attention.backends import Backend, Call, choose_backend
 from ..attention.hosts.base import Site
 from ..attention.layout import Reason, TokenLayout
+from ..attention.linear import TORCH
+from ..attention.mapped import mapped_queries
+from ..attention.mixed_triton import TRITON
 from ..attention.output_map import map_outputs
 from ..attention.site_call import SiteCall
-from ..attention.specs import ClearSpec, MappedSpec, SiteSpec
+from ..attention.specs import ClearSpec, HybridSpec, LinearSpec, MappedSpec, SiteSpec
 from ..attention.student import Learned, new_maps
 from .losses import energies, score_loss, squared_loss, value_loss
 from .optimizers import make_optimizer, optimizer_state, restore_optimizer
 from .recipe import TransferRecipe
 from .scores import NUM_SCORE_QUERIES, scores_and_products
 
+ENGINES = {"torch": TORCH, "triton": TRITON}
 LOSSES = {"value": value_loss, "squared": squared_loss}
 
 
@@ -59,18 +63,36 @@ class SiteTrainer(nn.Module):
         Raises:
             ValueError: no backend, or not the wanted one, runs it.
         """
-        assert isinstance(call.layout, TokenLayout)
-        batch, heads, tokens, head_dim = call.query.shape
-        grad = torch.is_grad_enabled() and self.optimizer is not None
-        facts = Call(
-            self.spec, call.layout, (batch, heads, tokens, head_dim), call.query.dtype, call.query.device, grad
-        )
-        backend, reasons = choose_backend(facts, self.recipe.backend or AUTO)
-        if backend is None:
-            raise ValueError(f"{self.site.id}: {'; '.join(map(str, reasons))}")
+        backend, facts = self._backend(call)
         inputs = (call.query, call.key, call.value)
         output = backend.run(*inputs, facts, scale=call.scale, learned=self.learned(), memory=None)
-        return output if self.matrices is None else map_outputs(output, call.layout, self.matrices)
+        return output if self.matrices is None else map_outputs(output, facts.layout, self.matrices)
+
+    def some_outputs(self, call: SiteCall, rows: Tensor) -> Tensor:
+        """Return the rows of `output` that stand for some grid tokens, without `matrices`; errors as there.
+
+        Linear and hybrid attention compute no others, which is what makes few queries cheap.
+        """
+        backend, facts = self._backend(call)
+        learned = self.learned()
+        if backend.name in ENGINES and isinstance(self.spec, LinearSpec | HybridSpec) and learned.maps:
+            inputs = (call.query.index_select(2, rows), call.key, call.value)
+            options = {"scale": call.scale, "engine": ENGINES[backend.name]}
+            return mapped_queries(*inputs, facts.layout, self.spec, learned.maps, **options)
+        inputs = (call.query, call.key, call.value)
+        output = backend.run(*inputs, facts, scale=call.scale, learned=learned, memory=None)
+        return output.index_select(2, rows)
+
+    def _backend(self, call: SiteCall) -> tuple[Backend, Call]:
+        assert isinstance(call.layout, TokenLayout)
+        batch, heads, tokens, size = call.query.shape
+        learns = torch.is_grad_enabled() and self.optimizer is not None
+        shape = (batch, heads, tokens, size)
+        facts = Call(self.spec, call.layout, shape, call.query.dtype, call.query.device, learns)
+        backend, reasons = choose_backend(facts, self.recipe.backend)
+        if backend is None:
+            raise ValueError(f"{self.site.id}: {'; '.join(map(str, reasons))}")
+        return backend, facts
 
     def backward(self, call: SiteCall, rows: Tensor) -> float:
         """Add the gradient of the loss on some queries; return the loss.
@@ -82,8 +104,8 @@ class SiteTrainer(nn.Module):
         if self.recipe.loss == "score" and isinstance(self.spec, MappedSpec):
             loss = score_loss(*scores_and_products(call, self.spec, self.learned(), rows[:NUM_SCORE_QUERIES]))
         else:
-            output = self.output(call).index_select(2, rows)
-            loss = LOSSES.get(self.recipe.loss, value_loss)(output, call.output.index_select(2, rows))
+            compare = LOSSES.get(self.recipe.loss, value_loss)  # a kind without scores falls back to its values
+            loss = compare(self.some_outputs(call, rows), call.output.index_select(2, rows))
         loss.backward()
         return float(loss.detach())
 

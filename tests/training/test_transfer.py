@@ -15,6 +15,7 @@ from linearize.attention.layout import Reason
 from linearize.attention.specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, LinearSpec
 from linearize.training.job import JobFolder, JobProblem
 from linearize.training.loop import OutOfMemory, Stopped, run_stage
+from linearize.training.model import Draw
 from linearize.training.recipe import TransferRecipe
 from linearize.training.transfer import Transfer, label
 
@@ -61,6 +62,17 @@ def test_pooling_weights_learn_and_windows_without_any_are_measured_only():
     assert [after[site][1] for site in SITES] == [before[site][1] for site in SITES]
     found = trained.candidates(after)
     assert list(found["double.0"][0].parameters) == ["pool"] and not found["double.0"][1].parameters
+
+
+@pytest.mark.parametrize(
+    "spec", [LINEAR, HYBRID, HybridSpec(1), HybridSpec(2, "hedgehog", stabilizer="common"), POOLED], ids=label
+)
+def test_few_queries_are_rows_of_all_of_them(spec):
+    trained, calls = stage(plans=[spec]), []
+    trained.teacher.watch(Draw(1, 0.4, 7), calls.append)
+    trainer, rows = trained.trainers["single.0"][0], torch.tensor([3, 8, 9, 30])
+    found, whole = trainer.some_outputs(calls[1], rows), trainer.output(calls[1])
+    assert torch.allclose(found, whole[:, :, rows], atol=1e-6)
 
 
 def test_score_loss_fits_the_weights():
