@@ -61,7 +61,7 @@ class LinearizeFinetune(io.ComfyNode):
                     "attention_surgery: the samples alone.",
                 ),
                 io.Int.Input("rank", default=64, min=0, max=4096,
-                             tooltip="Rank of the changes of weights. 0 trains feature maps and pooling weights only."),
+                             tooltip="Rank of the changes of weights. 0 trains what was learned before only."),
                 *_advanced_inputs(),
             ],
             outputs=[
@@ -195,7 +195,7 @@ def _advanced_inputs() -> list[Any]:
         ),
         io.Float.Input(
             "map_rate", default=default.map_rate, min=1e-7, max=1.0, step=1e-5, round=1e-7, advanced=True,
-            tooltip="Learning rate of feature maps and pooling weights. Blocks alone take twice as much.",
+            tooltip="Learning rate of feature maps, pooling weights and matrices. Blocks alone take twice as much.",
         ),
         io.Float.Input(
             "delta_rate", default=default.delta_rate, min=1e-7, max=1.0, step=1e-5, round=1e-7, advanced=True,

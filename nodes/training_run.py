@@ -59,11 +59,15 @@ def job_folder(kind: str, model: Any, samples: TeacherSamples, recipe: Mapping[s
 
 
 def model_digest(model: Any) -> str:
-    """Return a hash of what tells models apart: norm weights, the LoRAs they carry, their noise schedule."""
+    """Return a hash of what tells models apart: norm weights, types of all, LoRAs, noise schedule, other patches."""
     digest = hashlib.sha256(model_fingerprint(model).numpy().tobytes())
     sampling = model.get_model_object("model_sampling")
     _add(digest, [float(sampling.percent_to_sigma(percent)) for percent in PERCENTS])
     _add(digest, {str(key): entries for key, entries in model.patches.items()})
+    for name, weight in model.model_state_dict().items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+    options = model.model_options.get("transformer_options", {})
+    _add(digest, sorted(map(str, (*model.object_patches, *model.wrappers, *options))))
     return digest.hexdigest()
 
 

@@ -49,7 +49,7 @@ class LinearizeTransfer(io.ComfyNode):
                     default=1000,
                     min=0,
                     max=10**6,
-                    tooltip="Updates of every candidate; each takes one pass of the teacher. 0 only measures.",
+                    tooltip="Updates of every candidate; each takes one pass of the teacher. 0 makes matrices only.",
                 ),
                 *_advanced_inputs(),
             ],

@@ -25,8 +25,10 @@ class OutputFit:
         self.cross = torch.zeros_like(self.own)
 
     def add(self, output: Tensor, teacher: Tensor) -> None:
-        """Add rows of a call, (B, H, M, D) each."""
+        """Add rows of a call, (B, H, M, D) each; a call with an infinity or NaN tells nothing and is left out."""
         own, target = (each.detach().float() for each in (output, teacher))
+        if not bool(torch.isfinite(own).all() & torch.isfinite(target).all()):
+            return
         self.own += torch.einsum("bhmi,bhmj->hij", own, own).cpu()
         self.cross += torch.einsum("bhmi,bhmj->hij", own, target).cpu()
 

@@ -60,5 +60,6 @@ def score_loss(scores: Tensor, products: Tensor) -> Tensor:
 
 def energies(output: Tensor, teacher: Tensor) -> tuple[float, float]:
     """Return the energy of what the output misses and the teacher's, as sums that add up over calls."""
-    teacher = teacher.double()
-    return float((output.double() - teacher).square().sum()), float(teacher.square().sum())
+    teacher = teacher.float()
+    missed, whole = ((each.square().sum(-1).cpu().double().sum()) for each in (output.float() - teacher, teacher))
+    return float(missed), float(whole)

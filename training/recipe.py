@@ -71,7 +71,7 @@ class FinetuneRecipe:
     Args:
         block_updates: with each block on the teacher's inputs.
         updates: end to end.
-        trainables: beside the feature maps and pooling weights, which always learn: "lora" changes the weights of the
+        trainables: beside maps, pooling weights and matrices, which always learn: "lora" changes the weights of the
             converted sites' projections by matrices of low rank, "full" by whole ones, "maps" not at all.
         rank: of "lora".
         map_rate, delta_rate: learning rates of maps and of changes of weights; `prodigy` finds its own instead.

@@ -78,7 +78,8 @@ def run_transfer(
     stage = Transfer(teacher, specs, recipe, device, workers)
     before = stage.measure()
     progress = run(stage)
-    after = stage.fit_outputs()[1] if recipe.output_draws else stage.measure()
+    is_done = progress.done == stage.num_updates  # who cancels does not wait for the matrices
+    after = stage.fit_outputs()[1] if recipe.output_draws and is_done else stage.measure()
     text = transfer_text(stage.candidates(before), after, progress, stage.num_updates)
     facts = {
         **recipe.to_json(), "updates_done": progress.done, "samples": len(samples.entries), "notes": progress.notes,

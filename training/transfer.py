@@ -58,8 +58,8 @@ class Transfer:
             raise ValueError("the plans leave every site dense, so there is nothing to distil; choose another kind")
         self._queries = recipe.queries
         self._training, self._held_out = split_samples(teacher.num_samples)
-        self._kept: dict[int, dict[str, SiteCall]] = {}
-        self._round, self._round_draws = -1, 0
+        self._kept: list[dict[str, SiteCall]] = []
+        self._round, self._device = -1, device
 
     def update(self, number: int) -> Losses:
         """See `loop.Stage`: gradients of one forward, or of one kept in memory, then a step of every candidate."""
@@ -84,7 +84,8 @@ class Transfer:
         for trainer in self._all():
             trainer.step(rate)
         means = {name: sum(values) / len(values) for name, values in losses.items()}
-        return {"loss": sum(means.values()) / max(1, len(means)), **means}
+        loss = sum(means.values()) / max(1, len(means))
+        return {"loss": loss, **means}
 
     def measure(self) -> Errors:
         """Return each candidate's error on held-out draws, by site."""
@@ -127,7 +128,7 @@ class Transfer:
         after = self.measure()
         for site, trainers in self.trainers.items():
             for number, trainer in enumerate(trainers):
-                if after[site][number] >= before[site][number]:
+                if not after[site][number] < before[site][number]:  # NaN is not lower
                     trainer.matrices, after[site][number] = None, before[site][number]
         return before, after
 
@@ -198,32 +199,32 @@ class Transfer:
             return seen
         calls = self._replayed(number)
         for call in calls.values():
-            learn(call)
+            learn(moved(call, self._device))
         return set(calls)
 
     def _replayed(self, number: int) -> dict[str, SiteCall]:
-        """Return the calls of a forward of this round; the round's first use runs its forwards."""
-        per_round = self.recipe.replay * self.recipe.repeats
-        round_number, place = divmod(number, per_round)
-        first = round_number * self.recipe.replay
+        """Return the calls of a forward of this round; each is used `repeats` times, in an order of its own."""
+        round_number, place = divmod(number, self.recipe.replay * self.recipe.repeats)
         if self._round != round_number:
-            self._kept, self._round, self._round_draws = {}, round_number, self.recipe.replay
-            for index in range(self.recipe.replay):
-                if index >= self._round_draws:
-                    break
-                self._kept[index] = self._keep(first + index)
-                held = sum(call_bytes(call) for call in self._kept[0].values())
-                self._round_draws = max(1, min(self.recipe.replay, self.recipe.replay_bytes // max(1, held)))
-        order = torch.randperm(self._round_draws, generator=generator(self.recipe.seed, "replay", round_number, place))
-        return self._kept[int(order[0])]
+            self._kept = []  # before the next ones take its place
+            self._kept, self._round = self._new_round(round_number * self.recipe.replay), round_number
+        turn, place = divmod(place, len(self._kept))
+        order = torch.randperm(len(self._kept), generator=generator(self.recipe.seed, "replay", round_number, turn))
+        return self._kept[int(order[place])]
+
+    def _new_round(self, first: int) -> list[dict[str, SiteCall]]:
+        """Return the calls of as many forwards as memory is given for, at least one."""
+        kept = [self._keep(first)]
+        held = sum(call_bytes(call) for call in kept[0].values())
+        allowed = max(1, min(self.recipe.replay, self.recipe.replay_bytes // max(1, held)))
+        return kept + [self._keep(first + index) for index in range(1, allowed)]
 
     def _keep(self, forward: int) -> dict[str, SiteCall]:
         calls: dict[str, SiteCall] = {}
 
         def keep(call: SiteCall) -> None:
             if call.site in self.trainers:
-                tensors = {name: getattr(call, name).detach().cpu().clone() for name in TENSORS}
-                calls[call.site] = replace(call, **tensors)
+                calls[call.site] = moved(call, torch.device("cpu"), copy=True)
 
         self.teacher.watch(self._draw(forward), keep)
         return calls
@@ -260,6 +261,13 @@ class Transfer:
 
 
 TENSORS = ("query", "key", "value", "output")
+
+
+def moved(call: SiteCall, device: torch.device, *, copy: bool = False) -> SiteCall:
+    """Return a call whose tensors lie on a device, without gradients; a copy outlives what the host does to its own."""
+    tensors = {name: getattr(call, name).detach().to(device, copy=copy) for name in TENSORS}
+    mask = None if call.mask is None else call.mask.to(device, copy=copy)
+    return replace(call, **tensors, mask=mask)
 
 
 def call_bytes(call: SiteCall) -> int:

@@ -236,7 +236,7 @@ def test_a_student_with_a_wrong_fingerprint(path):
         ({"fingerprint": torch.zeros(256).half()}, r"got (256,) in torch.float16"),
         (
             {"parameters": {"double.0.radius": torch.zeros(1)}},
-            "a learned parameter is <site>.pool, .output.weight, .phi_q.* or .phi_k.*, got 'double.0.r",
+            "a learned parameter is called <site>.pool, .output.weight, .phi_q.* or .phi_k.*, got 'double.0.radius'",
         ),
         ({"parameters": {"pool": torch.zeros(1, 1)}}, "got 'pool'"),
         ({"parameters": {"double.0.phi_q": torch.zeros(1)}}, "got 'double.0.phi_q'"),

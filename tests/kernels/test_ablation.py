@@ -26,8 +26,8 @@ def contenders(monkeypatch):
 def test_ablations_change_the_result_and_stay_in_bounds(contenders, device):
     shape = contenders.Shape(160, text=40, heads=1, head_dim=16, dtype="float16")
     case = contenders.make_case(shape, str(device))
-    right = contenders.WINDOWED["triton"](case, ClearSpec(2))()
+    right = contenders.RUNNERS["triton"](case, ClearSpec(2))()
     for name in ("no masks", "no gather"):
-        changed = contenders.WINDOWED[name](case, ClearSpec(2))()
+        changed = contenders.RUNNERS[name](case, ClearSpec(2))()
         assert changed.shape == right.shape and changed.isfinite().all()
         assert (changed - right).abs().max() > 1e-2, name

@@ -12,7 +12,7 @@ import torch
 from toy import ToyTeacher
 
 from linearize.attention.layout import Reason
-from linearize.attention.specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, LinearSpec
+from linearize.attention.specs import ClearSpec, DenseSpec, HybridSpec, LinearSpec
 from linearize.training.job import JobFolder, JobProblem
 from linearize.training.loop import OutOfMemory, Stopped, run_stage
 from linearize.training.model import Draw
@@ -37,12 +37,9 @@ def same(first, second):
 
 @pytest.mark.parametrize("spec", [
     LINEAR, HYBRID, HybridSpec(2, "hedgehog", stabilizer="lse"), HybridSpec(2, "linfusion", stabilizer="common"),
-    ChunkedSpec(1, 0, False, "hedgehog"),
 ], ids=label)  # fmt: skip
 @pytest.mark.parametrize("loss", ["value", "squared"])
 def test_updates_lower_the_error_on_samples_that_were_held_out(spec, loss, tmp_path):
-    if isinstance(spec, ChunkedSpec):
-        pytest.skip("a picture is one chunk: nothing to learn")
     trained = stage(TransferRecipe(updates=80, learning_rate=0.03, loss=loss, queries=0, held_out=4, warmup=2), [spec])
     before = trained.measure()
     with JobFolder(tmp_path, {"a": 1}) as job:
@@ -100,6 +97,32 @@ def test_a_stopped_run_goes_on_bit_by_bit(options, tmp_path):
         progress = run_stage(resumed, job)
     assert progress.done == 11 and len(progress.history["loss"]) == 11
     assert same(resumed.state(), whole.state())
+
+
+def test_what_is_kept_is_used_in_turns_and_survives_a_shortage_of_memory():
+    """Four passes, each used twice in the eight updates of a round; a failure while they are made repeats them all."""
+    seen = []
+
+    class Scarce(ToyTeacher):
+        failures = 1
+
+        def watch(self, draw, observe):
+            if self.failures and self.forwards == 2:
+                self.failures -= 1
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().watch(draw, observe)
+
+    run = stage(TransferRecipe(updates=8, replay=4, repeats=2, held_out=1), [LINEAR], teacher=Scarce())
+    learn = run.trainers["single.0"][0].backward
+    run.trainers["single.0"][0].backward = lambda call, rows: (seen.append(float(call.query.sum())), learn(call, rows))[
+        1
+    ]
+    with pytest.raises(torch.OutOfMemoryError):
+        run.update(0)
+    for number in range(8):
+        run.update(number)
+    assert len(set(seen)) == 4 and all(seen.count(value) == 2 for value in seen)
+    assert len(set(seen[:4])) == 4
 
 
 class Killed(BaseException):
