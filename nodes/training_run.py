@@ -14,6 +14,7 @@ import comfy.utils
 import folder_paths
 import torch
 
+from ..training.comfy_patch import change_names
 from ..training.job import JobFolder
 from ..training.loop import Losses, Progress, Stage, progress_of, run_stage
 from ..training.results import Finished, unpack
@@ -66,8 +67,7 @@ def model_digest(model: Any) -> str:
     _add(digest, {str(key): entries for key, entries in model.patches.items()})
     for name, weight in model.model_state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-    options = model.model_options.get("transformer_options", {})
-    _add(digest, sorted(map(str, (*model.object_patches, *model.wrappers, *options))))
+    _add(digest, change_names(model))
     return digest.hexdigest()
 
 

@@ -39,6 +39,7 @@ from .training_run import progress_text
 POLL_S = 0.2
 STOP_S = 600  # what an update may still take after a stop
 LOG_CHARACTERS = 2000
+LAUNCHER = "torch/distributed/elastic"  # in each line that the launcher logs once a process has failed
 
 
 def gpus_input() -> Any:
@@ -145,6 +146,13 @@ def launch_command(count: int, file: Path) -> list[str]:
     return [*launcher, str(Path(worker.__file__)), str(file)]
 
 
+def own_words(log: str) -> str:
+    """Return what processes wrote before the launcher's report of their end, or all where there is none."""
+    lines = log.splitlines(keepends=True)
+    ends = [number for number, line in enumerate(lines) if LAUNCHER in line]
+    return "".join(lines[: ends[0]] if ends else lines).strip() or log
+
+
 class _Processes:
     """The processes of one job, while they run."""
 
@@ -155,7 +163,7 @@ class _Processes:
         self._show = patching.show_on_node(node_id)
         self._problem = self._result = ""
         self._command = launch_command(count, folder / "job.json")
-        self._environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_S)}
+        self._environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_S), "PYTHONFAULTHANDLER": "1"}
         if order.device == "cpu":
             self._environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
 
@@ -180,7 +188,7 @@ class _Processes:
         if process.returncode or not self._result:
             raise ValueError(self._problem or (
                 f"a process of the training ended with exit code {process.returncode}; the end of {log}:\n"
-                f"{log.read_text(encoding='utf-8', errors='replace')[-LOG_CHARACTERS:]}"
+                f"{own_words(log.read_text(encoding='utf-8', errors='replace'))[-LOG_CHARACTERS:]}"
             ))  # fmt: skip
         return unpack(*read_values(Path(self._result)))
 

@@ -56,6 +56,12 @@ def is_as_loaded(model: Any) -> bool:
     return not any(changes)
 
 
+def change_names(model: Any) -> list[str]:
+    """Return names of what nodes changed on a model patcher beside its weights, sorted."""
+    options = model.model_options.get("transformer_options", {})
+    return sorted(map(str, (*model.object_patches, *model.wrappers, *options)))
+
+
 def install_runtime(patched: Any, runtime: Runtime, module: Any) -> None:
     """Put a runtime and all that finds it on a clone: the override, the wrapper of the forward, hooks on modules."""
     host = runtime.host

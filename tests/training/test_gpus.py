@@ -137,3 +137,6 @@ def test_what_went_wrong_in_a_process_is_the_nodes_error(lab, monkeypatch):
     launch("raise SystemExit('a driver is missing')")
     with pytest.raises(ValueError, match=r"(?s)ended with exit code 1; the end of .*worker\.log:\na driver is missing"):
         lab.distil()
+    launch("import sys; sys.exit('out of paper\\n1 2 torch/distributed/elastic/api.py:1] failed\\n' + 9000 * 'at ')")
+    with pytest.raises(ValueError, match="worker.log:\nout of paper$"):
+        lab.distil()

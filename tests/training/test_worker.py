@@ -211,6 +211,14 @@ def test_the_command_itself_ends_without_a_traceback(lab):
     assert command.main([]) == 2 and command.main(["--help"]) == 0
 
 
+def test_nothing_at_the_end_of_a_process_undoes_its_work():
+    """A thread of the process group aborted processes whose student was saved, about one time in ten."""
+    code = f"""import atexit, os, sys; sys.path.insert(0, {str(WORKER.parent)!r}); import worker
+atexit.register(os.abort); print("saved"); worker.leave(0)"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "saved\n")
+
+
 def test_a_job_is_read_as_it_was_written(lab, tmp_path):
     job = read_job(lab("again.safetensors"))
     assert job.samples == lab.folder / "samples" and job.folder == lab.folder / "again.job"
