@@ -2,7 +2,7 @@
 
 `.venv/bin/python demo/author_workflows.py` after a change in an API file, a note or `workflow_layouts.py`; needs
 Chromium and run.py's test tools. It rewrites `demo/clear_demo.json`, the workflows in `workflows/` and their
-thumbnails, or only those that it is given by name, and the blueprint with the template that it is made of.
+thumbnails, or only those that it is given by name, and a blueprint with the template that it is made of.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tomllib
-from author_blueprint import TEMPLATE, write_blueprint
+from author_blueprint import write_blueprints
 from live_server import ROOT, LiveServer, live_server
 from PIL import Image
 from playwright.sync_api import FloatRect, Page, ViewportSize, sync_playwright
@@ -197,8 +197,7 @@ def main() -> int:
             write_workflows(server, browser, sys.argv[1:])
         finally:
             browser.close()
-    if not sys.argv[1:] or TEMPLATE.stem in sys.argv[1:]:
-        write_blueprint()
+    write_blueprints(sys.argv[1:])
     return 0
 
 

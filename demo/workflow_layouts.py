@@ -13,6 +13,10 @@ MODELS = {  # file: (address, models folder)
         f"{HUB}/Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors",
         "diffusion_models",
     ),
+    "flux1-dev-fp8-e4m3fn.safetensors": (
+        f"{HUB}/Kijai/flux-fp8/resolve/main/flux1-dev-fp8-e4m3fn.safetensors",
+        "diffusion_models",
+    ),
     "flux1-schnell.safetensors": (
         f"{HUB}/Comfy-Org/flux1-schnell/resolve/main/flux1-schnell.safetensors",
         "diffusion_models",
@@ -75,6 +79,10 @@ SIZES = {  # type: (width, height); no height keeps what the frontend chose
     "LinearizeCLEAR": (400, 380),
     "LinearizeHighRes": (400, 420),
     "LinearizeReport": (440, 600),
+    "LinearizeTeacherSamples": (280, 400),
+    "LinearizeSaveStudent": (340, None),
+    "LinearizeCompare": (440, 320),
+    "PreviewImage": (280, 280),
     "SaveImage": (440, 320),
 }
 WIDTH = 280  # of other types; a node is as wide as the widest of its column
@@ -107,6 +115,22 @@ LAYOUTS = {  # workflow: columns; `note` is the note
         "Sampling: 7 6 8 9 10 11",
         "Sampling: 12 13",
         "Result: 14 15",
+    ),
+    "workflows/flux_dev_distill": (
+        "note 1 2 3 4",
+        "Samples and candidates: 5 6 7 8",
+        "Distil: 9 12 10 11",
+        "Fine-tune, save, prompt: 13 14 16 17",
+        "Student and teacher: 15 18 19",
+        "Result: 20 21 22 23",
+    ),
+    "workflows/wan21_t2v_distill": (
+        "note 1 4 2 3 6",
+        "Samples and candidates: 7 8 9 10",
+        "Distil: 11 14 12 13",
+        "Fine-tune, save, negative prompt: 15 16 5",
+        "Student: 17 18 19 20 21",
+        "Result: 22 23 24",
     ),
     "workflows/flux_schnell_clear": (
         "note 1 2 3",

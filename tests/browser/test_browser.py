@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -12,14 +13,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PICTURE = ROOT / "demo" / "output" / "browser.png"
+BASE = Path(os.environ.get("LINEARIZE_BASE", ROOT / ".comfyui" / "base"))
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 READY = "window.app?.graph && app.extensionManager?.workflow?.activeWorkflow"
-HAS_OURS = "window.app?.graph?.nodes.some(node => node.type === 'LinearizeReport')"
+HAS_OURS = "window.app?.graph?.nodes.some(node => node.type.startsWith('Linearize'))"
 MILLISECONDS = 60_000  # the longest that one step may take
 TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "workflows").glob("*.json"))
 WORKFLOWS = ("demo/clear_demo.json", "demo/distill_demo.json", *TEMPLATES)
 STATUS = "$$node-text-preview"  # the frontend's own widget for a node's status text
+OUTER = 100  # id of a blueprint's node in a workflow
+NAME = "blueprint_test"
+FEW = {  # nodes of the blueprint for any model: settings for a run of seconds
+    "5": {"seeds": 1, "steps": 2},
+    "9": {"updates": 2, "held_out": 1, "output_draws": 1},
+    "13": {"updates": 1, "block_updates": 1, "accumulation": 1, "held_out": 1},
+}
+SET_WIDGETS = """([id, values]) => {
+    for (const widget of app.graph.getNodeById(id).widgets)
+        if (widget.name in values) widget.value = values[widget.name];
+}"""
 CHANGE_AND_LISTEN = """() => {
     window.progress = [];
     app.api.addEventListener('progress', event => window.progress.push([event.detail.value, event.detail.max]));
@@ -143,6 +156,60 @@ def test_the_blueprint_of_wan_22_does_what_its_template_does(frontend):
     outer = blueprint["nodes"][0]["id"]
     expanded = json.loads(json.dumps(prompt_of(frontend)).replace(f'"{outer}:', '"'))
     assert expanded == api_form("workflows/wan22_t2v_clear.json")
+
+
+def beside_the_demos_model(blueprint: dict) -> dict:
+    """Return a workflow of the demo's model, text encoder and latent, and the blueprint's node behind them."""
+    demo = json.loads((ROOT / "demo" / "distill_demo.json").read_text(encoding="utf-8"))
+    (node,), links = blueprint["nodes"], []
+    node["id"], node["pos"] = OUTER, [500, 0]
+    loaders = [each for each in demo["nodes"] if each["id"] in (1, 2, 3)]
+    for slot, loader in enumerate(loaders):
+        link = [slot + 1, loader["id"], 0, OUTER, slot, loader["outputs"][0]["type"]]
+        loader["outputs"][0]["links"] = [link[0]]
+        node["inputs"][slot]["link"] = link[0]
+        links.append(link)
+    return {**blueprint, "nodes": [*loaders, node], "links": links, "last_node_id": OUTER, "last_link_id": 3}
+
+
+def test_the_blueprint_for_any_model_is_its_template_and_runs(frontend, server):
+    """What its widgets say arrives inside; on the demo's model, with few updates, a student comes out and is saved."""
+    for path in (BASE / "output" / "linearize" / NAME, BASE / "output" / "linearize" / "jobs"):
+        shutil.rmtree(path, ignore_errors=True)  # what an earlier run made, which would answer at once
+    for path in (BASE / "models" / "linearize").glob(f"{NAME}_*.safetensors"):
+        path.unlink()
+    blueprint = json.loads((ROOT / "subgraphs" / "Linearize my model.json").read_text(encoding="utf-8"))
+    frontend.evaluate("workflow => app.loadGraphData(workflow)", beside_the_demos_model(blueprint))
+    frontend.wait_for_function(f"window.app?.graph?.getNodeById({OUTER})?.title === 'Linearize my model'")
+    take_picture(frontend, PICTURE.with_name("blueprint.png"))
+    shipped = prompt_of(frontend)
+    template = api_form("workflows/flux_dev_distill.json")
+    outside = {"4": ["3", 0]}  # ids of the template that are other ones here
+    for key, node in template.items():
+        if f"{OUTER}:{key}" in shipped:
+            for name, value in node["inputs"].items():
+                if isinstance(value, list):
+                    inner = f"{OUTER}:{value[0]}"
+                    node["inputs"][name] = [inner, value[1]] if inner in shipped else outside.get(value[0], value)
+    template["5"]["inputs"].update(name="my-model", guidance=0.0)
+    template["14"]["inputs"].update(name="my-model", base_model="", licence="")
+    inside = {key.removeprefix(f"{OUTER}:"): node for key, node in shipped.items() if ":" in key}
+    assert inside == {key: template[key] for key in ("5", "6", "7", "8", "9", "12", "13", "14")}
+
+    prompts = "night moon left hills red house left oak right\nday sun right hills blue house right pine left"
+    frontend.evaluate(SET_WIDGETS, [OUTER, {"prompts": prompts, "name": NAME, "host": "wan", "budget": 0.35}])
+    queued = prompt_of(frontend)
+    plans = [node["inputs"] for node in queued.values() if node["class_type"] == "LinearizeUniformPlan"]
+    assert [plan["host"] for plan in plans] == ["wan"] * 3
+    for plan in plans:
+        plan["host"] = "flux"
+    assert queued[f"{OUTER}:5"]["inputs"]["prompts"] == prompts
+    assert {queued[f"{OUTER}:{key}"]["inputs"]["name"] for key in ("5", "14")} == {NAME}
+    assert queued[f"{OUTER}:12"]["inputs"]["budget"] == 0.35
+    for key, few in FEW.items():
+        queued[f"{OUTER}:{key}"]["inputs"].update(few)
+    text = server.run(queued)[f"{OUTER}:14"]["text"][0]
+    assert f"{NAME}_00001_.safetensors" in text and "FLUX.1" in text, text
 
 
 def status_of(page, kind: str) -> str:

@@ -1,4 +1,4 @@
-"""The blueprint by itself: its links, and that it is the newest one that its script makes of the template."""
+"""The blueprints by themselves: their links, and that they are the newest that their script makes of the templates."""
 
 import json
 import re
@@ -8,21 +8,37 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FILE = ROOT / "subgraphs" / "Linearize Wan 2.2.json"
+FILES = sorted((ROOT / "subgraphs").glob("*.json"))
+ENDS = {  # file: sockets that take something, widgets, what comes out
+    "Linearize Wan 2.2": (
+        ["high_noise", "low_noise"],
+        [f"{side}_noise_{name}" for side in ("high", "low") for name in ("radius", "temporal_radius", "start_percent")],
+        ["high_noise", "low_noise"],
+    ),
+    "Linearize my model": (["model", "clip", "latent"], ["prompts", "name", "host", "budget"], ["student"]),
+}
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.stem)
+def file(request):
+    return request.param
 
 
 @pytest.fixture
-def workflow():
-    return json.loads(FILE.read_text(encoding="utf-8"))
+def workflow(file):
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
-def test_it_is_what_its_script_writes(workflow, monkeypatch):
+def ends_of(socket):
+    return socket["links"] if "links" in socket else socket["linkIds"]
+
+
+def test_they_are_what_their_script_writes(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "demo"))
     import author_blueprint
 
-    template = json.loads(author_blueprint.TEMPLATE.read_text(encoding="utf-8"))
-    nodes = [node for node in template["nodes"] if node["type"] == "LinearizeCLEAR"]
-    assert author_blueprint.blueprint(nodes) == workflow
+    made = {each.name: author_blueprint.workflow_of(each) for each in author_blueprint.BLUEPRINTS}
+    assert made == {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FILES}
     sys.modules.pop("author_blueprint")
 
 
@@ -32,29 +48,43 @@ def test_links_are_known_at_both_ends(workflow):
     links = {link["id"]: link for link in subgraph["links"]}
     assert len(links) == len(subgraph["links"]) == subgraph["state"]["lastLinkId"]
     assert max(nodes) == subgraph["state"]["lastNodeId"] and workflow["nodes"][0]["id"] not in nodes
+    stops = []
     for number, link in links.items():
         if link["origin_id"] == subgraph["inputNode"]["id"]:
             start = subgraph["inputs"][link["origin_slot"]]
-            assert start["linkIds"] == [number]
         else:
             start = nodes[link["origin_id"]]["outputs"][link["origin_slot"]]
-            assert start["links"] == [number]
         if link["target_id"] == subgraph["outputNode"]["id"]:
             stop = subgraph["outputs"][link["target_slot"]]
             assert stop["linkIds"] == [number]
         else:
             stop = nodes[link["target_id"]]["inputs"][link["target_slot"]]
             assert stop["link"] == number
-        assert start["type"] == stop["type"] == link["type"]
+        assert start["type"] == stop["type"] == link["type"] and number in ends_of(start)
+        stops.append(id(stop))
+    assert len(set(stops)) == len(links)
+    sockets = [*subgraph["inputs"], *(socket for node in nodes.values() for socket in node["outputs"])]
+    assert sorted(number for socket in sockets for number in ends_of(socket)) == sorted(links)
 
 
-def test_the_one_node_takes_and_gives_both_experts(workflow):
+def test_nodes_inside_do_not_overlap_and_lie_between_the_ends(workflow):
+    (subgraph,) = workflow["definitions"]["subgraphs"]
+    boxes = [(*node["pos"], *node["size"]) for node in subgraph["nodes"]]
+    for number, (x, y, width, height) in enumerate(boxes):
+        for left, top, w, h in boxes[number + 1 :]:
+            assert x + width <= left or left + w <= x or y + height + 30 <= top or top + h + 30 <= y
+    left, right = (subgraph[name]["bounding"] for name in ("inputNode", "outputNode"))
+    assert left[0] + left[2] < min(x for x, *_ in boxes) and max(x + width for x, _, width, _ in boxes) < right[0]
+
+
+def test_the_one_node_shows_the_ends(file, workflow):
     (node,), (subgraph,) = workflow["nodes"], workflow["definitions"]["subgraphs"]
-    assert node["type"] == subgraph["id"] and node["title"] == subgraph["name"] == FILE.stem
-    models = [socket["name"] for socket in node["inputs"] if socket["type"] == "MODEL"]
-    assert models == [socket["name"] for socket in node["outputs"]] == ["high_noise", "low_noise"]
-    assert [socket["name"] for socket in node["inputs"]] == [each["name"] for each in subgraph["inputs"]]
+    assert node["type"] == subgraph["id"] and node["title"] == subgraph["name"] == file.stem
+    assert subgraph["description"].endswith(".") and subgraph["category"] == "linearize"
+    takes = [socket["name"] for socket in node["inputs"] if "widget" not in socket]
     shown = [socket["name"] for socket in node["inputs"] if "widget" in socket]
+    assert (takes, shown, [socket["name"] for socket in node["outputs"]]) == ENDS[file.stem]
+    assert [socket["name"] for socket in node["inputs"]] == [each["name"] for each in subgraph["inputs"]]
     assert node["properties"]["proxyWidgets"] == [["-1", name] for name in shown]
     assert len(node["widgets_values"]) == len(shown)
     identities = [workflow["id"], subgraph["id"], *(each["id"] for each in subgraph["inputs"] + subgraph["outputs"])]

@@ -14,8 +14,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo" / "api" / "clear_demo.json"
+DISTILL_DEMO = ROOT / "demo" / "api" / "distill_demo.json"
 TEMPLATES = sorted((ROOT / "workflows" / "api").glob("*.json"))
-FLUX_TEMPLATES = [path for path in TEMPLATES if path.stem.startswith("flux")]
+DISTILL = ROOT / "workflows" / "api" / "flux_dev_distill.json"  # runs in test_distill_templates.py
+FLUX_TEMPLATES = [path for path in TEMPLATES if path.stem.startswith("flux") and path != DISTILL]
+ROW = "COMFY_AUTOGROW_V3"
 SMALLER = 8  # templates run at an eighth of their width and height
 
 
@@ -44,16 +47,23 @@ def refused(live, server, workflow):
 
 
 def sockets_of(info, inputs):
-    """Return the inputs that a node requires, and all that it has, with those that a choice among them brings along."""
+    """Return the inputs that a node requires, and all that it has, with those that a choice or a row of them brings."""
     required, known = dict(info["input"].get("required", {})), dict(info["input"].get("optional", {}))
     for name, socket in list(required.items()):
         if socket[0] == "COMFY_DYNAMICCOMBO_V3":
             (chosen,) = (option for option in socket[1]["options"] if option["key"] == inputs[name])
             required |= {f"{name}.{each}": value for each, value in chosen["inputs"].get("required", {}).items()}
+        if socket[0] == ROW:  # as many sockets of one type as are used
+            grown = socket[1]["template"]
+            (value,) = (value for kind in grown["input"].values() for value in kind.values())
+            del required[name]
+            names = [f"{name}.{grown['prefix']}{number}" for number in range(grown["max"])]
+            required |= dict.fromkeys(names[: grown["min"]], value)
+            known |= dict.fromkeys(names, value)
     return required, required | known
 
 
-@pytest.mark.parametrize("path", [*TEMPLATES, DEMO], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*TEMPLATES, DEMO, DISTILL_DEMO], ids=lambda path: path.stem)
 def test_api_workflows_fit_object_info(server, path, tmp_path):
     """Every node exists, every input is known, every link has the type its socket wants; comfy-lint agrees."""
     workflow, known = load(path), server.get("/object_info")
@@ -66,8 +76,10 @@ def test_api_workflows_fit_object_info(server, path, tmp_path):
                 given = known[workflow[value[0]]["class_type"]]["output"][value[1]]
                 assert {given, "*"} & set(sockets[each][0].split(",")), (name, each)
                 sockets[each][0] = given if "," in sockets[each][0] else sockets[each][0]
-        # the linter knows neither sockets of several types nor inputs that a choice brings along
+        # the linter knows neither sockets of several types nor inputs that a choice or a row brings along
         info["input"]["optional"] = {**sockets, **info["input"].get("optional", {})}
+        kept = info["input"].get("required", {})
+        info["input"]["required"] = {each: socket for each, socket in kept.items() if socket[0] != ROW}
     # the model files of the template are not on this machine, so their names are made known to the linter
     for key, name in core_files(workflow):
         socket = known[workflow[key]["class_type"]]["input"]["required"][name]

@@ -33,14 +33,48 @@ class LinearizeTestText(io.ComfyNode):
     @classmethod
     def execute(cls, text: str, width: int, pooled_width: int, mask: bool) -> io.NodeOutput:
         """Return tokens, a pooled vector, and a mask that hides nothing, of a batch of one."""
+        return io.NodeOutput(Encoder(width, pooled_width, mask).encode_from_tokens_scheduled(text))
+
+
+class LinearizeTestEncoder(io.ComfyNode):
+    """The same as a text encoder, for nodes that read many prompts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return inputs and outputs."""
+        return io.Schema(
+            node_id="LinearizeTestEncoder",
+            category="linearize/test",
+            inputs=[io.Int.Input("width", min=1, max=65536)],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def execute(cls, width: int) -> io.NodeOutput:
+        """Return the encoder."""
+        return io.NodeOutput(Encoder(width))
+
+
+class Encoder:
+    """What the core's nodes call of a text encoder."""
+
+    def __init__(self, width: int, pooled_width: int = 0, mask: bool = False) -> None:
+        self.width, self.pooled_width, self.mask = width, pooled_width, mask
+
+    def tokenize(self, text: str) -> str:
+        """Return the text."""
+        return text
+
+    def encode_from_tokens_scheduled(self, text: str) -> list:
+        """Return the CONDITIONING of a text, a batch of one."""
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         generator = torch.Generator().manual_seed(seed)
         extra = {}
-        if pooled_width:
-            extra["pooled_output"] = torch.randn(1, pooled_width, generator=generator)
-        if mask:
+        if self.pooled_width:
+            extra["pooled_output"] = torch.randn(1, self.pooled_width, generator=generator)
+        if self.mask:
             extra["attention_mask"] = torch.ones(1, TOKENS, dtype=torch.long)
-        return io.NodeOutput([[torch.randn(1, TOKENS, width, generator=generator), extra]])
+        return [[torch.randn(1, TOKENS, self.width, generator=generator), extra]]
 
 
 class LinearizeTestDecode(io.ComfyNode):
@@ -67,11 +101,11 @@ class LinearizeTestDecode(io.ComfyNode):
 
 
 class StandIns(ComfyExtension):
-    """The two nodes."""
+    """The nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes."""
-        return [LinearizeTestText, LinearizeTestDecode]
+        return [LinearizeTestText, LinearizeTestEncoder, LinearizeTestDecode]
 
 
 async def comfy_entrypoint() -> ComfyExtension:
