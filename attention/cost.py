@@ -19,7 +19,8 @@ class Cost:
 
     Args:
         pairs: (query, key) pairs that meet in a softmax, summed over heads.
-        flops: floating point operations: 4 * D per pair, and what linear keys take (feature maps, state, its reading).
+        flops: floating point operations: 4 * D per pair, what linear keys take (feature maps, state, its reading), and
+            2 * D * D per head and grid token where matrices follow.
         moved_bytes: bytes of q, k, v and the output, each touched once: the least that has to move.
     """
 
@@ -135,7 +136,13 @@ def _anchors(spec: MappedSpec, layout: TokenLayout) -> int:
 
 
 def attention_cost(
-    spec: SiteSpec, layout: TokenLayout, num_heads: int, head_dim: int, bytes_per_value: int = 2
+    spec: SiteSpec,
+    layout: TokenLayout,
+    num_heads: int,
+    head_dim: int,
+    bytes_per_value: int = 2,
+    *,
+    has_matrices: bool = False,
 ) -> Cost:
     """Return the cost of one site.
 
@@ -144,6 +151,7 @@ def attention_cost(
         layout: the tokens of the call.
         num_heads, head_dim: H and D.
         bytes_per_value: of q, k, v and output; 2 for fp16 and bf16.
+        has_matrices: a matrix per head follows the attention, see `output_map.py`.
 
     Raises:
         ValueError: a split that names another number of heads.
@@ -157,5 +165,7 @@ def attention_cost(
         else:
             pairs += len(group.heads) * exact_pairs(group.spec, layout)
             linear += len(group.heads) * linear_flops(group.spec, layout, head_dim)
+    if has_matrices:
+        linear += 2 * sum(math.prod(grid) for _, grid in layout.grids) * num_heads * head_dim**2
     moved = 4 * layout.num_tokens * num_heads * head_dim * bytes_per_value
     return Cost(pairs, 4 * head_dim * pairs + linear, moved)

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .hub_transfer import CHUNK, Cut, Hub, HubError, HubFile, Partial, Watch, append_missing, persist, writing
+from .hub_partial import CHUNK, Partial, Watch, append_missing, persist, writing
+from .hub_transfer import Cut, Hub, HubError, HubFile
 
 log = logging.getLogger("linearize")
 RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try that follows one without a new byte

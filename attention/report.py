@@ -1,6 +1,6 @@
 """What a plan costs at a size, as rows and as text, before anything runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,12 +21,24 @@ class SiteCost:
     planned: Cost
 
 
-def site_costs(host: Host, module: Any, specs: Mapping[str, SiteSpec], layout: TokenLayout) -> tuple[SiteCost, ...]:
-    """Return the cost of every site of a model; sites that `specs` does not name are dense."""
+def site_costs(
+    host: Host,
+    module: Any,
+    specs: Mapping[str, SiteSpec],
+    layout: TokenLayout,
+    with_matrices: Collection[str] = (),
+) -> tuple[SiteCost, ...]:
+    """Return the cost of every site of a model; sites that `specs` does not name are dense.
+
+    Args:
+        with_matrices: sites that have a matrix per head behind their attention, see `output_map.py`.
+    """
     rows = []
     for site in host.sites(module):
         spec, own = specs.get(site.id, DenseSpec()), host.site_layout(site.id, layout)
-        dense, planned = (attention_cost(each, own, site.num_heads, site.head_dim) for each in (DenseSpec(), spec))
+        dense = attention_cost(DenseSpec(), own, site.num_heads, site.head_dim)
+        has_matrices = site.id in with_matrices and site.id in specs
+        planned = attention_cost(spec, own, site.num_heads, site.head_dim, has_matrices=has_matrices)
         rows.append(SiteCost(site, spec, dense, planned))
     return tuple(rows)
 

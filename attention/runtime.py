@@ -254,7 +254,8 @@ def run_site(
         decline(runtime, site, settings, dense_pairs, result)
         return None
     output, backend, call = result
-    cost = attention_cost(settings.spec, call.layout, shape[1], shape[3])
+    has_matrices = runtime.parameters.learned(site, output.device).output is not None
+    cost = attention_cost(settings.spec, call.layout, shape[1], shape[3], has_matrices=has_matrices)
     ran, pairs = Ran(site, settings.spec.kind, backend.name), cost.flops // (4 * shape[3])
     runtime.record.count_run(ran, call.layout, pairs, dense_pairs)
     runtime.note_output(site, output)

@@ -100,7 +100,9 @@ class LinearizeFinetune(io.ComfyNode):
 
                 def train(trainee: ComfyTrainee) -> Finished:
                     run = Updates(trainee, job, node_id, preview_every)
-                    return run_finetune(trainee, samples, fingerprint, chosen, recipe, job, run, device=device)
+                    return run_finetune(
+                        trainee, samples, fingerprint, chosen, recipe, job, run, device=device, say=run.say
+                    )
 
                 result = with_trainee(model, samples, train)
             patching.show_on_node(node_id)("\n".join(text for text in (result.text, note, *notes) if text))
@@ -137,17 +139,23 @@ class Updates:
 
     def __init__(self, trainee: ComfyTrainee, job: JobFolder, node_id: str | None, preview_every: int) -> None:
         self._trainee, self._job, self._node_id, self._preview_every = trainee, job, node_id, preview_every
+        self._show, self._needed = patching.show_on_node(node_id), ""
 
     def __call__(self, stage: Finetune) -> Progress:
         """Return how far it got."""
         needed = needed_memory(self._trainee, stage)
         free: Any = comfy.model_management.get_free_memory(self._trainee.device)
         # the model is there already
-        patching.show_on_node(self._node_id)(f"{TITLE} {needed.text(free + needed.base)}")
+        self._needed = f"{TITLE} {needed.text(free + needed.base)}"
+        self._show(self._needed)
         preview = previewer(self._trainee, stage) if self._preview_every else None
         return run_with_progress(
             stage, self._job, self._node_id, TITLE, preview=preview, preview_every=self._preview_every
         )
+
+    def say(self, text: str) -> None:
+        """Show what is done between updates, and still what memory it takes."""
+        self._show("\n".join((f"{TITLE}: {text}", self._needed)))
 
 
 def needed_memory(trainee: ComfyTrainee, stage: Finetune) -> Estimate:

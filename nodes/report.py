@@ -64,7 +64,7 @@ class LinearizeReport(io.ComfyNode):
         specs = {
             site: each.spec for site, each in settings.items() if each.trained or layout.num_tokens >= each.min_tokens
         }
-        rows = site_costs(host, module, specs, layout)
+        rows = site_costs(host, module, specs, layout, runtime.parameters.outputs() if runtime else ())
         size = f"{width} x {height}" + (f" x {frames}" if frames > 1 else "")
         text = describe_costs(host.title, size, layout, rows)
         if any(each.sigma_range and not each.trained for each in settings.values()):

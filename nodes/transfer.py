@@ -78,11 +78,14 @@ class LinearizeTransfer(io.ComfyNode):
             elif result is None:
                 fingerprint, device = model_fingerprint(model), comfy.model_management.get_torch_device()
 
+                def say(text: str) -> None:
+                    patching.show_on_node(node_id)(f"{TITLE}: {text}")
+
                 def run(stage: Stage) -> Progress:
                     return run_with_progress(stage, job, node_id, TITLE)
 
                 result = with_teacher(model, samples, lambda teacher: run_transfer(
-                    teacher, samples, fingerprint, specs, recipe, job, run, device=device))  # fmt: skip
+                    teacher, samples, fingerprint, specs, recipe, job, run, device=device, say=say))  # fmt: skip
             patching.show_on_node(node_id)("\n".join([result.text, *notes]))
         return io.NodeOutput(result.candidates, {"loss": result.history.get("loss", [])})
 

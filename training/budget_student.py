@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..attention.candidates import Candidates
+from ..attention.candidates import Candidate, Candidates
 from ..attention.cost import attention_cost
 from ..attention.hosts import Host
 from ..attention.layout import TokenLayout
@@ -136,7 +136,7 @@ def site_options(
         candidates = () if site.id in keep_dense else student.sites.get(site.id, ())
         try:
             options = tuple(
-                Option(number, each.spec, each.error, attention_cost(each.spec, own, *sizes).flops)
+                Option(number, each.spec, each.error, _flops(each, own, *sizes))
                 for number, each in enumerate(candidates)
                 if math.isfinite(each.error) and not 0 < max_error < each.error
             )
@@ -144,6 +144,11 @@ def site_options(
             raise ValueError(f"the student does not fit {site.id}: {error}") from None
         found.append(SiteOptions(site.id, attention_cost(DenseSpec(), own, *sizes).flops, options))
     return tuple(found)
+
+
+def _flops(candidate: Candidate, layout: TokenLayout, num_heads: int, head_dim: int) -> int:
+    has_matrices = "output.weight" in candidate.parameters
+    return attention_cost(candidate.spec, layout, num_heads, head_dim, has_matrices=has_matrices).flops
 
 
 def describe_plan(

@@ -73,7 +73,7 @@ def train(job: TrainingJob, workers: Together) -> str:
             result = unpack(*saved)
         else:
             updates = Updates(job, folder, workers)
-            more: dict[str, Any] = {"device": device, "workers": workers}
+            more: dict[str, Any] = {"device": device, "workers": workers, "say": updates.say}
             if isinstance(job.recipe, TransferRecipe):
                 recipe = job.recipe
                 result = with_teacher(model, samples, lambda teacher: run_transfer(
@@ -150,6 +150,11 @@ class Updates:
                 "to go on"
             )
         return progress
+
+    def say(self, text: str) -> None:
+        """Tell who watches what is done between updates."""
+        if self._file is not None:
+            self._file.add({"status": text})
 
     def _tell(self, done: int, total: int, losses: Losses) -> None:
         if self._file is None:

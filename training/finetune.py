@@ -14,7 +14,7 @@ from ..attention.candidates import Candidates
 from ..attention.layout import TokenLayout
 from ..attention.site_call import SiteCall
 from .deltas import attach
-from .loop import Losses, Progress
+from .loop import Losses, Progress, Say, silent
 from .losses import energies
 from .model import BlockCall, Trainee
 from .recipe import FinetuneRecipe
@@ -47,6 +47,7 @@ class Finetune:
         recipe: how long, how fast, on what.
         device: of the parameters.
         workers: the other processes of this run.
+        say: told what is measured.
 
     Raises:
         ValueError: the student does not fit the model or has nothing to learn, a package is missing, or blocks cannot
@@ -60,11 +61,13 @@ class Finetune:
         recipe: FinetuneRecipe,
         device: torch.device,
         workers: Workers = ALONE,
+        say: Say = silent,
     ) -> None:
         self.trainables = Trainables(student, trainee.host, trainee.sites, trainee.module, recipe, device)
         self.trainee, self.recipe, self.workers = trainee, recipe, workers
         self.num_updates = recipe.block_updates + recipe.updates
         self.before: Errors | None = None
+        self._say = say
         self._active: BlockStage | PredictionStage | None = None
         self.held_out = held_out_draws(
             recipe.seed, split_samples(trainee.num_samples)[1], recipe.held_out, trainee.has_negative
@@ -105,7 +108,8 @@ class Finetune:
             if any(site in self.trainables.specs for site in block.sites):
                 block.run(see)
 
-        for draw in self.held_out:
+        for number, draw in enumerate(self.held_out, 1):
+            self._say(f"measuring on held-out sample {number} of {len(self.held_out)}")
             teacher = self.trainee.each_block(draw, compare)
             _add(velocity, self.trainee.predict(draw), teacher)
         if sites_in_blocks(self.trainee) & self.trainables.specs.keys():

@@ -41,28 +41,28 @@ class JobFolder:
         description: what the job is, values that JSON can hold.
 
     Raises:
-        JobProblem: another process runs this job, or the folder cannot be written.
+        JobProblem: on entering; another process runs this job, or the folder cannot be written.
     """
 
     def __init__(self, root: Path, description: Mapping[str, Any]) -> None:
         self.description = dict(description)
         self.path = Path(root) / job_key(description)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            _replace(self.path / DESCRIPTION, json.dumps({"format": FORMAT, **self.description}, indent=1))
-        except OSError as error:
-            raise JobProblem(f"the job folder {self.path} cannot be written: {error.strerror}") from None
         self._lock = FileLock(self.path / "lock")
 
     def __enter__(self) -> "JobFolder":
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
+            for draft in self.path.glob(".*"):  # of a run that was killed while it wrote
+                draft.unlink(missing_ok=True)
+            _replace(self.path / DESCRIPTION, json.dumps({"format": FORMAT, **self.description}, indent=1))
         except Timeout:
             raise JobProblem(
                 f"another run is working on this job, in {self.path}; wait for it, or change a setting"
             ) from None
-        for draft in self.path.glob(".*"):  # of a run that was killed while it wrote
-            draft.unlink(missing_ok=True)
+        except OSError as error:
+            self._lock.release()
+            raise JobProblem(f"the job folder {self.path} cannot be written: {error.strerror}") from None
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -18,6 +18,11 @@ SAVING_SHARE = 0.05  # of the time, at most, goes into saved states
 HISTORY = "history."  # in front of the names of losses in a saved state
 Losses = Mapping[str, float]
 Watch = Callable[[int, int, Losses], None]
+Say = Callable[[str], None]  # told what goes on between updates, in a few words
+
+
+def silent(_: str) -> None:
+    """Say nothing."""
 
 
 class Stopped(Exception):

@@ -17,7 +17,7 @@ from ..attention.plans import Plan
 from ..attention.specs import SiteSpec
 from .finetune import Finetune
 from .job import JobFolder
-from .loop import Progress
+from .loop import Progress, Say, silent
 from .model import Teacher, Trainee
 from .recipe import FinetuneRecipe, TransferRecipe
 from .results import Finished, pack
@@ -61,6 +61,7 @@ def run_transfer(
     *,
     device: torch.device,
     workers: Workers = ALONE,
+    say: Say = silent,
 ) -> Finished:
     """Return what a job of stage 1 learned, stopped early or not; a job that is done is saved as finished.
 
@@ -74,8 +75,9 @@ def run_transfer(
         run: does the updates.
         device: of what learns.
         workers: the processes that train together.
+        say: told what is done between updates.
     """
-    stage = Transfer(teacher, specs, recipe, device, workers)
+    stage = Transfer(teacher, specs, recipe, device, workers, say)
     before = stage.measure()
     progress = run(stage)
     is_done = progress.done == stage.num_updates  # who cancels does not wait for the matrices
@@ -106,6 +108,7 @@ def run_finetune(
     *,
     device: torch.device,
     workers: Workers = ALONE,
+    say: Say = silent,
 ) -> Finished:
     """Return what a job of stages 2 and 3 learned, as `run_transfer`.
 
@@ -117,7 +120,7 @@ def run_finetune(
         base_model=student.base_model or samples.about.base_model,
         fingerprint=fingerprint if student.fingerprint is None else student.fingerprint,
     )
-    stage = Finetune(trainee, known, recipe, device, workers)
+    stage = Finetune(trainee, known, recipe, device, workers, say)
     try:
         progress = run(stage)
         found, text = stage.result(progress)

@@ -4,6 +4,7 @@ The model runs as it was loaded and needs no gradient, so any quantised or offlo
 all sites and all candidates; nothing a candidate computes goes back into the model.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
@@ -15,7 +16,7 @@ from ..attention.layout import Reason
 from ..attention.site_call import SiteCall
 from ..attention.specs import DenseSpec, HeadSplit, SiteSpec
 from .closed_form import OutputFit
-from .loop import Losses
+from .loop import Losses, Say, silent
 from .model import Draw, Teacher
 from .recipe import TransferRecipe
 from .schedule import generator, held_out_draws, rate_at, split_samples, training_draw
@@ -34,6 +35,7 @@ class Transfer:
         plans: specs by site; equal specs of a site are one candidate, dense ones none.
         recipe: how long, how fast, on what.
         workers: the other processes of this run; gradients are averaged over them.
+        say: told what is measured or made.
 
     Raises:
         ValueError: no plan names a site, or a spec does not fit its site.
@@ -46,8 +48,10 @@ class Transfer:
         recipe: TransferRecipe,
         device: torch.device,
         workers: Workers = ALONE,
+        say: Say = silent,
     ) -> None:
         self.teacher, self.recipe, self.workers, self.num_updates = teacher, recipe, workers, recipe.updates
+        self._say = say
         self.trainers: dict[str, list[SiteTrainer]] = {}
         for site in teacher.sites:
             specs = dict.fromkeys(plan[site.id] for plan in plans if site.id in plan)
@@ -62,9 +66,16 @@ class Transfer:
         self._round, self._device = -1, device
 
     def update(self, number: int) -> Losses:
-        """See `loop.Stage`: gradients of one forward, or of one kept in memory, then a step of every candidate."""
+        """See `loop.Stage`: gradients of one forward, or of one kept in memory, then a step of every candidate.
+
+        A candidate whose gradient alone is not finite takes no step.
+
+        Raises:
+            ValueError: a call cannot be learned from, or a loss is not finite; no candidate took a step.
+        """
         losses: dict[str, list[float]] = {}
         failed: dict[str, Reason] = {}
+        strange: list[str] = []
 
         def learn(call: SiteCall) -> None:
             reason = unusable(call)
@@ -74,11 +85,16 @@ class Transfer:
             rows = self._rows(call, number)
             for trainer in self.trainers.get(call.site, ()):
                 if trainer.optimizer is not None:
-                    losses.setdefault(label(trainer.spec), []).append(trainer.backward(call, rows))
+                    loss = trainer.backward(call, rows)
+                    losses.setdefault(label(trainer.spec), []).append(loss)
+                    if not math.isfinite(loss):
+                        strange.append(_why_not_finite(call, trainer.spec, loss, number))
 
         self._forget_gradients()
         seen = self._show(number, learn)
         self._check_seen(seen, failed)
+        if strange:
+            raise ValueError(strange[0])
         self.workers.average(p.grad for each in self._all() for p in each.parameters() if p.grad is not None)
         rate = rate_at(number, self.num_updates, self.recipe.warmup)
         for trainer in self._all():
@@ -98,7 +114,7 @@ class Transfer:
                 total[1] += whole
 
         draws = held_out_draws(self.recipe.seed, self._held_out, self.recipe.held_out, self.teacher.has_negative)
-        self._pass(draws, compare)
+        self._pass(draws, compare, "measuring on held-out sample")
         return {site: [missed / whole for missed, whole in totals] for site, totals in sums.items()}
 
     def fit_outputs(self) -> tuple[Errors, Errors]:
@@ -121,7 +137,7 @@ class Transfer:
         before = self.measure()
         numbers = range(self.recipe.output_draws)
         draws = [training_draw(self.recipe.seed + 1, n, self._training, self.teacher.has_negative) for n in numbers]
-        self._pass(draws, add)
+        self._pass(draws, add, "making matrices, pass")
         for site, trainers in self.trainers.items():
             for trainer, fit in zip(trainers, fits[site], strict=True):
                 trainer.matrices = fit.solve()
@@ -132,8 +148,8 @@ class Transfer:
                     trainer.matrices, after[site][number] = None, before[site][number]
         return before, after
 
-    def _pass(self, draws: Sequence[Draw], use: Callable[[SiteCall], None]) -> None:
-        """Run the teacher on draws and use the calls of sites that have candidates."""
+    def _pass(self, draws: Sequence[Draw], use: Callable[[SiteCall], None], what: str) -> None:
+        """Run the teacher on draws and use the calls of sites that have candidates, saying what is done."""
         seen: set[str] = set()
         failed: dict[str, Reason] = {}
 
@@ -145,7 +161,8 @@ class Transfer:
                 seen.add(call.site)
                 use(call)
 
-        for draw in draws:
+        for number, draw in enumerate(draws, 1):
+            self._say(f"{what} {number} of {len(draws)}")
             self.teacher.watch(draw, see)
         self._check_seen(seen, failed)
 
@@ -268,6 +285,18 @@ def moved(call: SiteCall, device: torch.device, *, copy: bool = False) -> SiteCa
     tensors = {name: getattr(call, name).detach().to(device, copy=copy) for name in TENSORS}
     mask = None if call.mask is None else call.mask.to(device, copy=copy)
     return replace(call, **tensors, mask=mask)
+
+
+def _why_not_finite(call: SiteCall, spec: SiteSpec, loss: float, number: int) -> str:
+    if not bool(call.output.isfinite().all()):
+        return (
+            f"{call.site}: the model's own attention is infinite or NaN at update {number + 1}; load the model in"
+            " bfloat16 or float32, or keep this site dense"
+        )
+    return (
+        f"{call.site}, {label(spec)}: the loss is {loss} at update {number + 1}; lower the learning rate, or choose"
+        " another kind for this site"
+    )
 
 
 def call_bytes(call: SiteCall) -> int:

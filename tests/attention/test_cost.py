@@ -95,6 +95,15 @@ def test_heads_add_up():
     assert (split + split).pairs == 2 * split.pairs
 
 
+def test_matrices_behind_the_attention_cost_one_product_of_the_tokens_on_grids():
+    for spec in (ClearSpec(8), LinearSpec(), radius_per_head([4] * 23 + [8])):
+        without, with_them = (
+            attention_cost(spec, flux(256), HEADS, HEAD_DIM, has_matrices=each) for each in (False, True)
+        )
+        assert with_them.flops - without.flops == 2 * 16 * 16 * HEADS * HEAD_DIM**2
+        assert (with_them.pairs, with_them.moved_bytes) == (without.pairs, without.moved_bytes)
+
+
 @pytest.mark.parametrize(
     "spec",
     [LinearSpec(), HybridSpec(1), HybridSpec(3), HybridSpec(99), ChunkedSpec(2, 1), ChunkedSpec(3, 2, causal=True)],

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from linearize.attention import hub_transfer
+from linearize.attention import hub_partial, hub_transfer
 from linearize.attention.hub import HubError, HubFile, local_path
 
 FILE = HubFile("owner/repo", "folder/student.safetensors")
@@ -131,22 +131,22 @@ def test_a_server_without_a_checksum_is_refused(fake, tmp_path, etag):
 
 
 def test_disk_full_before(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub_transfer.shutil, "disk_usage", lambda folder: SimpleNamespace(free=9_999))
+    monkeypatch.setattr(hub_partial.shutil, "disk_usage", lambda folder: SimpleNamespace(free=9_999))
     fake.refusal(tmp_path, "9999 bytes free", "10000", "run again")
     assert fake.asked("cdn") == []
 
 
 def test_disk_full_meanwhile_keeps_what_came(fake, tmp_path, monkeypatch):
-    write = hub_transfer._write
+    write = hub_partial._write
 
     def full(stream, chunk):
         if stream.tell() >= 4000:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(stream, chunk)
 
-    monkeypatch.setattr(hub_transfer, "_write", full)
+    monkeypatch.setattr(hub_partial, "_write", full)
     fake.refusal(tmp_path, "is full", "free space", "4000 bytes kept")
-    monkeypatch.setattr(hub_transfer, "_write", write)
+    monkeypatch.setattr(hub_partial, "_write", write)
     assert fake.fetch(tmp_path).sha256 == fake.SHA256 and fake.ranges() == [None, "bytes=4000-"]
 
 

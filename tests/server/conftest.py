@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STAND_INS = Path(__file__).resolve().parent / "custom_nodes"
+FOLDER = Path(__file__).resolve().parent
+STAND_INS = FOLDER / "custom_nodes"
+sys.path.insert(0, str(FOLDER))
 
 
 @pytest.fixture(scope="session")

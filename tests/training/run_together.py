@@ -15,6 +15,7 @@ from linearize.training.finetune import Finetune
 from linearize.training.loop import run_stage
 from linearize.training.recipe import FinetuneRecipe, TransferRecipe
 from linearize.training.transfer import Transfer
+from linearize.training.worker import leave
 
 CPU, SITES = torch.device("cpu"), ("double.0", "single.0", "single.1")
 TRANSFER = TransferRecipe(updates=6, queries=256, held_out=1, warmup=1)
@@ -64,3 +65,4 @@ def main(folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    leave(0)

@@ -160,6 +160,17 @@ def test_costs_are_those_of_the_cost_model():
         ]
 
 
+def test_a_candidate_with_matrices_pays_for_them():
+    host, module = FluxHost(), flux(0, 1)
+    layout = host.planned_layout(module, 1024, 1024, 1, 256)
+    parameters = {"output.weight": torch.eye(128).expand(24, 128, 128)}
+    pair = (Candidate(ClearSpec(8), 0.5), Candidate(ClearSpec(8), 0.4, parameters))
+    ((plain, mapped),) = (
+        each.options for each in site_options(Candidates("flux", {"single.0": pair}), host, module, layout)
+    )
+    assert mapped.flops - plain.flops == 2 * 64 * 64 * 24 * 128**2
+
+
 def test_sites_without_candidates_and_those_kept_dense_count_in_the_share():
     host, module = FluxHost(), flux(1, 3)
     layout = host.planned_layout(module, 1024, 1024, 1, 256)

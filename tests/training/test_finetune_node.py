@@ -104,6 +104,8 @@ def test_updates_lower_the_held_out_error(lab, name, kind):
     assert all(0 < each.error < 10 for (each,) in found.sites.values())
     assert hash_of(model) == before, "the model that was wired is as it was"
     assert any("needs about" in text for text in lab.shown) and "before" in lab.shown[-1]
+    (first, *_) = measured = [text for text in lab.shown if "measuring on held-out sample 1 of 2" in text]
+    assert len(measured) == 2 and first.startswith("fine-tuning: ") and "needs about" in first
 
 
 def test_a_finished_job_answers_without_the_model(lab, monkeypatch):
@@ -345,22 +347,27 @@ def test_other_settings_are_another_job(lab):
     model, samples = lab.models["flux"].model, lab.samples("flux")
     seen = [jobs()]
     run = lab.module("nodes.training_run")
+
+    def opened(model, samples, recipe):
+        with run.job_folder("test", model, samples, recipe):
+            pass
+
     recipes = [{"a": 1}, {"a": 2}]
     for recipe in recipes:
-        run.job_folder("test", model, samples, recipe)
+        opened(model, samples, recipe)
         seen.append(jobs())
-    run.job_folder("test", model, samples, recipes[0])
+    opened(model, samples, recipes[0])
     shifted = model.clone()
     sampling = model.get_model_object("model_sampling")
     other = copy.deepcopy(sampling)
     other.set_parameters(shift=3.3)
     shifted.add_object_patch("model_sampling", other)
-    run.job_folder("test", shifted, samples, recipes[0])
+    opened(shifted, samples, recipes[0])
     seen.append(jobs())
-    run.job_folder("test", lora_on(model), samples, recipes[0])
+    opened(lora_on(model), samples, recipes[0])
     seen.append(jobs())
-    run.job_folder("test", lora_on(model), samples, recipes[0])
-    run.job_folder("test", lora_on(model, 0.5), samples, recipes[0])
+    opened(lora_on(model), samples, recipes[0])
+    opened(lora_on(model, 0.5), samples, recipes[0])
     seen.append(jobs())
     assert [len(new - old) for old, new in zip(seen, seen[1:], strict=False)] == [1, 1, 1, 1, 1]
 

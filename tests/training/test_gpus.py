@@ -53,6 +53,7 @@ def test_two_processes_train_for_the_node(lab):
     assert {len(found) for found in student.sites.values()} == {2} and len(losses["loss"]) == 3
     assert student.recipe["transfer"]["updates_done"] == 3 and student.fingerprint is not None
     assert any("update 3 of 3" in text for text in lab.shown) and "held-out error" in lab.shown[-1]
+    assert "distilling attention: measuring on held-out sample 1 of 1" in lab.shown
     (job,) = lab.jobs.iterdir()
     assert sorted(path.name for path in job.iterdir()) == ["job.json", "lock", "result.safetensors"]
     lab.shown.clear()
@@ -61,6 +62,14 @@ def test_two_processes_train_for_the_node(lab):
     for site, found in student.sites.items():
         for one, other in zip(found, again.sites[site], strict=True):
             assert all(torch.equal(one.parameters[name], other.parameters[name]) for name in one.parameters)
+
+
+def test_the_node_says_what_it_measures_and_makes(lab):
+    lab.distil(gpus=1, updates=2, held_out=2, output_draws=2)
+    measured = [f"distilling attention: measuring on held-out sample {number} of 2" for number in (1, 2)]
+    made = [f"distilling attention: making matrices, pass {number} of 2" for number in (1, 2)]
+    between = [text for text in lab.shown if text.startswith("distilling attention: ") and "update " not in text]
+    assert between == measured + measured + made + measured
 
 
 def test_a_cancelled_run_stops_the_processes_and_goes_on(lab, monkeypatch):

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from toy import ToyTeacher
 from linearize.attention.layout import Reason
 from linearize.attention.specs import ClearSpec, DenseSpec, HybridSpec, LinearSpec
 from linearize.training.job import JobFolder, JobProblem
-from linearize.training.loop import OutOfMemory, Stopped, run_stage
+from linearize.training.loop import OutOfMemory, Stopped, progress_of, run_stage
 from linearize.training.model import Draw
 from linearize.training.recipe import TransferRecipe
 from linearize.training.transfer import Transfer, label
@@ -188,8 +189,6 @@ def test_a_process_that_is_killed_leaves_a_job_that_goes_on(tmp_path):
 def test_a_call_that_cannot_be_learned_from_is_named():
     class Masked(ToyTeacher):
         def watch(self, draw, observe):
-            from dataclasses import replace
-
             mask = torch.zeros(1, dtype=torch.bool)
             return super().watch(draw, lambda call: observe(replace(call, mask=mask)))
 
@@ -198,8 +197,6 @@ def test_a_call_that_cannot_be_learned_from_is_named():
 
     class Unknown(ToyTeacher):
         def watch(self, draw, observe):
-            from dataclasses import replace
-
             return super().watch(draw, lambda c: observe(replace(c, layout=Reason("arguments", "no grid is known"))))
 
     with pytest.raises(ValueError, match="no grid is known"):
@@ -213,6 +210,57 @@ def test_a_call_that_cannot_be_learned_from_is_named():
         stage(teacher=Silent()).update(0)
 
 
+class Overflowing(ToyTeacher):
+    """From a forward on, one tensor of the calls of single.0 holds an infinity."""
+
+    def __init__(self, name, first):
+        super().__init__()
+        self.name, self.first = name, first
+
+    def watch(self, draw, observe):
+        def spoilt(call):
+            if call.site == "single.0" and self.forwards > self.first:
+                tensor = getattr(call, self.name).clone()
+                tensor[0, 1, -1, 0] = float("inf")
+                call = replace(call, **{self.name: tensor})
+            observe(call)
+
+        return super().watch(draw, spoilt)
+
+
+@pytest.mark.parametrize("options", [{}, {"replay": 2, "repeats": 2}], ids=str)
+@pytest.mark.parametrize("name, words", [
+    ("output", "single.0: the model's own attention is infinite or NaN at update 4; load the model in bfloat16 or"),
+    ("query", r"single.0, linear( feature_map=hedgehog)?: the loss is nan at update 4; lower the learning rate, or"),
+])  # fmt: skip
+def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_candidate(name, words, options, tmp_path):
+    recipe = TransferRecipe(updates=12, queries=0, held_out=1, warmup=0, **options)
+    first = 2 if options else 3  # a round of four updates makes two forwards at once
+    words = words.replace("update 4", r"update \d") if options else words
+    run, whole = stage(recipe, [LINEAR], teacher=Overflowing(name, first)), stage(recipe, [LINEAR])
+    with JobFolder(tmp_path, recipe.to_json()) as job:
+        with pytest.raises(ValueError, match=words):
+            run_stage(run, job)
+        done = progress_of(job).done
+    assert 3 <= done < 12
+    for number in range(done):
+        whole.update(number)
+    assert same(run.state(), whole.state())
+
+
+def test_a_gradient_that_is_not_finite_takes_no_step():
+    run = stage(plans=[LINEAR, HYBRID])
+    run.update(0)
+    spoilt, other = run.trainers["single.0"]
+    before = [value.detach().clone() for value in (*spoilt.parameters(), *other.parameters())]
+    next(spoilt.parameters()).register_hook(lambda grad: grad * float("nan"))
+    run.update(1)
+    kept = [value.detach() for value in (*spoilt.parameters(), *other.parameters())]
+    number = len(list(spoilt.parameters()))
+    assert all(map(torch.equal, before[:number], kept[:number]))
+    assert not any(map(torch.equal, before[number:], kept[number:])), "the other candidate learned"
+
+
 def test_plans_with_nothing_to_distil_are_refused():
     with pytest.raises(ValueError, match="every site dense"):
         stage(plans=[DenseSpec()])
@@ -223,8 +271,22 @@ def test_plans_with_nothing_to_distil_are_refused():
 
 
 def test_two_runs_on_one_folder_are_refused(tmp_path):
-    with JobFolder(tmp_path, {"a": 1}), pytest.raises(JobProblem, match="another run is working on this job"):
+    with JobFolder(tmp_path, {"a": 1}) as job:
+        written = (job.path / "job.json").stat()
+        with pytest.raises(JobProblem, match="another run is working on this job"):
+            JobFolder(tmp_path, {"a": 1}).__enter__()
+        assert (job.path / "job.json").stat() == written, "who was refused wrote nothing"
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence_and_is_not_locked(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk, pytest.raises(JobProblem, match="cannot be written: No space left on device"):
+        disk.setattr(Path, "write_text", full)
         JobFolder(tmp_path, {"a": 1}).__enter__()
+    with JobFolder(tmp_path, {"a": 1}) as job:
+        assert (job.path / "job.json").is_file()
 
 
 def test_a_full_disk_is_a_sentence_and_the_state_before_stays(tmp_path, monkeypatch):
