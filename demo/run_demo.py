@@ -5,11 +5,7 @@ and each kind of attention with the same seed, lets Compare with Teacher measure
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import re
 import subprocess
 import sys
@@ -22,6 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 from live_server import ROOT, LiveServer, ServerProblem, live_server
+from origin import origin
 from PIL import Image, ImageDraw
 
 sys.path.append(str(ROOT / "demo" / "lake"))
@@ -232,32 +229,15 @@ def print_table(rows: list[Row], sizes: tuple[int, ...], seconds: float) -> None
         f"Pictures: {SIZE} x {SIZE} pixels, {STEPS} steps, {len(CAPTIONS)} captions, untrained windows. PSNR and SSIM"
         " are against dense.\nMirror is how well the lake repeats the land, 1 at best. Seconds count no decoding."
     )
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "torch": importlib.metadata.version("torch"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU",
-        "seconds": round(seconds),
-    }
     table = {
         "size": SIZE,
         "steps": STEPS,
         "sizes": list(sizes),
         "text": TEXT_TOKENS,
-        **about,
+        **origin(seconds),
         "rows": list(map(asdict, rows)),
     }
     (OUTPUT / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-
-
-def commit() -> str:
-    """Return the commit of the checkout, with + if something was changed since; empty without git."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
 
 
 def run_demo(timed_size: int) -> None:

@@ -9,11 +9,12 @@ import json
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from typing import Any
 
 from live_server import BASE, ROOT, LiveServer, ServerProblem, live_server
+from origin import origin
 from PIL import Image, ImageDraw
 
 WORKFLOW = ROOT / "demo" / "api" / "distill_demo.json"
@@ -228,14 +229,14 @@ def main() -> int:
         print(f"\n{problem}", file=sys.stderr)
         return 1
     save_sheet(sheets)
+    table = {**origin(time.monotonic() - start), "mixture_psnr": mixture, "rows": list(map(asdict, rows))}
+    (OUTPUT / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     print(f"\n{'kind':8}{'untrained':>12}{'stage 1':>10}{'tuned':>10}{'times':>8}{'PSNR':>18}{'seconds':>10}")
     for row in rows:
         errors = "".join(f"{error:10.2%}" for error in row.error)
         fall, psnr = row.error[0] / row.error[2], f"{row.psnr[0]:.1f} -> {row.psnr[1]:.1f} dB"
         print(f"{row.kind:10}{errors}{fall:8.1f}{psnr:>18}{row.seconds:10.0f}")
-    print(
-        f"The mixture that Budget Plan chose: PSNR {mixture:.1f} dB. All of it took {time.monotonic() - start:.0f} s."
-    )
+    print(f"The mixture that Budget Plan chose: PSNR {mixture:.1f} dB. All of it took {table['seconds']} s.")
     print(f"Errors are of the predicted velocity, on held-out samples. Pictures: {OUTPUT.relative_to(ROOT)}/sheet.png")
     failures = [failure for row in rows for failure in row.failures]
     print("\n".join(failures), file=sys.stderr)

@@ -161,7 +161,7 @@ class _Processes:
         self._order, self._folder, self._title = order, folder, title
         self._bar = comfy.utils.ProgressBar(self._total, node_id=node_id)
         self._show = patching.show_on_node(node_id)
-        self._problem = self._result = self._text = self._shown = ""
+        self._problem = self._result = ""
         self._command = launch_command(count, folder / "job.json")
         self._environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_S), "PYTHONFAULTHANDLER": "1"}
         if order.device == "cpu":
@@ -197,13 +197,10 @@ class _Processes:
             self._problem = line.get("problem", self._problem)
             self._result = line.get("result", self._result)
             if "status" in line:
-                self._text = f"{self._title}: {line['status']}"
+                self._show(f"{self._title}: {line['status']}")
             elif "update" in line:
                 self._bar.update_absolute(line["update"], line["of"])
-                self._text = progress_text(self._title, line["update"], line["of"], line["losses"], line["seconds"])
-        if self._text != self._shown:
-            self._shown = self._text
-            self._show(self._text)
+                self._show(progress_text(self._title, line["update"], line["of"], line["losses"], line["seconds"]))
 
 
 def _stop(process: subprocess.Popen) -> None:

@@ -1,11 +1,13 @@
-"""Small nodes for the demo: captions as conditioning, so that no text encoder of several gigabytes is needed.
+"""Small nodes for the demo: captions as conditioning and frames from latents, so that no large files are needed.
 
 A pack of its own that only the demo links into ComfyUI, so that users' menus stay clean.
 """
 
+import torch.nn.functional as F
 from comfy_api.latest import ComfyExtension, io
 
 from .captions import encode_caption
+from .clip_latents import clips_of, of_comfyui
 
 
 class LinearizeDemoCaption(io.ComfyNode):
@@ -58,6 +60,29 @@ class LinearizeDemoTextEncoder(io.ComfyNode):
         return io.NodeOutput(CaptionEncoder())
 
 
+class LinearizeDemoClipDecode(io.ComfyNode):
+    """Frames from latents of the demo's video model, so that no video autoencoder is needed."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return inputs and outputs."""
+        return io.Schema(
+            node_id="LinearizeDemoClipDecode",
+            display_name="Demo Clip Decode",
+            category="linearize/demo",
+            description="Frames of the demo's video model, which knows a ball, a tower and their mirror only.",
+            inputs=[io.Latent.Input("samples", tooltip="Latents of 17 frames at 256 x 192 pixels.")],
+            outputs=[io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, samples: dict) -> io.NodeOutput:
+        """Return the frames of all clips one after another, 8 pixels per latent cell."""
+        clips = clips_of(of_comfyui(samples["samples"].float().cpu()))
+        frames = F.interpolate(clips.transpose(1, 2).flatten(0, 1), scale_factor=4, mode="bicubic")
+        return io.NodeOutput(frames.clamp(0, 1).permute(0, 2, 3, 1))
+
+
 class CaptionEncoder:
     """What the core's nodes call of a text encoder."""
 
@@ -76,7 +101,7 @@ class DemoExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes."""
-        return [LinearizeDemoCaption, LinearizeDemoTextEncoder]
+        return [LinearizeDemoCaption, LinearizeDemoTextEncoder, LinearizeDemoClipDecode]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

@@ -108,8 +108,8 @@ def test_scores_tell_drawn_clips_from_chance(clips):
     assert chance["mirror, still"] < 0.6 and chance["mirror, moving"] < 0.2
     for part in ("before", "after"):
         assert right[f"ball {part} the tower"] == 1 and chance[f"ball {part} the tower"] < 0.4
-    assert right["path off a line, %"] < 0.4 < chance["path off a line, %"]
-    assert right["comes out off its path, %"] < 1.5 < 3 < chance["comes out off its path, %"]
+    assert right["path off a line, %"] < 0.15 and chance["path off a line, %"] > 0.35
+    assert right["comes out off its path, %"] < 1 and chance["comes out off its path, %"] > 2.5
 
 
 def test_a_still_clip_has_no_ball(clips):

@@ -1,5 +1,6 @@
 """The input gpus of the nodes that train: processes of this machine (here on the CPU), watched, cancelled, refused."""
 
+import json
 import os
 import sys
 from types import SimpleNamespace
@@ -139,10 +140,19 @@ def test_what_went_wrong_in_a_process_is_the_nodes_error(lab, monkeypatch):
     def launch(code):
         monkeypatch.setattr(worker, "launch_command", lambda _, file: [sys.executable, "-c", code, str(file)])
 
-    launch("import sys, pathlib; folder = pathlib.Path(sys.argv[1]).parent / 'student.job'; folder.mkdir();"
-           "(folder / 'progress.jsonl').write_text('{\"problem\": \"the disk is full\"}\\n'); sys.exit(1)")  # fmt: skip
+    def tell(*lines):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        launch("import sys, pathlib; folder = pathlib.Path(sys.argv[1]).parent / 'student.job';"
+               f"folder.mkdir(exist_ok=True); (folder / 'progress.jsonl').open('a').write({text!r});"
+               "sys.exit(1)")  # fmt: skip
+
+    tell({"problem": "the disk is full"})
     with pytest.raises(ValueError, match="^the disk is full$"):
         lab.distil()
+    tell({"update": 3, "of": 3, "losses": {"loss": 0.5}, "seconds": 1.0}, {"status": "measuring"}, {"problem": "no"})
+    with pytest.raises(ValueError, match="^no$"):
+        lab.distil()
+    assert "update 3 of 3" in lab.shown[-2] and lab.shown[-1].endswith(": measuring"), "both were told at once"
     launch("raise SystemExit('a driver is missing')")
     with pytest.raises(ValueError, match=r"(?s)ended with exit code 1; the end of .*worker\.log:\na driver is missing"):
         lab.distil()
