@@ -24,7 +24,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI = Path(os.environ.get("LINEARIZE_COMFYUI", ROOT / ".comfyui" / "comfyui"))
 BASE = Path(os.environ.get("LINEARIZE_BASE", ROOT / ".comfyui" / "base"))
-MODELS = {"linearize_lake_flux.safetensors": "diffusion_models", "linearize_lake_vae.safetensors": "vae"}
+MODELS = {"linearize_lake_flux.safetensors": "diffusion_models", "linearize_lake_vae.safetensors": "vae",
+          "linearize_clips_wan.safetensors": "diffusion_models"}  # fmt: skip
 START_SECONDS = 180
 
 

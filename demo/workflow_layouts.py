@@ -102,6 +102,16 @@ LAYOUTS = {  # workflow: columns; `note` is the note
         "Compare: 14 15",
         "Result: 17 18 19 20",
     ),
+    "demo/distill_clips": (
+        "1 2 3 23",
+        "Teacher: 4",
+        "Candidates: 5 6 7",
+        "Distil: 8 21 22",
+        "Distil: 9 10 11",
+        "Compare: 13 12",
+        "Compare: 14 15",
+        "Result: 17 18 19 20",
+    ),
     "workflows/flux_dev_clear": (
         "note 1 2 3",
         "Windows and prompt: 4 5",

@@ -59,8 +59,8 @@ class Stage:
 
 STAGES = (
     Stage("240 tokens", (6, 8), 16, 1500, 1.0, 0.8, shift=3.0),
-    Stage("960 tokens", GRID, 4, 250, 0.8, 0.6),
-    Stage("960 tokens, cooling", GRID, 4, 150, 0.6, 0.02),
+    Stage("960 tokens", GRID, 4, 700, 0.8, 0.6),
+    Stage("960 tokens, cooling", GRID, 4, 300, 0.6, 0.02),
 )
 # more pictures and 1,500 tokens, for a GPU; written down, not run
 LARGE = (
