@@ -84,7 +84,13 @@ def parse_arguments() -> argparse.Namespace:
         "demo", parents=[common], help="dense and linearized pictures from a real ComfyUI server"
     )
     demo.add_argument("--size", type=int, default=1024, help="a second size at which steps are timed (default 1024)")
-    demo.add_argument("--distill", action="store_true", help="distil students of the demo's model instead, and compare")
+    demo.add_argument(
+        "--distill",
+        nargs="?",
+        const="flux",
+        choices=("flux", "wan"),
+        help="distil students of the demo's picture or video model instead, and compare",
+    )
     test = commands.add_parser("test", parents=[common], help="everything that continuous integration runs")
     test.add_argument("--all", action="store_true", help="the long versions of the tests")
     test.add_argument("--only", default="", help="some stages, such as unit,hosts")
@@ -364,7 +370,7 @@ def call(comfyui: Path, *command: str | Path, **extra: str) -> int:
 
 def command_demo(args: argparse.Namespace, python: Path, comfyui: Path) -> int:
     if args.distill:
-        return call(comfyui, python, "-u", "demo/run_distill.py")
+        return call(comfyui, python, "-u", "demo/run_distill.py", args.distill)
     return call(comfyui, python, "-u", "demo/run_demo.py", "--size", str(args.size))
 
 

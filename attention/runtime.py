@@ -253,8 +253,7 @@ def run_site(
     if isinstance(result, Reason):
         decline(runtime, site, settings, dense_pairs, result)
         return None
-    output, backend, call = result
-    has_matrices = runtime.parameters.learned(site, output.device).output is not None
+    output, backend, call, has_matrices = result
     cost = attention_cost(settings.spec, call.layout, shape[1], shape[3], has_matrices=has_matrices)
     ran, pairs = Ran(site, settings.spec.kind, backend.name), cost.flops // (4 * shape[3])
     runtime.record.count_run(ran, call.layout, pairs, dense_pairs)
@@ -272,8 +271,8 @@ def run_planned(
     mask: Tensor | None,
     skip_reshape: bool,
     kwargs: Mapping[str, Any],
-) -> tuple[Tensor, Any, Call] | Reason:
-    """Return the output, its backend and call, or why the call has to stay dense.
+) -> tuple[Tensor, Any, Call, bool] | Reason:
+    """Return the output, its backend and call, and whether matrices follow; or why the call has to stay dense.
 
     Where `auto` chose a backend that then fails, torch is tried too: it computes the same.
     """
@@ -291,7 +290,7 @@ def run_planned(
             output = backend.run(query, key, value, call, scale=scale, learned=learned, memory=runtime.memory)
             if learned.output is not None:
                 output = map_outputs(output, call.layout, learned.output)
-            return output, backend, call
+            return output, backend, call, learned.output is not None
         except Exception as error:  # whatever a device or driver throws must not cost the user a picture
             failure = why_failed(backend.name, error)
         # outside the handler, whose traceback keeps the failed attempt's tensors alive

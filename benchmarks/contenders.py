@@ -17,9 +17,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from linearize.attention import ClearSpec, attention
+from linearize.attention.hosts.base import Site
 from linearize.attention.memory import LongLived
+from linearize.attention.site_call import SiteCall
 from linearize.attention.specs import MappedSpec, Spec
 from linearize.attention.student import new_maps
+from linearize.training.recipe import TransferRecipe
+from linearize.training.site_trainer import SiteTrainer
 
 FLEX_BLOCK = 128
 FLEX_TILE = (8, 16)  # rows and columns of the tokens of one block, in tile order
@@ -180,6 +184,24 @@ def ablation(case: Case, spec: ClearSpec, change: str) -> Made:
     return case.timed(lambda q, k, v: attend(q, k, v, (changed,), q.shape[-1] ** -0.5))
 
 
+def update(case: Case, spec: Spec, queries: int) -> Made:
+    """One update of Distill Attention at one site, on some queries: output, loss, gradients, step of the optimiser.
+
+    The teacher's forward, of which every update has one for all sites, is not in it.
+    """
+    facts = Site("double.0", case.shape.heads, case.shape.head_dim)
+    trainer = SiteTrainer(facts, spec, TransferRecipe(updates=1), case.query.device)
+    call = SiteCall("double.0", case.shape.layout, *case.inputs, dense(case)())
+    rows = torch.arange(case.shape.text, case.shape.layout.num_tokens, device=case.query.device)
+    rows = rows[torch.randperm(len(rows))[:queries].to(rows.device)]
+
+    def run() -> None:
+        trainer.backward(call, rows)
+        trainer.step(1.0)
+
+    return run
+
+
 DENSE: dict[str, Callable[[Case], Made]] = {
     "dense": dense,
     "dense cudnn": partial(dense, backend=SDPBackend.CUDNN_ATTENTION),
@@ -193,6 +215,8 @@ RUNNERS: dict[str, Callable[..., Made]] = {  # of a case and a spec
     "flex raster": partial(flex, in_tiles=False),
     "flex tiles": partial(flex, in_tiles=True),
     "natten": natten,
+    "update 256": partial(update, queries=256),
+    "update all": partial(update, queries=2**31),
     "no masks": partial(ablation, change="no masks"),
     "no gather": partial(ablation, change="no gather"),
 }

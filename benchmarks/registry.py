@@ -152,12 +152,14 @@ CHUNKED = (ChunkedSpec(), ChunkedSpec(causal=True))
 FUSED_CHUNKED = (ChunkedSpec(feature_map="elu1"), ChunkedSpec(causal=True, feature_map="elu1"))
 WAN_480P, WAN_720P = _wan(832, 480), _wan(1280, 720)  # 81 frames: 32,760 and 75,600 tokens; 12 heads as in 1.3B
 FEATURES = (LinearSpec("elu1"), *(LinearSpec("hedgehog", number) for number in (64, 128, 256, 384)), LinearSpec())
+STUDENTS = (LinearSpec(), HybridSpec(4), LinearSpec("hedgehog"))
 SUITES: dict[str, Suite] = {
     "clear-cpu": Suite((Shape(1024), Shape(2048)), RADII, ("dense",), ("clear",)),
     "mapped-cpu": Suite(
         tuple(Shape(832, text=0, height=480, frames=frames) for frames in (5, 21)),
         (LinearSpec(), LinearSpec("hedgehog"), *HYBRIDS, *CHUNKED), ("dense",), ("torch",),
     ),
+    "update-cpu": Suite((Shape(1024),), STUDENTS, ("dense",), ("update 256", "update all")),
     "clear-gpu": Suite(
         (_flux(1024), _flux(1024, 256), _flux(1216, height=832), _flux(2048), _flux(2048, 256), _flux(4096)),
         RADII, DENSE, WINDOWED,
@@ -186,6 +188,7 @@ SUITES: dict[str, Suite] = {
     "linear-gpu": Suite(
         (WAN_480P, WAN_720P, _wan(832, 480, 40), _wan(1280, 720, 40)), FEATURES, ("dense cudnn",), ("triton", "torch")
     ),
+    "update-gpu": Suite((_flux(1024), _flux(2048)), STUDENTS, EXACT_DENSE, ("update 256", "update all")),
 }  # fmt: skip
 STREAMS: dict[str, StreamSuite] = {
     "stream": StreamSuite(Shape(832, text=0, height=480)),

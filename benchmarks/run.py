@@ -33,7 +33,10 @@ from linearize.attention import (  # noqa: E402
     attention_cost,
 )
 
-DEFAULT = {"cpu": ("clear-cpu", "mapped-cpu", "stream"), "cuda": ("clear-gpu", "mapped-gpu", "stream-gpu")}
+DEFAULT = {
+    "cpu": ("clear-cpu", "mapped-cpu", "update-cpu", "stream"),
+    "cuda": ("clear-gpu", "mapped-gpu", "stream-gpu"),
+}
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.csv"
 COLUMNS = (
@@ -96,14 +99,14 @@ def suite_rows(name: str, rounds: int, device: str) -> list[dict[str, object]]:
         times = interleaved(runnable(suite, shape, device), rounds, device)
         exact = [statistics.median(samples) for each, samples in times.items() if each.startswith("dense")]
         for contender, samples in times.items():
-            median = statistics.median(samples)
+            median, is_update = statistics.median(samples), contender.startswith("update")
             row = {**about(name), **facts(shape), **summary(contender, samples)}
             row |= {
                 "times_dense": f"{min(exact) / median:.3f}" if exact else "",
-                "pass": "both" if suite.backward else "forward",
+                "pass": "update" if is_update else "both" if suite.backward else "forward",
             }
             row |= peaks.in_own_process(name, number, contender)
-            if rates:
+            if rates and not is_update:
                 flops, moved = work(suite, shape, contender)
                 floor_ms = max(flops / rates[0], moved / rates[1]) * 1000
                 row |= {"useful_tflops": f"{flops / median / 1e9:.1f}", "of_roofline": f"{floor_ms / median:.3f}"}

@@ -1,31 +1,29 @@
-"""The distillation demo: a student of the demo's model, from its own samples to a file, and what each step gained.
+"""The distillation demo: students of the demo's models, from their own samples to files, and what each step gained.
 
-`python run.py demo --distill` calls it inside `.venv`. It queues the shipped workflow `demo/api/distill_demo.json` on a
-real server, whole and once per kind of attention; loads what was saved; and compares pictures of dense attention, of
-the kind with the model's own weights, and of the student.
+`python run.py demo --distill` calls it inside `.venv`, `--distill wan` for the video model. It queues the workflow of
+`distill_chain.py` on a real server, whole and once per kind of attention; loads what was saved; and compares pictures
+of dense attention, of the kind with the model's own weights, and of the student.
 """
 
+import argparse
 import json
 import re
 import sys
 import time
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
+from distill_chain import CHAINS, PLANS, Chain, Workflow
 from live_server import BASE, ROOT, LiveServer, ServerProblem, live_server
 from origin import origin
 from PIL import Image, ImageDraw
 
-WORKFLOW = ROOT / "demo" / "api" / "distill_demo.json"
 OUTPUT = ROOT / "demo" / "output" / "distill"
-PLANS = {"linear": "5", "hybrid": "6", "clear": "7"}  # kinds, and the nodes with their plans
 RATIO = {"linear": 8.0, "hybrid": 8.0, "clear": 3.0}  # by which the velocity error is to fall, at least
 GAIN_DB = 6.0  # of PSNR to the teacher's pictures, at least, mean over them
-PICTURES = 4  # of one caption, each from noise of its own
 SECONDS = 900  # the longest that one queued run may take
-CELL = 256
-Workflow = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,8 @@ class Row:
     Args:
         error: relative energy of the velocity's error on held-out samples: with the model's own weights, after Distill
             Attention, after Fine-tune Student.
-        psnr: of pictures to the teacher's, in dB, mean over `PICTURES`: with the model's own weights, of the student.
+        psnr: to the teacher's pictures, in dB, mean over them, or over frames: with the model's own weights, of the
+            student.
         seconds: of the server for all of it.
     """
 
@@ -55,68 +54,6 @@ class Row:
         if self.psnr[1] < self.psnr[0] + GAIN_DB:
             found.append(f"{self.kind}: PSNR rose {self.psnr[1] - self.psnr[0]:.1f} dB, wanted {GAIN_DB}")
         return found
-
-
-def shipped() -> Workflow:
-    """Return the workflow as it is shipped."""
-    return json.loads(WORKFLOW.read_text(encoding="utf-8"))
-
-
-def needed_for(workflow: Workflow, *ends: str) -> Workflow:
-    """Return the nodes that some nodes depend on, and these."""
-    kept: Workflow = {}
-    waiting = list(ends)
-    while waiting:
-        key = waiting.pop()
-        if key not in kept:
-            kept[key] = workflow[key]
-            waiting += [value[0] for value in workflow[key]["inputs"].values() if isinstance(value, list)]
-    return kept
-
-
-def of_kind(kind: str, updates: int | None = None) -> Workflow:
-    """Return the workflow for one kind alone: no budget, every site; `updates` replaces those of Distill Attention."""
-    workflow = shipped()
-    transfer, tune = workflow["8"]["inputs"], workflow["10"]["inputs"]
-    for name in [name for name in transfer if name.startswith("plans.")]:
-        del transfer[name]
-    transfer["plans.plan0"] = [PLANS[kind], 0]
-    if kind == "clear":
-        transfer["updates"] = 0  # windows have nothing to learn but the matrices, which take no update
-    if updates is not None:
-        transfer.update(updates=updates, output_draws=0)
-    tune["student"] = ["8", 0]
-    workflow["11"]["inputs"]["name"] = f"lake/{kind}"
-    return needed_for(with_pictures(workflow), "11", "19", "20", "25")
-
-
-def with_pictures(workflow: Workflow) -> Workflow:
-    """Return the workflow with several pictures sampled and compared instead of one."""
-    workflow["24"] = {"class_type": workflow["3"]["class_type"], "inputs": {**workflow["3"]["inputs"]}}
-    workflow["24"]["inputs"]["batch_size"] = PICTURES
-    for sampler in ("14", "15"):
-        workflow[sampler]["inputs"]["latent_image"] = ["24", 0]
-    workflow["25"] = {"class_type": "PreviewImage", "inputs": {"images": ["19", 1]}}
-    return workflow
-
-
-def untrained(kind: str) -> Workflow:
-    """Return the workflow for one kind with the model's own weights; it is fine-tuned once, only to be measured."""
-    workflow = of_kind(kind, updates=0)
-    workflow["10"]["inputs"].update(updates=8, block_updates=0)
-    workflow["11"]["inputs"]["name"] = f"lake/{kind}_untrained"
-    workflow["12"]["inputs"]["attention"] = [PLANS[kind], 0]
-    return workflow
-
-
-def reloaded(name: str) -> Workflow:
-    """Return a workflow that samples with a student from its file and compares with the teacher."""
-    workflow = with_pictures(shipped())
-    workflow["12"] = {
-        "class_type": "LinearizeLoadStudent",
-        "inputs": {"model": ["1", 0], "student": name, "hub_file": "", "allow_download": False},
-    }
-    return needed_for(workflow, "19", "20", "25")
 
 
 def run(server: LiveServer, workflow: Workflow) -> tuple[dict[str, Any], float]:
@@ -142,7 +79,7 @@ def psnr_of(outputs: dict[str, Any]) -> float:
 def saved_file(outputs: dict[str, Any]) -> str:
     """Return the name of the file that Save Linearized Attention wrote, as Load Linearized Attention lists it."""
     text = outputs["LinearizeSaveStudent"]["text"][0]
-    found = re.search(r"lake/\w+_\d{5}_\.safetensors", text)
+    found = re.search(r"\w+/\w+_\d{5}_\.safetensors", text)
     if found is None:
         raise ServerProblem(f"no file was saved:\n{text}")
     return found[0]
@@ -165,80 +102,97 @@ def tuned(name: str) -> dict[str, Any]:
     if "finetune" not in recipe:
         raise ServerProblem(
             f"Fine-tune Student gave {name} back as it came in, because its held-out error rose; lower map_rate and "
-            f"delta_rate in {WORKFLOW.relative_to(ROOT)}"
+            "delta_rate in the workflow"
         )
     return recipe["finetune"]
 
 
-def what_ran(outputs: dict[str, Any], kind: str) -> None:
-    """Raise ServerProblem unless every site of the student's run was linearized."""
+def what_ran(outputs: dict[str, Any], kind: str, sites: int) -> None:
+    """Raise ServerProblem unless every one of some sites of the student's run was linearized."""
     report = outputs["LinearizeReport"]["text"][0]
     ran = report.partition("in the last sampling:")[2]
-    if not re.search(rf"^{kind} \(\w+\): 5 sites$", ran, flags=re.MULTILINE) or "100% linearized" not in ran:
+    if not re.search(rf"^{kind} \(\w+\): {sites} sites$", ran, flags=re.MULTILINE) or "100% linearized" not in ran:
         raise ServerProblem(f"not every site ran on {kind}; its Attention Report says:\n{ran or report}")
 
 
-def distill(server: LiveServer, kind: str) -> tuple[Row, list[Image.Image]]:
+def distill(server: LiveServer, chain: Chain, kind: str) -> tuple[Row, list[Image.Image]]:
     """Distil one kind, save it, load it again; return what that gained, and the three pictures."""
-    before, seconds = run(server, untrained(kind))
+    before, seconds = run(server, chain.untrained(kind))
     start = tuned(saved_file(before))["error_before"]
-    student, more = run(server, of_kind(kind))
+    student, more = run(server, chain.of_kind(kind))
     name = saved_file(student)
     found = tuned(name)
-    again, last = run(server, reloaded(name))
-    what_ran(again, kind)
+    again, last = run(server, chain.reloaded(name))
+    what_ran(again, kind, chain.sites)
     if psnr_of(again) != psnr_of(student):
         raise ServerProblem(f"the saved {kind} student paints another picture than the one in memory")
     error = start, found["error_before"], found["error_after"]
     row = Row(kind, error, (psnr_of(before), psnr_of(again)), seconds + more + last)
-    sheets = [Image.open(BytesIO(server.image(each["PreviewImage"]["images"][0]))) for each in (before, again)]
-    return row, pictures(*sheets)
+    sheets = [
+        Image.open(BytesIO(server.image(each["PreviewImage"]["images"][chain.shown]))) for each in (before, again)
+    ]
+    return row, pictures(chain.size, *sheets)
 
 
-def pictures(before: Image.Image, after: Image.Image) -> list[Image.Image]:
+def pictures(size: tuple[int, int], before: Image.Image, after: Image.Image) -> list[Image.Image]:
     """Return teacher, untrained and student from the sheets of Compare with Teacher: teacher, picture, difference."""
-    top, right = before.height - CELL, CELL + (before.width - 3 * CELL) // 2
+    width, height = size
+    top, right = before.height - height, width + (before.width - 3 * width) // 2
     places = ((before, 0), (before, right), (after, right))
-    return [sheet.convert("RGB").crop((x, top, x + CELL, top + CELL)) for sheet, x in places]
+    return [sheet.convert("RGB").crop((x, top, x + width, top + height)) for sheet, x in places]
 
 
-def save_sheet(rows: dict[str, list[Image.Image]]) -> None:
+def save_sheet(rows: dict[str, list[Image.Image]], path: Path) -> None:
     """Save one row of pictures per kind."""
-    sheet = Image.new("RGB", (3 * CELL, len(rows) * (CELL + 22)), "white")
+    width, height = next(iter(rows.values()))[0].size
+    sheet = Image.new("RGB", (3 * width, len(rows) * (height + 22)), "white")
     draw = ImageDraw.Draw(sheet)
     for line, (kind, row) in enumerate(rows.items()):
         for column, title in enumerate(("dense", f"{kind}, untrained", f"{kind}, student")):
-            draw.text((column * CELL + 6, line * (CELL + 22) + 4), title, fill="black")
-            sheet.paste(row[column], (column * CELL, line * (CELL + 22) + 22))
-    sheet.save(OUTPUT / "sheet.png")
+            draw.text((column * width + 6, line * (height + 22) + 4), title, fill="black")
+            sheet.paste(row[column], (column * width, line * (height + 22) + 22))
+    sheet.save(path)
 
 
-def main() -> int:
+def run_chain(chain: Chain) -> list[str]:
+    """Distil every kind and the workflow as it is shipped, write table and sheet; return what is not good enough."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
     start, rows, sheets = time.monotonic(), [], {}
-    try:
-        with live_server() as server:
-            for kind in PLANS:
-                print(f"distilling {kind} ...", flush=True)
-                row, sheets[kind] = distill(server, kind)
-                rows.append(row)
-            print("distilling a mixture under a budget ...", flush=True)
-            outputs, _ = run(server, shipped())
-            mixture = psnr_of(outputs)
-    except ServerProblem as problem:
-        print(f"\n{problem}", file=sys.stderr)
-        return 1
-    save_sheet(sheets)
-    table = {**origin(time.monotonic() - start), "mixture_psnr": mixture, "rows": list(map(asdict, rows))}
-    (OUTPUT / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    with live_server() as server:
+        for kind in PLANS:
+            print(f"distilling {chain.title}: {kind} ...", flush=True)
+            row, sheets[kind] = distill(server, chain, kind)
+            rows.append(row)
+        print("distilling a mixture under a budget ...", flush=True)
+        outputs, seconds = run(server, chain.shipped())
+    save_sheet(sheets, OUTPUT / f"{chain.model}.png")
+    table = {**origin(time.monotonic() - start), "title": chain.title, "sites": chain.sites,
+             "pictures": chain.pictures, "rows": list(map(asdict, rows)),
+             "mixture": {"psnr": psnr_of(outputs), "seconds": seconds}}  # fmt: skip
+    (OUTPUT / f"{chain.model}.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    print_table(rows)
+    mixture = f"The mixture that Budget Plan chose: PSNR {psnr_of(outputs):.1f} dB, {seconds:.0f} s."
+    print(f"{mixture} All of it took {table['seconds']} s.\nErrors are of the predicted velocity, on held-out samples.")
+    print(f"Pictures: {(OUTPUT / chain.model).relative_to(ROOT)}.png")
+    return [failure for row in rows for failure in row.failures]
+
+
+def print_table(rows: list[Row]) -> None:
+    """Print what was measured."""
     print(f"\n{'kind':8}{'untrained':>12}{'stage 1':>10}{'tuned':>10}{'times':>8}{'PSNR':>18}{'seconds':>10}")
     for row in rows:
         errors = "".join(f"{error:10.2%}" for error in row.error)
         fall, psnr = row.error[0] / row.error[2], f"{row.psnr[0]:.1f} -> {row.psnr[1]:.1f} dB"
         print(f"{row.kind:10}{errors}{fall:8.1f}{psnr:>18}{row.seconds:10.0f}")
-    print(f"The mixture that Budget Plan chose: PSNR {mixture:.1f} dB. All of it took {table['seconds']} s.")
-    print(f"Errors are of the predicted velocity, on held-out samples. Pictures: {OUTPUT.relative_to(ROOT)}/sheet.png")
-    failures = [failure for row in rows for failure in row.failures]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Distil students of one of the demo's models.")
+    parser.add_argument("model", nargs="?", default="flux", choices=CHAINS, help="the picture or the video model")
+    try:
+        failures = run_chain(CHAINS[parser.parse_args().model])
+    except ServerProblem as problem:
+        failures = [str(problem)]
     print("\n".join(failures), file=sys.stderr)
     return 1 if failures else 0
 

@@ -10,6 +10,7 @@ from ..attention.candidates import Candidates, decided
 from ..attention.site_call import SiteCall
 from ..attention.student_file import StudentFile
 from ..attention.student_fit import check_student
+from ..training.comfy_model import stop_if_interrupted
 from ..training.comfy_trainee import ComfyTrainee, with_trainee
 from ..training.conditioning import content_sha256
 from ..training.estimate import Estimate, estimate
@@ -61,7 +62,8 @@ class LinearizeFinetune(io.ComfyNode):
                     "attention_surgery: the samples alone.",
                 ),
                 io.Int.Input("rank", default=64, min=0, max=4096,
-                             tooltip="Rank of the changes of weights. 0 trains what was learned before only."),
+                             tooltip="Rank of the changes of weights. 0 makes none: maps, pooling weights and matrices "
+                             "learn alone."),
                 *_advanced_inputs(),
             ],
             outputs=[
@@ -154,8 +156,9 @@ class Updates:
         )
 
     def say(self, text: str) -> None:
-        """Show what is done between updates, and still what memory it takes."""
+        """Show what is done between updates, and still what memory it takes; an interrupt ends it."""
         self._show("\n".join((f"{TITLE}: {text}", self._needed)))
+        stop_if_interrupted()
 
 
 def needed_memory(trainee: ComfyTrainee, stage: Finetune) -> Estimate:

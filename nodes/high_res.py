@@ -99,7 +99,9 @@ class LinearizeHighRes(io.ComfyNode):
         runtime = patching.runtime_of(patched)
         specs = {site: settings.spec for site, settings in runtime.sites.items()} if runtime else {}
         layout = host.planned_layout(module, width, height, 1, host.default_text_tokens)
-        costs = describe_costs(host.title, f"{width} x {height}", layout, site_costs(host, module, specs, layout))
+        matrices = runtime.parameters.outputs() if runtime else ()
+        rows = site_costs(host, module, specs, layout, matrices)
+        costs = describe_costs(host.title, f"{width} x {height}", layout, rows)
         lines = describe_recipe(recipe, sigmas.tolist(), patching.rope_base_of(patched), specs, layout.num_tokens)
         text = "\n".join(filter(None, [costs, *lines, size_note(width, height)]))
         patching.show_on_node(cls.hidden.unique_id)(text)

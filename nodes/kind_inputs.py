@@ -12,7 +12,7 @@ from ..attention.runtime import SiteSettings
 from ..attention.specs import STABILIZERS, ChunkedSpec, ClearSpec, HybridSpec, LinearSpec, MappedSpec, SiteSpec
 from . import patching
 
-UNTRAINED_MAP = "elu1"  # has nothing to learn, and is the cheapest
+UNTRAINED_MAP = "elu1"  # has nothing to learn, and no map costs less
 
 
 def feature_map_inputs() -> list[Any]:

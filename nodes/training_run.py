@@ -14,6 +14,7 @@ import comfy.utils
 import folder_paths
 import torch
 
+from ..training.comfy_model import stop_if_interrupted
 from ..training.comfy_patch import change_names
 from ..training.job import JobFolder
 from ..training.loop import Losses, Progress, Stage, progress_of, run_stage
@@ -125,7 +126,7 @@ def run_with_progress(
         if now - shown >= TEXT_INTERVAL_S or done == total:
             shown = now
             show(progress_text(title, done, total, losses, (now - started) / (done - first[0] + 1)))
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        stop_if_interrupted()
 
     try:
         return run_stage(stage, job, watch)

@@ -5,6 +5,7 @@ the model's file; what nodes did to the model they cannot see, and that is refus
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -39,7 +40,8 @@ from .training_run import progress_text
 POLL_S = 0.2
 STOP_S = 600  # what an update may still take after a stop
 LOG_CHARACTERS = 2000
-LAUNCHER = "torch/distributed/elastic"  # in each line that the launcher logs once a process has failed
+# the lines that the launcher logs once a process has failed; torch names the same files when it warns
+LAUNCHER = re.compile(r"torch[\\/]distributed[\\/]elastic.*(failed \(exitcode|closing signal)")
 
 
 def gpus_input() -> Any:
@@ -149,7 +151,7 @@ def launch_command(count: int, file: Path) -> list[str]:
 def own_words(log: str) -> str:
     """Return what processes wrote before the launcher's report of their end, or all where there is none."""
     lines = log.splitlines(keepends=True)
-    ends = [number for number, line in enumerate(lines) if LAUNCHER in line]
+    ends = [number for number, line in enumerate(lines) if LAUNCHER.search(line)]
     return "".join(lines[: ends[0]] if ends else lines).strip() or log
 
 

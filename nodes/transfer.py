@@ -6,7 +6,7 @@ import comfy.model_management
 from comfy_api.latest import io
 
 from ..attention.plans import Plan
-from ..training.comfy_model import with_teacher
+from ..training.comfy_model import stop_if_interrupted, with_teacher
 from ..training.comfy_patch import model_fingerprint
 from ..training.loop import Progress, Stage
 from ..training.recipe import VALUE_LOSSES, TransferRecipe
@@ -80,6 +80,7 @@ class LinearizeTransfer(io.ComfyNode):
 
                 def say(text: str) -> None:
                     patching.show_on_node(node_id)(f"{TITLE}: {text}")
+                    stop_if_interrupted()
 
                 def run(stage: Stage) -> Progress:
                     return run_with_progress(stage, job, node_id, TITLE)

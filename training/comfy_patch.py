@@ -1,6 +1,8 @@
 """How a runtime gets onto a clone of a model patcher: for training, and for `nodes/patching.py`, which adds more."""
 
 import contextlib
+from collections.abc import Iterator, Mapping
+from types import NoneType
 from typing import Any
 
 import comfy.memory_management
@@ -48,18 +50,32 @@ def parameter(model: Any, name: str) -> Tensor:
 
 def is_as_loaded(model: Any) -> bool:
     """Return whether no node changed a model patcher since its loader made it: no LoRA, sampling setting or hook."""
-    options = dict(model.model_options)
-    changes = (
-        options.pop("transformer_options", {}), options, model.patches, model.object_patches, model.injections,
-        model.hook_patches, model.weight_wrapper_patches, *model.wrappers.values(),
-    )  # fmt: skip
-    return not any(changes)
+    return not model.patches and not change_names(model)
 
 
 def change_names(model: Any) -> list[str]:
-    """Return names of what nodes changed on a model patcher beside its weights, sorted."""
-    options = model.model_options.get("transformer_options", {})
-    return sorted(map(str, (*model.object_patches, *model.wrappers, *options)))
+    """Return names of what nodes changed on a model patcher beside its weights, sorted.
+
+    A name is a path of keys, such as `wrappers/diffusion_model/pack`; what holds nothing is no change.
+    """
+    places = ("object_patches", "wrappers", "injections", "hook_patches", "weight_wrapper_patches")
+    found = {**model.model_options, **{place: getattr(model, place) for place in places}}
+    return sorted(_paths(found, ()))
+
+
+def _paths(value: Any, keys: tuple[str, ...]) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            # an object's own text may hold its address, which differs from run to run
+            name = str(key) if isinstance(key, str | int | tuple | NoneType) else type(key).__name__
+            yield from _paths(each, (*keys, name))
+    elif value or not isinstance(value, list | tuple | set):
+        yield "/".join(keys)
+
+
+def weight_types(model: Any) -> list[str]:
+    """Return the types that a model patcher's weights have, sorted."""
+    return sorted({str(weight.dtype) for weight in model.model_state_dict().values()})
 
 
 def install_runtime(patched: Any, runtime: Runtime, module: Any) -> None:

@@ -18,7 +18,7 @@ from ..attention.specs import SiteSpec
 from ..attention.student_file import load_student, save_student
 from ..attention.student_fit import check_student
 from .comfy_model import with_teacher
-from .comfy_patch import host_of, model_fingerprint
+from .comfy_patch import host_of, model_fingerprint, weight_types
 from .comfy_trainee import with_trainee
 from .conditioning import content_sha256
 from .distributed import Joint, StopSignal, Together, shared_job
@@ -58,7 +58,7 @@ def train(job: TrainingJob, workers: Together) -> str:
     sites = host.sites(module)
     specs: Sequence[Mapping[str, SiteSpec]] = ()
     student, notes = None, ["the samples are of a model that this one is a fine-tune of"] if kinship != "same" else []
-    description = describe(job, host.name, fingerprint, samples, workers)
+    description = describe(job, host.name, model, fingerprint, samples, workers)
     if job.student is None:
         specs = resolved_plans(host, sites, job.plans)
     else:
@@ -103,12 +103,13 @@ def load_model(model: ModelFile) -> Any:
 
 
 def describe(
-    job: TrainingJob, host: str, fingerprint: torch.Tensor, samples: TeacherSamples, workers: Together
+    job: TrainingJob, host: str, model: Any, fingerprint: torch.Tensor, samples: TeacherSamples, workers: Together
 ) -> dict[str, Any]:
     """Return what a job's saved state depends on, as JSON holds it."""
     return {
         "kind": job.recipe.stage, "version": VERSION, "host": host, "weight_dtype": job.model.weight_dtype,
-        "model": hashlib.sha256(fingerprint.numpy().tobytes()).hexdigest(), "samples": samples.digest,
+        "model": hashlib.sha256(fingerprint.numpy().tobytes()).hexdigest(), "weights": weight_types(model),
+        "samples": samples.digest,
         "recipe": job.recipe.to_json(), "plans": [plan.to_json() for plan in job.plans], "processes": workers.count,
     }  # fmt: skip
 
@@ -129,7 +130,7 @@ class Updates:
         self._first = 0
 
     def __call__(self, stage: Stage) -> Progress:
-        """Return the progress of a run that did all updates.
+        """Return the progress of a run that did all updates that can be done.
 
         Raises:
             StoppedEarly: it did not.
@@ -144,7 +145,7 @@ class Updates:
                     raise Stopped
 
             progress = run_stage(joint, self._folder, watch)
-        if progress.done < stage.num_updates:
+        if not progress.is_over(stage.num_updates):
             raise StoppedEarly(
                 f"stopped after {progress.done} of {stage.num_updates} updates and saved; run the same command again "
                 "to go on"

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from .job import JobFolder, job_key
-from .loop import Losses, Stage
+from .loop import Losses, NotFinite, Stage
 
 TIMEOUT = timedelta(hours=2)  # processes load models and measure at their own pace
 SIGNALS = ("SIGTERM", "SIGINT")
+OTHERS = "another process of this run failed; its own message says why"
 
 
 class OtherProcessFailed(RuntimeError):
@@ -48,12 +49,14 @@ class Together:
             torch.OutOfMemoryError: another process ran out of memory before this average of the update.
             OtherProcessFailed: another process failed otherwise.
         """
-        self._hear(memory=0, failed=0)
         groups: dict[torch.dtype, list[Tensor]] = {}
-        for each in tensors:
+        for each in tensors if self._accelerator else ():
             groups.setdefault(each.dtype, []).append(each)
-        for group in groups.values() if self._accelerator else ():
-            mean = self._reduce(torch.cat([each.reshape(-1) for each in group])) / self.count
+        # memory may run out here, before the others are told that all is well
+        joined = [torch.cat([each.reshape(-1) for each in group]) for group in groups.values()]
+        self._hear(memory=0, failed=0)
+        for group, whole in zip(groups.values(), joined, strict=True):
+            mean = self._reduce(whole) / self.count
             for each, part in zip(group, mean.split([each.numel() for each in group]), strict=True):
                 each.copy_(part.view_as(each))
         self.has_averaged = True
@@ -83,16 +86,23 @@ class Together:
             raise
 
     def report(self, *, memory: int) -> None:
-        """Tell the others, where they next meet, that this process failed: for want of memory, or otherwise."""
-        if not self.all_know:
-            self.all_know = True
-            self._exchange(memory=memory, failed=1 - memory)
+        """Tell the others, where they next meet, that this process failed: for want of memory, or otherwise.
+
+        Raises:
+            OtherProcessFailed: this one wants memory only, and another failed otherwise at the same place.
+        """
+        if self.all_know:
+            return
+        self.all_know = True
+        _, failed = self._exchange(memory=memory, failed=1 - memory)
+        if memory and failed:
+            raise OtherProcessFailed(OTHERS)
 
     def _hear(self, **own: int) -> None:
         memory, failed = self._exchange(**own)
         if failed or (memory and (self.has_averaged or not self.is_updating)):
             self.all_know = True
-            raise OtherProcessFailed("another process of this run failed; its own message says why")
+            raise OtherProcessFailed(OTHERS)
         if memory:
             self.all_know = True
             raise torch.OutOfMemoryError("another process ran out of memory")
@@ -134,6 +144,10 @@ class Joint:
             workers.report(memory=1)
             if averaged and workers.count > 1:  # the others took the step already
                 raise RuntimeError(f"memory ran out between processes: {error}") from error
+            raise
+        except NotFinite as error:
+            if workers.count > 1:  # the others do not know of it, and cannot end at the same update
+                raise ValueError(str(error)) from error
             raise
         finally:
             workers.is_updating = False

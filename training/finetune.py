@@ -4,6 +4,7 @@ The frozen base is loaded once and plays teacher and student in turns. A run tha
 been; what came out worse than it went in is not kept.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from .loop import Losses, Progress, Say, silent
 from .losses import energies
 from .model import BlockCall, Trainee
 from .recipe import FinetuneRecipe
+from .results import json_number, unmeasured
 from .schedule import held_out_draws, split_samples
 from .site_trainer import grid_rows
 from .stages import BlockStage, PredictionStage, check_shown, sites_in_blocks
@@ -117,7 +119,7 @@ class Finetune:
         return Errors(velocity[0] / velocity[1], {site: missed / whole for site, (missed, whole) in sites.items()})
 
     def result(self, progress: Progress) -> tuple[Candidates, str]:
-        """Return the student, and one sentence: how much it misses now. It is the one that came in if that missed less.
+        """Return the student, and how much it misses now, as text. It is the one that came in if that missed less.
 
         Args:
             progress: of the run.
@@ -127,8 +129,9 @@ class Finetune:
             return student, "no update was finished, so the student came out as it went in"
         before, after = self.before, self.measure()
         facts = {
-            **self.recipe.to_json(), "updates_done": progress.done, "notes": list(progress.notes),
-            "error_before": before.velocity, "error_after": after.velocity,
+            **self.recipe.to_json(), "updates_done": progress.done,
+            "notes": [*progress.notes, *filter(None, [progress.problem])],
+            "error_before": json_number(before.velocity), "error_after": after.velocity,
         }  # fmt: skip
         if not after.velocity <= before.velocity:
             return student, (
@@ -138,7 +141,9 @@ class Finetune:
         assert self._active is not None
         with self._active.learner.averaged():
             found = self.trainables.candidates(after.sites, {**student.recipe, self.recipe.stage: facts})
-        return found, f"held-out error of the velocity {before.velocity:.3g} before, {after.velocity:.3g} after"
+        text = f"held-out error of the velocity {before.velocity:.3g} before, {after.velocity:.3g} after"
+        strange = [site for site, error in after.sites.items() if not math.isfinite(error)]
+        return found, "\n".join([text, *unmeasured(strange)])
 
     def state(self) -> dict[str, Tensor]:
         """See `loop.Stage`."""

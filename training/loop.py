@@ -29,6 +29,10 @@ class Stopped(Exception):
     """Raised by a `Watch` to end a run early; what was learned so far is kept."""
 
 
+class NotFinite(ValueError):
+    """Raised by an update that came to infinities or NaN, and would again: draws repeat. One sentence for the user."""
+
+
 class Stage(Protocol):
     """Something that is trained update by update.
 
@@ -53,11 +57,17 @@ class Progress:
         done: finished updates.
         history: every loss, by name, update by update.
         notes: what was given up for memory, in order.
+        problem: why no further update can be made, or empty.
     """
 
     done: int
     history: dict[str, list[float]]
     notes: list[str]
+    problem: str = ""
+
+    def is_over(self, total: int) -> bool:
+        """Return whether nothing of `total` updates is left to do, or can be done."""
+        return self.done >= total or bool(self.problem)
 
 
 class OutOfMemory(RuntimeError):
@@ -71,10 +81,11 @@ def run_stage(stage: Stage, job: JobFolder, watch: Watch = lambda done, total, l
         watch: told (finished updates, all updates, losses) after each; may raise `Stopped`.
 
     Returns:
-        How far it got: all updates, or fewer where `watch` raised `Stopped`.
+        How far it got: all updates, or fewer where `watch` raised `Stopped`, or an update `NotFinite`.
 
     Raises:
-        OutOfMemory: see there. BaseException: whatever stopped the run otherwise, after its state was saved.
+        OutOfMemory: see there. NotFinite: the first update raised it. BaseException: whatever stopped the run
+            otherwise, after its state was saved.
     """
     progress = _resume(stage, job)
     saver = _Saver(job, stage, progress)
@@ -83,6 +94,11 @@ def run_stage(stage: Stage, job: JobFolder, watch: Watch = lambda done, total, l
             losses = stage.update(progress.done)
         except torch.OutOfMemoryError as error:
             failure = str(error).splitlines()[0]
+        except NotFinite as error:
+            if not progress.done:
+                raise
+            progress.problem = str(error)
+            break
         except BaseException:
             saver.save()
             raise

@@ -1,7 +1,7 @@
 """What a training job ends with, as tensors and values that a job's file holds: candidates, losses, a text."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention.candidates import Candidate, Candidates
+from ..attention.plans import describe_sites
 from ..attention.specs import spec_from_json, spec_to_json
 
 PARAMETER, DELTA, HISTORY, FINGERPRINT = "parameter.", "delta.", "history.", "fingerprint"
@@ -36,7 +37,7 @@ def pack(result: Finished) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {DELTA + name: tensor for name, tensor in found.deltas.items()}
     sites: dict[str, list[dict[str, Any]]] = {}
     for site, candidates in found.sites.items():
-        sites[site] = [{"spec": spec_to_json(each.spec), "error": _number(each.error)} for each in candidates]
+        sites[site] = [{"spec": spec_to_json(each.spec), "error": json_number(each.error)} for each in candidates]
         for number, each in enumerate(candidates):
             tensors |= {f"{PARAMETER}{site}/{number}/{name}": tensor for name, tensor in each.parameters.items()}
     tensors |= {HISTORY + name: torch.tensor(values, dtype=torch.float64) for name, values in result.history.items()}
@@ -69,8 +70,16 @@ def unpack(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Finished
     return Finished(candidates, {name: tensors[HISTORY + name].tolist() for name in values["history"]}, values["text"])
 
 
-def _number(error: float) -> float | None:
-    return None if math.isnan(error) else error  # JSON has no NaN
+def json_number(value: float) -> float | None:
+    """Return a number as JSON has it: None for infinities and NaN."""
+    return value if math.isfinite(value) else None
+
+
+def unmeasured(sites: Sequence[str]) -> list[str]:
+    """Return a line that names sites whose error is infinite or NaN; none where there are none."""
+    if not sites:
+        return []
+    return [f"could not be measured, because values there are infinite or NaN: {describe_sites(sites)}"]
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

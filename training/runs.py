@@ -3,6 +3,8 @@
 How the updates are done, with a progress bar or by several processes, is the caller's: it hands in `run`.
 """
 
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -20,7 +22,7 @@ from .job import JobFolder
 from .loop import Progress, Say, silent
 from .model import Teacher, Trainee
 from .recipe import FinetuneRecipe, TransferRecipe
-from .results import Finished, pack
+from .results import Finished, pack, unmeasured
 from .samples import TeacherSamples
 from .transfer import Errors, Transfer, label
 from .workers import ALONE, Workers
@@ -80,11 +82,13 @@ def run_transfer(
     stage = Transfer(teacher, specs, recipe, device, workers, say)
     before = stage.measure()
     progress = run(stage)
-    is_done = progress.done == stage.num_updates  # who cancels does not wait for the matrices
-    after = stage.fit_outputs()[1] if recipe.output_draws and is_done else stage.measure()
-    text = transfer_text(stage.candidates(before), after, progress, stage.num_updates)
+    is_over = progress.is_over(stage.num_updates)  # who cancels does not wait for the matrices
+    after = stage.fit_outputs()[1] if recipe.output_draws and is_over else stage.measure()
+    notes = [*progress.notes, *stage.notes]
+    lines = [*transfer_lines(stage.candidates(before), after), *early_end(progress, stage.num_updates), *notes]
     facts = {
-        **recipe.to_json(), "updates_done": progress.done, "samples": len(samples.entries), "notes": progress.notes,
+        **recipe.to_json(), "updates_done": progress.done, "samples": len(samples.entries),
+        "notes": [*notes, *filter(None, [progress.problem])],
         "error_before": mean_error(before), "error_after": mean_error(after),
     }  # fmt: skip
     candidates = Candidates(
@@ -94,7 +98,7 @@ def run_transfer(
         recipe={"transfer": facts},
         fingerprint=fingerprint,
     )
-    return _finish(job, progress, stage.num_updates, Finished(candidates, progress.history, text))
+    return _finish(job, progress, stage.num_updates, Finished(candidates, progress.history, "\n".join(lines)))
 
 
 def run_finetune(
@@ -126,39 +130,44 @@ def run_finetune(
         found, text = stage.result(progress)
     finally:
         stage.close()
-    lines = [text, *progress.notes]
-    if progress.done < stage.num_updates:
-        lines.append(cancelled_text(progress, stage.num_updates))
+    lines = [text, *progress.notes, *early_end(progress, stage.num_updates)]
     return _finish(job, progress, stage.num_updates, Finished(found, progress.history, "\n".join(lines)))
 
 
 def _finish(job: JobFolder, progress: Progress, total: int, result: Finished) -> Finished:
-    if progress.done == total:
+    if progress.is_over(total):
         job.finish(*pack(result))
     return result
 
 
-def transfer_text(found: Mapping[str, Sequence[Candidate]], after: Errors, progress: Progress, updates: int) -> str:
-    """Return each candidate's mean error over its sites, before and after."""
+def transfer_lines(found: Mapping[str, Sequence[Candidate]], after: Errors) -> list[str]:
+    """Return each candidate's mean error over the sites that were measured, before and after, and the other sites."""
     rows: dict[str, list[tuple[float, float]]] = {}
+    strange: list[str] = []
     for site, candidates in found.items():
         for candidate, error in zip(candidates, after[site], strict=True):
-            rows.setdefault(label(candidate.spec), []).append((candidate.error, error))
+            row, pair = rows.setdefault(label(candidate.spec), []), (candidate.error, error)
+            if all(map(math.isfinite, pair)):
+                row.append(pair)
+            elif site not in strange:
+                strange.append(site)
     lines = ["held-out error of the attention outputs, before -> after, mean over sites:"]
     for name, errors in rows.items():
-        first, last = (sum(pair[i] for pair in errors) / len(errors) for i in (0, 1))
-        lines.append(f"{name}: {first:.2%} -> {last:.2%} ({len(errors)} sites)")
-    if progress.done < updates:
-        lines.append(cancelled_text(progress, updates))
-    return "\n".join([*lines, *progress.notes])
+        means = " -> ".join(f"{statistics.fmean(column):.2%}" for column in zip(*errors, strict=True))
+        lines.append(f"{name}: {means} ({len(errors)} sites)" if errors else f"{name}: not measured")
+    return lines + unmeasured(strange)
 
 
-def mean_error(errors: Errors) -> float:
-    """Return the mean over all candidates of all sites."""
-    values = [error for of_site in errors.values() for error in of_site]
-    return sum(values) / len(values)
+def mean_error(errors: Errors) -> float | None:
+    """Return the mean over all candidates of all sites that were measured, None where none was."""
+    values = [error for of_site in errors.values() for error in of_site if math.isfinite(error)]
+    return statistics.fmean(values) if values else None
 
 
-def cancelled_text(progress: Progress, total: int) -> str:
-    """Return what is said of a run that was cancelled: how far it got, and how it goes on."""
-    return f"cancelled after {progress.done} of {total} updates and saved; run the same workflow again to go on"
+def early_end(progress: Progress, total: int) -> list[str]:
+    """Return what is said of a run that did not make all updates: how far it got and why; nothing of another."""
+    if progress.problem:
+        return [f"ended after {progress.done} of {total} updates: {progress.problem}"]
+    if progress.done < total:
+        return [f"cancelled after {progress.done} of {total} updates and saved; run the same workflow again to go on"]
+    return []

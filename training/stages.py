@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attention.site_call import SiteCall
 from .learner import Learner
-from .loop import Losses
+from .loop import Losses, NotFinite
 from .losses import residual_loss, squared_loss
 from .model import BlockCall, Draw, Trainee
 from .recipe import FinetuneRecipe
@@ -201,7 +201,7 @@ def _backward(loss: Tensor) -> None:
 def _check_finite(losses: Mapping[str, Any], number: int) -> None:
     for name, value in losses.items():
         if not abs(value) < float("inf"):
-            raise ValueError(f"the loss {name} is {value} at update {number + 1}; lower the learning rates")
+            raise NotFinite(f"the loss {name} is {value} at update {number + 1}; lower the learning rates")
 
 
 def check_shown(found: Collection[Any]) -> None:

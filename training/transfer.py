@@ -16,7 +16,7 @@ from ..attention.layout import Reason
 from ..attention.site_call import SiteCall
 from ..attention.specs import DenseSpec, HeadSplit, SiteSpec
 from .closed_form import OutputFit
-from .loop import Losses, Say, silent
+from .loop import Losses, NotFinite, Say, silent
 from .model import Draw, Teacher
 from .recipe import TransferRecipe
 from .schedule import generator, held_out_draws, rate_at, split_samples, training_draw
@@ -24,6 +24,7 @@ from .site_trainer import SiteTrainer, grid_rows, unusable
 from .workers import ALONE, Workers
 
 LEAST_QUERIES = 64
+PASSES = "passes"  # in a saved state: how many forwards a round keeps
 Errors = dict[str, list[float]]  # by site, of its candidates
 
 
@@ -50,7 +51,7 @@ class Transfer:
         workers: Workers = ALONE,
         say: Say = silent,
     ) -> None:
-        self.teacher, self.recipe, self.workers, self.num_updates = teacher, recipe, workers, recipe.updates
+        self.teacher, self.recipe, self.workers = teacher, recipe, workers
         self._say = say
         self.trainers: dict[str, list[SiteTrainer]] = {}
         for site in teacher.sites:
@@ -60,10 +61,11 @@ class Transfer:
                 self.trainers[site.id] = [SiteTrainer(site, spec, recipe, device) for spec in wanted]
         if not self.trainers:
             raise ValueError("the plans leave every site dense, so there is nothing to distil; choose another kind")
+        self.num_updates = recipe.updates if any(each.optimizer is not None for each in self._all()) else 0
         self._queries = recipe.queries
         self._training, self._held_out = split_samples(teacher.num_samples)
         self._kept: list[dict[str, SiteCall]] = []
-        self._round, self._device = -1, device
+        self._round, self._passes, self._device = -1, 0, device
 
     def update(self, number: int) -> Losses:
         """See `loop.Stage`: gradients of one forward, or of one kept in memory, then a step of every candidate.
@@ -71,7 +73,8 @@ class Transfer:
         A candidate whose gradient alone is not finite takes no step.
 
         Raises:
-            ValueError: a call cannot be learned from, or a loss is not finite; no candidate took a step.
+            ValueError: a call cannot be learned from; no candidate took a step. NotFinite: a loss is not finite; the
+                same.
         """
         losses: dict[str, list[float]] = {}
         failed: dict[str, Reason] = {}
@@ -94,7 +97,7 @@ class Transfer:
         seen = self._show(number, learn)
         self._check_seen(seen, failed)
         if strange:
-            raise ValueError(strange[0])
+            raise NotFinite(strange[0])
         self.workers.average(p.grad for each in self._all() for p in each.parameters() if p.grad is not None)
         rate = rate_at(number, self.num_updates, self.recipe.warmup)
         for trainer in self._all():
@@ -176,6 +179,15 @@ class Transfer:
             for site, trainers in self.trainers.items()
         }
 
+    @property
+    def notes(self) -> list[str]:
+        """What was done otherwise than the recipe says."""
+        wanted, found = self.recipe.replay, self._passes
+        if not 0 < found < wanted:
+            return []
+        size = f"{self.recipe.replay_bytes / 2**30:.2g} GiB of host memory"
+        return [f"of the {wanted} passes to keep, {found} at a time {'fits' if found == 1 else 'fit'} into {size}"]
+
     def state(self) -> dict[str, Tensor]:
         """See `loop.Stage`."""
         return {
@@ -183,10 +195,11 @@ class Transfer:
             for site, trainers in self.trainers.items()
             for number, trainer in enumerate(trainers)
             for name, tensor in trainer.state().items()
-        }
+        } | ({PASSES: torch.tensor(self._passes)} if self._passes else {})
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """See `loop.Stage`."""
+        self._passes = int(tensors.get(PASSES, 0))
         for site, trainers in self.trainers.items():
             for number, trainer in enumerate(trainers):
                 prefix = f"{site}.{number}."
@@ -203,8 +216,7 @@ class Transfer:
 
     def _show(self, number: int, learn: Callable[[SiteCall], None]) -> set[str]:
         """Show `learn` the calls of one forward; return the sites that were seen."""
-        forward, repeats = number // self.recipe.repeats, self.recipe.repeats
-        if self.recipe.replay == 1 and repeats == 1:
+        if self.recipe.replay == 1 and self.recipe.repeats == 1:
             seen = set()
 
             def see(call: SiteCall) -> None:
@@ -212,7 +224,7 @@ class Transfer:
                     seen.add(call.site)
                     learn(call)
 
-            self.teacher.watch(self._draw(forward), see)
+            self.teacher.watch(self._draw(number), see)
             return seen
         calls = self._replayed(number)
         for call in calls.values():
@@ -221,20 +233,22 @@ class Transfer:
 
     def _replayed(self, number: int) -> dict[str, SiteCall]:
         """Return the calls of a forward of this round; each is used `repeats` times, in an order of its own."""
-        round_number, place = divmod(number, self.recipe.replay * self.recipe.repeats)
+        passes = self._passes or self.recipe.replay  # the first round tells how many memory holds
+        round_number, place = divmod(number, passes * self.recipe.repeats)
         if self._round != round_number:
             self._kept = []  # before the next ones take its place
-            self._kept, self._round = self._new_round(round_number * self.recipe.replay), round_number
+            self._kept, self._round = self._new_round(round_number * passes), round_number
         turn, place = divmod(place, len(self._kept))
         order = torch.randperm(len(self._kept), generator=generator(self.recipe.seed, "replay", round_number, turn))
         return self._kept[int(order[place])]
 
     def _new_round(self, first: int) -> list[dict[str, SiteCall]]:
-        """Return the calls of as many forwards as memory is given for, at least one."""
+        """Return the calls of as many forwards as memory is given for, at least one; all rounds have as many."""
         kept = [self._keep(first)]
-        held = sum(call_bytes(call) for call in kept[0].values())
-        allowed = max(1, min(self.recipe.replay, self.recipe.replay_bytes // max(1, held)))
-        return kept + [self._keep(first + index) for index in range(1, allowed)]
+        if not self._passes:
+            held = sum(call_bytes(call) for call in kept[0].values())
+            self._passes = max(1, min(self.recipe.replay, self.recipe.replay_bytes // max(1, held)))
+        return kept + [self._keep(first + index) for index in range(1, self._passes)]
 
     def _keep(self, forward: int) -> dict[str, SiteCall]:
         calls: dict[str, SiteCall] = {}

@@ -3,11 +3,13 @@
 An installed pack lies in custom_nodes under any name; here it gets the name `linearize` that its modules are found by.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,11 +36,22 @@ def leave(code: int) -> NoReturn:
     exception"), which torchrun takes for a failure although the student is saved.
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a pipe that nobody reads any more
+            stream.flush()
     os._exit(code)
+
+
+def work(arguments: list[str]) -> NoReturn:
+    """Run the command of `__main__.py` and end the process with its exit code, or with 1 after a traceback."""
+    try:
+        code = importlib.import_module("linearize.training.__main__").main(arguments)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    leave(code)
 
 
 if __name__ == "__main__":
     name_pack()
-    leave(importlib.import_module("linearize.training.__main__").main(sys.argv[1:]))
+    work(sys.argv[1:])

@@ -316,6 +316,14 @@ def test_copies_share_settings_and_parameters_only():
     assert "was not sampled" in state.copy().record.summary()
 
 
+def test_what_a_site_learned_is_read_once_per_call(monkeypatch):
+    state, reads = runtime(), []
+    learned = type(state.parameters).learned
+    monkeypatch.setattr(type(state.parameters), "learned", lambda *of: (reads.append(of), learned(*of))[1])
+    call(state, *qkv(), skip_reshape=True)
+    assert len(reads) == 1
+
+
 def test_a_status_that_cannot_be_shown_costs_nothing():
     def broken(text):
         raise ConnectionError("closed")

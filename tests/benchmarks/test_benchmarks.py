@@ -202,6 +202,24 @@ def test_suites_for_gpus_have_specs_that_run(benchmarks):
             assert list(contenders.runnable(here, shape, "cpu")) == list(here.contenders), name
 
 
+def test_an_update_trains(benchmarks, monkeypatch):
+    """Every spec of the suite learns from the call: its loss falls."""
+    contenders, registry = benchmarks("contenders"), benchmarks("registry")
+    losses = []
+    backward = contenders.SiteTrainer.backward
+    monkeypatch.setattr(
+        contenders.SiteTrainer, "backward", lambda *arguments: losses.append(backward(*arguments)) or losses[-1]
+    )
+    suite = replace(registry.SUITES["update-cpu"], shapes=(registry.Shape(96, text=3, heads=2),))
+    found = contenders.runnable(suite, suite.shapes[0], "cpu")
+    assert list(found) == list(suite.contenders)
+    for name, run in found.items():
+        losses.clear()
+        for _ in range(12 if name.startswith("update") else 0):
+            run()
+        assert not losses or losses[-1] < losses[0], name
+
+
 def test_the_work_of_a_result(benchmarks):
     """One head of 4 + 60 tokens and 128 numbers: 4 D FLOPs a pair, 3.5 times with gradients; D + 1 by F for states."""
     run, registry = benchmarks("run"), benchmarks("registry")

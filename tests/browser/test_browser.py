@@ -20,7 +20,7 @@ READY = "window.app?.graph && app.extensionManager?.workflow?.activeWorkflow"
 HAS_OURS = "window.app?.graph?.nodes.some(node => node.type.startsWith('Linearize'))"
 MILLISECONDS = 60_000  # the longest that one step may take
 TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "workflows").glob("*.json"))
-WORKFLOWS = ("demo/clear_demo.json", "demo/distill_demo.json", *TEMPLATES)
+WORKFLOWS = ("demo/clear_demo.json", "demo/distill_demo.json", "demo/distill_clips.json", *TEMPLATES)
 STATUS = "$$node-text-preview"  # the frontend's own widget for a node's status text
 OUTER = 100  # id of a blueprint's node in a workflow
 NAME = "blueprint_test"
@@ -59,15 +59,16 @@ def prompt_of(page) -> dict:
 
 
 @pytest.fixture(scope="session")
-def server():
-    """A live server in strict mode: a fall-back to dense fails the run."""
+def server(tmp_path_factory):
+    """A live server in strict mode, where a fall-back to dense fails the run, with an output folder of its own."""
     spec = importlib.util.spec_from_file_location("live_server", ROOT / "demo" / "live_server.py")
     live_server = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = live_server
     spec.loader.exec_module(live_server)
     if not (live_server.COMFYUI / "main.py").exists():
         pytest.skip("no ComfyUI here; run the tests with: python run.py test")
-    with live_server.live_server(environment={"LINEARIZE_STRICT": "1"}) as running:
+    options = ["--output-directory", str(tmp_path_factory.mktemp("output"))]
+    with live_server.live_server(environment={"LINEARIZE_STRICT": "1"}, options=options) as running:
         yield running
 
 
@@ -174,8 +175,6 @@ def beside_the_demos_model(blueprint: dict) -> dict:
 
 def test_the_blueprint_for_any_model_is_its_template_and_runs(frontend, server):
     """What its widgets say arrives inside; on the demo's model, with few updates, a student comes out and is saved."""
-    for path in (BASE / "output" / "linearize" / NAME, BASE / "output" / "linearize" / "jobs"):
-        shutil.rmtree(path, ignore_errors=True)  # what an earlier run made, which would answer at once
     for path in (BASE / "models" / "linearize").glob(f"{NAME}_*.safetensors"):
         path.unlink()
     blueprint = json.loads((ROOT / "subgraphs" / "Linearize my model.json").read_text(encoding="utf-8"))

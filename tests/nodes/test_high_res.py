@@ -207,3 +207,17 @@ def test_an_embedding_without_a_base_is_refused(studio, high_res):
     model.add_object_patch(ROPE, torch.nn.Identity())
     with pytest.raises(ValueError, match="position embedding has no base to stretch; take out the node"):
         high_res(model)
+
+
+def test_its_costs_are_those_of_attention_report_matrices_included(comfy, studio, high_res, shown):
+    specs, student = comfy.module("attention.specs"), comfy.module("attention.student")
+    host, module = studio.patching.host_of(studio.model)
+    (site,) = (each for each in host.sites(module) if each.id == "single.0")
+    matrices = torch.eye(site.head_dim).expand(site.num_heads, -1, -1)
+    settings = {site.id: studio.runtime.SiteSettings(specs.ClearSpec(2))}
+    parameters = student.StudentParameters(outputs={site.id: matrices})
+    model, _ = studio.patching.patch_model(studio.model, settings, parameters=parameters)
+    patched, _ = high_res(model, width=512, height=512)
+    report = comfy.node("LinearizeReport")(model=patched, width=512, height=512).args[0]
+    (line,) = (each for each in report.splitlines() if each.startswith("attention per forward"))
+    assert line in shown[0]

@@ -10,7 +10,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted((ROOT / "workflows").glob("*.json"))
-WORKFLOWS = [*TEMPLATES, ROOT / "demo" / "clear_demo.json", ROOT / "demo" / "distill_demo.json"]
+DEMOS = ("clear_demo", "distill_demo", "distill_clips")
+WORKFLOWS = [*TEMPLATES, *(ROOT / "demo" / f"{name}.json" for name in DEMOS)]
 TITLE_BAR = 30  # pixels that the frontend draws above a node's position
 USERS_OWN = {"flux_lora.safetensors"}  # a name that stands for a file of the user's
 SEEDS = ("seed", "noise_seed")

@@ -1,6 +1,5 @@
 """The whole chain of distillation through a live server: samples, transfer, budget, fine-tuning, file, reload."""
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -9,17 +8,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "demo"))
 import run_distill  # noqa: E402
+from distill_chain import CLIPS, LAKE  # noqa: E402
 from live_server import BASE  # noqa: E402
 
-NAME = "lake_test"
+STUDENT = "lake/server_test"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def clean():
-    """Nothing of an earlier run: it would answer at once."""
-    for path in (BASE / "output" / "linearize" / NAME, BASE / "output" / "linearize" / "jobs",
-                 BASE / "models" / "linearize" / "lake"):  # fmt: skip
-        shutil.rmtree(path, ignore_errors=True)
+    """No student of an earlier run."""
+    for path in (BASE / "models" / "linearize").glob(f"{STUDENT}_*.safetensors"):
+        path.unlink()
 
 
 def quick(workflow):
@@ -27,56 +26,60 @@ def quick(workflow):
     for node in workflow.values():
         inputs = node["inputs"]
         if node["class_type"] == "LinearizeTeacherSamples":
-            inputs.update(name=NAME, steps=4, prompts="\n".join(inputs["prompts"].splitlines()[:6]))
+            inputs.update(name=f"{inputs['name']}_test", steps=4, prompts="\n".join(inputs["prompts"].splitlines()[:6]))
         if node["class_type"] == "LinearizeTransfer":
             inputs.update(updates=min(inputs["updates"], 12), output_draws=min(inputs["output_draws"], 16), held_out=2)
         if node["class_type"] == "LinearizeFinetune":
             inputs.update(updates=2, block_updates=1, held_out=2)
+        if node["class_type"] == "LinearizeSaveStudent":
+            inputs["name"] = STUDENT
         if node["class_type"] == "KSampler":
             inputs["steps"] = 3
     return workflow
 
 
-def test_a_student_that_was_saved_paints_what_the_one_in_memory_painted(server):
+@pytest.mark.parametrize("chain", [CLIPS, LAKE], ids=lambda chain: chain.model)
+def test_a_student_that_was_saved_paints_what_the_one_in_memory_painted(server, chain):
     """Hybrid attention: the file is loaded by name, every site runs it, and the picture is the same."""
-    outputs, _ = run_distill.run(server, quick(run_distill.of_kind("hybrid")))
+    outputs, _ = run_distill.run(server, quick(chain.of_kind("hybrid")))
     name = run_distill.saved_file(outputs)
     facts = run_distill.recipe_of(name)["transfer"]
     assert facts["updates_done"] == 12 and facts["error_after"] < facts["error_before"]
-    again, _ = run_distill.run(server, quick(run_distill.reloaded(name)))
-    run_distill.what_ran(again, "hybrid")
+    again, _ = run_distill.run(server, quick(chain.reloaded(name)))
+    run_distill.what_ran(again, "hybrid", chain.sites)
     assert run_distill.psnr_of(again) == run_distill.psnr_of(outputs)
 
 
-def test_a_finished_job_answers_at_once(server):
+def test_a_finished_job_answers_at_once(server, output):
     """The same graph with another seed of the sampler: samples and training come from their folders."""
-    workflow = quick(run_distill.of_kind("hybrid"))
+    workflow = quick(LAKE.of_kind("hybrid"))
     for node in workflow.values():
         if node["class_type"] == "KSampler":
             node["inputs"]["seed"] += 1
-    jobs = sorted((BASE / "output" / "linearize" / "jobs").glob("*/result.safetensors"))
+    jobs = sorted((output / "linearize" / "jobs").glob("*/result.safetensors"))
     stamps = [path.stat().st_mtime_ns for path in jobs]
     run_distill.run(server, workflow)
     assert jobs and [path.stat().st_mtime_ns for path in jobs] == stamps
 
 
-def test_the_shipped_workflow_mixes_kinds_under_its_budget(server):
-    outputs, _ = run_distill.run(server, quick(run_distill.shipped()))
+@pytest.mark.parametrize("chain", [CLIPS, LAKE], ids=lambda chain: chain.model)
+def test_the_shipped_workflow_mixes_kinds_under_its_budget(server, chain):
+    outputs, _ = run_distill.run(server, quick(chain.shipped()))
     assert run_distill.psnr_of(outputs) > 0 and outputs["PreviewImage"]["images"]
     ran = outputs["LinearizeReport"]["text"][0].partition("in the last sampling:")[2]
     assert "linearized" in ran, ran
 
 
 def test_mistakes_are_one_sentence(live, server):
-    workflow = quick(run_distill.shipped())
+    workflow = quick(LAKE.shipped())
     workflow["9"]["inputs"]["budget"] = 0.001
     with pytest.raises(live.ServerProblem, match="a budget of 0.001 cannot be reached"):
         run_distill.run(server, workflow)
-    workflow = quick(run_distill.of_kind("linear"))
+    workflow = quick(LAKE.of_kind("linear"))
     workflow["4"]["inputs"]["prompts"] = "# nothing\n\n"
     with pytest.raises(live.ServerProblem, match="LinearizeTeacherSamples: .*prompt"):
         run_distill.run(server, workflow)
-    workflow = quick(run_distill.of_kind("linear"))
+    workflow = quick(LAKE.of_kind("linear"))
     workflow["8"]["inputs"]["model"] = ["12", 0]
     workflow["12"]["inputs"]["attention"] = ["5", 0]
     with pytest.raises(live.ServerProblem, match="linearized already"):

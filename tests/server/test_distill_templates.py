@@ -29,10 +29,9 @@ def load(path):
 
 
 @pytest.fixture(autouse=True)
-def clean():
-    """Nothing of an earlier run, which would answer at once."""
-    for path in (BASE / "output" / "linearize" / NAME, BASE / "output" / "linearize" / "jobs"):
-        shutil.rmtree(path, ignore_errors=True)
+def clean(output):
+    """No samples of the other model, and no student of an earlier run."""
+    shutil.rmtree(output / "linearize" / NAME, ignore_errors=True)
     for path in (BASE / "models" / "linearize").glob(f"{NAME}_*.safetensors"):
         path.unlink()
 

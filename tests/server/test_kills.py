@@ -18,19 +18,19 @@ from linearize.training.job import read_values
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "demo"))
-import run_distill  # noqa: E402
+from distill_chain import LAKE, needed_for  # noqa: E402
 
 SAMPLES, TRANSFER, FINETUNE, END = "4", "8", "10", "21"
-NUM_SAMPLES, STEPS, UPDATES, BLOCK_UPDATES = 6, 3, 12, 4
+NUM_SAMPLES, STEPS, UPDATES, BLOCK_UPDATES = 6, 3, 40, 16  # ComfyUI tells progress at most ten times a second
 if not hasattr(signal, "SIGKILL"):
     pytest.skip("this system has no SIGKILL", allow_module_level=True)
 
 
 def quick():
     """Return the demo's chain for hybrid attention, with few samples and updates, up to the fine-tuned student."""
-    workflow = run_distill.of_kind("hybrid")
+    workflow = LAKE.of_kind("hybrid")
     workflow[END] = {"class_type": "LinearizeSiteErrors", "inputs": {"student": [FINETUNE, 0]}}
-    workflow = run_distill.needed_for(workflow, END)
+    workflow = needed_for(workflow, END)
     samples, transfer, tune = (workflow[node]["inputs"] for node in (SAMPLES, TRANSFER, FINETUNE))
     samples.update(name="kills", steps=STEPS, prompts="\n".join(samples["prompts"].splitlines()[:NUM_SAMPLES]))
     transfer.update(updates=UPDATES, output_draws=4, held_out=1)
@@ -51,8 +51,8 @@ class Studio:
         with self._live.live_server(environment={"LINEARIZE_STRICT": "1"}, options=options) as running:
             yield running
 
-    def run(self, kill=("", 0)):
-        """Queue the workflow on a new server; kill it where a node tells a value of its progress that is as high.
+    def run(self, node="", is_time=lambda value: False):
+        """Queue the workflow on a new server; kill it where a node tells progress and `is_time` says so of its value.
 
         Returns:
             The first progress of each node, as (value, of how many), and the type of the last message.
@@ -64,7 +64,7 @@ class Studio:
                 if last != "progress":
                     continue
                 first.setdefault(data["node"], (data["value"], data["max"]))
-                if data["node"] == kill[0] and data["value"] >= kill[1]:
+                if data["node"] == node and is_time(data["value"]):
                     os.kill(server.process.pid, signal.SIGKILL)
                     server.process.wait()
                     break
@@ -80,8 +80,9 @@ class Studio:
         return found
 
     def updates(self, kind):
-        """Return how many updates the saved state of a job has."""
-        return read_values(self.job(kind) / "state.safetensors")[1]["done"]
+        """Return how many updates the saved state of a job has, 0 where there is none."""
+        state = self.job(kind) / "state.safetensors"
+        return read_values(state)[1]["done"] if state.exists() else 0
 
     def result(self, kind):
         return read_values(self.job(kind) / "result.safetensors")
@@ -90,21 +91,26 @@ class Studio:
 def test_a_server_killed_in_every_stage_goes_on_bit_by_bit(live, tmp_path):
     killed = Studio(live, tmp_path / "killed")
 
-    killed.run(kill=(SAMPLES, 2 * STEPS + 2))
+    killed.run(SAMPLES, lambda value: value >= 2 * STEPS + 2)
     there = killed.num_samples()
     assert 0 < there < NUM_SAMPLES
 
-    first, _ = killed.run(kill=(TRANSFER, 3))
+    first, _ = killed.run(TRANSFER, lambda _: killed.updates("transfer") >= 3)
     assert first[SAMPLES][1] == STEPS * (NUM_SAMPLES - there), "only the samples that were missing are made"
     assert killed.num_samples() == NUM_SAMPLES and first[TRANSFER] == (1, UPDATES)
     transferred = killed.updates("transfer")
     assert 0 < transferred < UPDATES
 
-    first, _ = killed.run(kill=(FINETUNE, BLOCK_UPDATES + 2))
+    first, _ = killed.run(FINETUNE, lambda _: killed.updates("finetune") >= 3)
     assert SAMPLES not in first and first[TRANSFER] == (transferred + 1, UPDATES)
     assert first[FINETUNE] == (1, UPDATES)
+    by_blocks = killed.updates("finetune")
+    assert 0 < by_blocks < BLOCK_UPDATES, "killed in the first stage of fine-tuning"
+
+    first, _ = killed.run(FINETUNE, lambda _: killed.updates("finetune") >= BLOCK_UPDATES + 3)
+    assert first[FINETUNE] == (by_blocks + 1, UPDATES) and not {SAMPLES, TRANSFER} & first.keys()
     tuned = killed.updates("finetune")
-    assert 0 < tuned < UPDATES
+    assert BLOCK_UPDATES < tuned < UPDATES, "killed in the second"
 
     first, last = killed.run()
     assert last == "execution_success"

@@ -10,15 +10,15 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "demo"))
-import run_distill  # noqa: E402
+from distill_chain import LAKE, needed_for  # noqa: E402
 
 SAMPLES, TRANSFER, FINETUNE, END = "4", "8", "10", "21"
 
 
 def test_pictures_of_the_student_arrive_while_it_trains(live, tmp_path):
-    workflow = run_distill.of_kind("hybrid")
+    workflow = LAKE.of_kind("hybrid")
     workflow[END] = {"class_type": "LinearizeSiteErrors", "inputs": {"student": [FINETUNE, 0]}}
-    workflow = run_distill.needed_for(workflow, END)
+    workflow = needed_for(workflow, END)
     samples = workflow[SAMPLES]["inputs"]
     samples.update(prompts="\n".join(samples["prompts"].splitlines()[:4]))
     workflow[TRANSFER]["inputs"].update(updates=20, output_draws=0, held_out=1)

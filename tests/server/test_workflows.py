@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo" / "api" / "clear_demo.json"
-DISTILL_DEMO = ROOT / "demo" / "api" / "distill_demo.json"
+DISTILL_DEMOS = [ROOT / "demo" / "api" / f"{name}.json" for name in ("distill_demo", "distill_clips")]
 TEMPLATES = sorted((ROOT / "workflows" / "api").glob("*.json"))
 DISTILL = ROOT / "workflows" / "api" / "flux_dev_distill.json"  # runs in test_distill_templates.py
 FLUX_TEMPLATES = [path for path in TEMPLATES if path.stem.startswith("flux") and path != DISTILL]
@@ -63,7 +63,7 @@ def sockets_of(info, inputs):
     return required, required | known
 
 
-@pytest.mark.parametrize("path", [*TEMPLATES, DEMO, DISTILL_DEMO], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*TEMPLATES, DEMO, *DISTILL_DEMOS], ids=lambda path: path.stem)
 def test_api_workflows_fit_object_info(server, path, tmp_path):
     """Every node exists, every input is known, every link has the type its socket wants; comfy-lint agrees."""
     workflow, known = load(path), server.get("/object_info")

@@ -4,13 +4,13 @@ import sys
 from pathlib import Path
 
 import torch
-from toy import ToyTeacher
+from toy import Overflowing, ToyTeacher
 from toy_trainee import ToyTrainee
 
 from linearize.attention.candidates import Candidate, Candidates
 from linearize.attention.specs import HybridSpec, LinearSpec
 from linearize.attention.student import new_maps
-from linearize.training.distributed import Joint, StopSignal, join, shared_job
+from linearize.training.distributed import Joint, OtherProcessFailed, StopSignal, join, shared_job
 from linearize.training.finetune import Finetune
 from linearize.training.loop import run_stage
 from linearize.training.recipe import FinetuneRecipe, TransferRecipe
@@ -49,13 +49,13 @@ def finetune(workers):
     return Finetune(trainee, Candidates("flux", sites), FINETUNE, CPU, workers)
 
 
-def main(folder):
-    """Run all stages with the other processes; the first one writes what came out."""
+def main(folder, *wanted):
+    """Run stages, or all that end well, with the other processes; the first one writes what came out."""
     workers = join(on_cpu=True)
-    weak = Weak() if workers.rank == 1 else None
+    others = {"memory": Weak(), "overflow": Overflowing("output", 2)} if workers.rank == 1 else {}
     with workers.reporting(), StopSignal() as stop:
-        for name, stage in (("transfer", transfer(workers)), ("finetune", finetune(workers)),
-                            ("memory", transfer(workers, weak))):  # fmt: skip
+        for name in wanted or ("transfer", "finetune", "memory"):
+            stage = finetune(workers) if name == "finetune" else transfer(workers, others.get(name))
             with shared_job(folder / name, {"name": name}, workers) as job:
                 progress = run_stage(Joint(stage, workers, stop), job)
                 job.finish(stage.state(), {"notes": progress.notes, "history": progress.history})
@@ -64,5 +64,12 @@ def main(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
-    leave(0)
+    code = 0
+    try:
+        main(Path(sys.argv[1]), *sys.argv[2:])
+    except OtherProcessFailed:
+        code = 1
+    except ValueError as problem:
+        sys.stderr.write(f"{problem}\n")
+        code = 1
+    leave(code)

@@ -95,6 +95,48 @@ def test_what_another_process_says_reaches_this_one():
         run(0)
 
 
+class Exhausted:
+    """A stage that runs out of memory before it averages."""
+
+    num_updates = 1
+
+    def update(self, number):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_who_runs_out_of_memory_hears_that_another_failed_at_the_same_place():
+    """It would repeat the update with a process that left."""
+    workers = Peer(FAILED)
+    with pytest.raises(OtherProcessFailed):
+        Joint(Exhausted(), workers, StopSignal()).update(0)
+    assert workers.told == [MEMORY]
+
+
+def test_what_the_average_takes_is_taken_before_the_others_are_told_all_is_well(monkeypatch):
+    workers = Peer()
+    workers._accelerator = object()
+
+    def scarce(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "cat", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        workers.average([torch.ones(2)])
+    assert workers.told == []
+
+
+def test_a_loss_that_is_not_finite_ends_all_processes_with_one_sentence(tmp_path):
+    """Of the second process, at update 3: the first saves the two before, and nobody waits."""
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run([*command, str(FOLDER / "run_together.py"), str(tmp_path), "overflow"], env=environment,
+                         capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert run.returncode == 1 and run.stderr.count("single.0: the model's own attention is infinite or NaN at") == 1
+    assert "NaN at update 3; load the model in bfloat16" in run.stderr
+    with JobFolder(tmp_path / "overflow", {"name": "overflow"}) as job:
+        assert job.result() is None and job.state()[1]["done"] == 2
+
+
 def test_an_exception_is_reported_once():
     workers = Peer()
     with pytest.raises(ValueError, match="mine"), workers.reporting():

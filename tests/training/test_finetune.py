@@ -1,6 +1,7 @@
 """Stages 2 and 3 on a toy model: gradients, what it learns, how it resumes, what it refuses."""
 
 import hashlib
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from linearize.attention.candidates import Candidate, Candidates, decided
 from linearize.attention.hosts.wan import WanHost
 from linearize.attention.specs import ClearSpec, DenseSpec, HybridSpec, LinearSpec, MappedSpec
 from linearize.attention.student import new_maps
+from linearize.attention.student_file import load_student, save_student
 from linearize.training.deltas import FullRank, LowRank
 from linearize.training.finetune import Errors, Finetune
 from linearize.training.job import JobFolder
@@ -273,6 +275,36 @@ def test_a_run_that_made_it_worse_gives_back_what_came_in():
     found.before = Errors(1e-9, {})
     kept, text = found.result(Progress(6, {}, []))
     assert kept is found.trainables.student and "came out as it went in" in text
+
+
+def test_errors_that_are_not_finite_are_named_and_the_student_is_saved(tmp_path):
+    found = stage(recipe=QUICK)
+    train(found, 6)
+    sites = {"double.0": 0.1, "single.0": float("nan"), "single.1": 0.2}
+    found.before, found.measure = Errors(float("inf"), sites), lambda: Errors(0.1, sites)
+    kept, text = found.result(Progress(6, {}, []))
+    assert "could not be measured, because values there are infinite or NaN: single.0" in text
+    save_student(tmp_path / "student.safetensors", kept.student())
+    student = load_student(tmp_path / "student.safetensors")
+    assert student.site_errors.keys() == {"double.0", "single.1"}
+    assert student.recipe["finetune"]["error_before"] is None and student.recipe["finetune"]["error_after"] == 0.1
+
+
+def test_a_loss_that_is_not_finite_hands_on_what_was_learned_before(tmp_path):
+    class Hot(ToyTrainee):
+        predictions = 0
+
+        def predict(self, draw, observe=None):
+            self.predictions += 1
+            return super().predict(draw, observe) * (float("inf") if self.predictions == 5 else 1)
+
+    found = stage(WINDOW, replace(QUICK, block_updates=0, updates=9, delta_rate=1e-2), trainee=Hot())
+    with JobFolder(tmp_path, {"a": 1}) as job:
+        progress = run_stage(found, job)
+    assert progress.done == 2, "two predictions measured"
+    assert re.match("the loss (loss|prediction) is (inf|nan) at update 3; lower the learning rates", progress.problem)
+    kept, _ = found.result(progress)
+    assert kept.deltas and kept.recipe["finetune"]["notes"] == [progress.problem]
 
 
 def test_a_run_without_an_update_gives_back_what_came_in():

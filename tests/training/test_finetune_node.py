@@ -159,6 +159,29 @@ def test_a_cancelled_run_returns_its_best_and_goes_on_bit_by_bit(lab, name, stop
         assert same(rest.sites[site][0].parameters, each.parameters)
 
 
+def test_a_cancel_is_heard_while_it_measures(lab, monkeypatch):
+    """By the node itself: the core's own question, which its operations ask, is silenced."""
+    import comfy.model_management
+    import comfy.ops
+
+    model, given = lab.models["flux"].model, lab.student("flux", lab.specs.LinearSpec("hedgehog"))
+    samples = lab.samples("flux")
+
+    def cancel(text):
+        lab.shown.append(text)
+        if "measuring on held-out sample 1 of 2" in text:
+            comfy.model_management.interrupt_current_processing()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.ops, "run_every_op", lambda: None)
+        patch.setattr(lab.models["flux"].patching, "show_on_node", lambda *_: cancel)
+        lab.finetune(model, given, samples, seed=77)
+    assert not any("sample 2 of 2" in text for text in lab.shown)
+    assert "no update was finished" in lab.shown[-1] and "cancelled after 0 of 5" in lab.shown[-1]
+    _, losses = lab.finetune(model, given, samples, seed=77)
+    assert len(losses["loss"]) == 5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("full_rank", [False, True])
 def test_apply_runs_what_was_attached(lab, comfy, dtype, full_rank, relative_error, tolerance, monkeypatch):

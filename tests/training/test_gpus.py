@@ -73,6 +73,50 @@ def test_the_node_says_what_it_measures_and_makes(lab):
     assert between == measured + measured + made + measured
 
 
+WARNING = (
+    "torch/distributed/elastic/multiprocessing/redirects.py:35] NOTE: Redirects are currently not supported in MacOs"
+)
+ENDS = (
+    "torch/distributed/elastic/multiprocessing/api.py:1029] Sending process 7 closing signal SIGTERM",
+    "torch/distributed/elastic/multiprocessing/api.py:1003] failed (exitcode: 1) local_rank: 0 (pid: 7) of binary: py",
+)
+
+
+@pytest.mark.parametrize("slash", ["/", "\\"])
+def test_the_words_of_the_processes_are_told_from_the_launchers(comfy, slash):
+    """torch warns when it is imported on macOS, and its paths have backslashes on Windows."""
+    own_words = comfy.module("nodes.training_worker").own_words
+    said = f"W1 2 {WARNING}\n".replace("/", slash) + "out of paper"
+    for end in ENDS:
+        assert own_words(f"{said}\nE1 2 {end}\nTraceback\n".replace("/", slash)) == said
+    assert own_words(said) == said
+
+
+@pytest.mark.parametrize("place", ["measuring on held-out sample 1 of 3", "making matrices, pass 1 of 3"])
+def test_a_cancel_is_heard_between_updates_and_the_run_goes_on(lab, monkeypatch, place):
+    """By the node itself: the core's own question, which its operations ask, is silenced."""
+    import comfy.model_management
+    import comfy.ops
+
+    settings = {"gpus": 1, "updates": 2, "held_out": 3, "output_draws": 3}
+
+    def cancel(text):
+        lab.shown.append(text)
+        if place in text:
+            comfy.model_management.interrupt_current_processing()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.ops, "run_every_op", lambda: None)
+        patch.setattr(lab.module("nodes.patching"), "show_on_node", lambda *_: cancel)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            lab.distil(**settings)
+    assert place in lab.shown[-1]
+    lab.shown.clear()
+    _, losses = lab.distil(**settings)
+    assert len(losses["loss"]) == 2 and "held-out error" in lab.shown[-1]
+    assert any("update 2 of 2" in text for text in lab.shown) == ("measuring" in place), "updates are not repeated"
+
+
 def test_a_cancelled_run_stops_the_processes_and_goes_on(lab, monkeypatch):
     import comfy.model_management
 
@@ -156,6 +200,7 @@ def test_what_went_wrong_in_a_process_is_the_nodes_error(lab, monkeypatch):
     launch("raise SystemExit('a driver is missing')")
     with pytest.raises(ValueError, match=r"(?s)ended with exit code 1; the end of .*worker\.log:\na driver is missing"):
         lab.distil()
-    launch("import sys; sys.exit('out of paper\\n1 2 torch/distributed/elastic/api.py:1] failed\\n' + 9000 * 'at ')")
+    ends = "1 2 torch/distributed/elastic/multiprocessing/api.py:1003] failed (exitcode: 1) local_rank: 0"
+    launch(f"import sys; sys.exit('out of paper\\n{ends}\\n' + 9000 * 'at ')")
     with pytest.raises(ValueError, match="worker.log:\nout of paper$"):
         lab.distil()

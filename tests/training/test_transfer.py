@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import ToyTeacher
+from toy import Overflowing, ToyTeacher
 
 from linearize.attention.layout import Reason
 from linearize.attention.specs import ClearSpec, DenseSpec, HybridSpec, LinearSpec
@@ -18,7 +19,7 @@ from linearize.training.job import JobFolder, JobProblem
 from linearize.training.loop import OutOfMemory, Stopped, progress_of, run_stage
 from linearize.training.model import Draw
 from linearize.training.recipe import TransferRecipe
-from linearize.training.transfer import Transfer, label
+from linearize.training.transfer import Transfer, call_bytes, label
 
 CPU = torch.device("cpu")
 SITES = ("double.0", "single.0", "single.1")
@@ -126,6 +127,39 @@ def test_what_is_kept_is_used_in_turns_and_survives_a_shortage_of_memory():
     assert len(set(seen[:4])) == 4
 
 
+@pytest.mark.parametrize("stop", [None, 3], ids=["whole", "stopped"])
+def test_a_pass_is_used_as_often_as_asked_where_memory_holds_few(stop, tmp_path):
+    """Of five passes a round, memory holds two: rounds are shorter, and no pass is used more than twice."""
+    seen, plain = [], stage(TransferRecipe(updates=12, queries=16), [LINEAR])
+    calls = []
+    plain.teacher.watch(plain._draw(0), calls.append)
+    size = sum(call_bytes(call) for call in calls)
+    recipe = TransferRecipe(updates=12, queries=16, replay=5, repeats=2, replay_bytes=2 * size + 1, held_out=1)
+
+    def watched():
+        run = stage(recipe, [LINEAR])
+        learn = run.trainers["single.0"][0].backward
+
+        def backward(call, rows):
+            seen.append(float(call.query.sum()))
+            return learn(call, rows)
+
+        run.trainers["single.0"][0].backward = backward
+        return run
+
+    def watch(done, total, losses):
+        if done == stop:
+            raise Stopped
+
+    with JobFolder(tmp_path, recipe.to_json()) as job:
+        run_stage(watched(), job, watch)
+        run = watched()
+        run_stage(run, job)
+    assert len(seen) == 12 and len(set(seen)) == 6 and all(seen.count(value) == 2 for value in seen)
+    assert [len(set(seen[first : first + 4])) for first in (0, 4, 8)] == [2, 2, 2]
+    assert run.notes == ["of the 5 passes to keep, 2 at a time fit into 5.4e-05 GiB of host memory"]
+
+
 class Killed(BaseException):
     pass
 
@@ -210,42 +244,29 @@ def test_a_call_that_cannot_be_learned_from_is_named():
         stage(teacher=Silent()).update(0)
 
 
-class Overflowing(ToyTeacher):
-    """From a forward on, one tensor of the calls of single.0 holds an infinity."""
-
-    def __init__(self, name, first):
-        super().__init__()
-        self.name, self.first = name, first
-
-    def watch(self, draw, observe):
-        def spoilt(call):
-            if call.site == "single.0" and self.forwards > self.first:
-                tensor = getattr(call, self.name).clone()
-                tensor[0, 1, -1, 0] = float("inf")
-                call = replace(call, **{self.name: tensor})
-            observe(call)
-
-        return super().watch(draw, spoilt)
-
-
 @pytest.mark.parametrize("options", [{}, {"replay": 2, "repeats": 2}], ids=str)
 @pytest.mark.parametrize("name, words", [
     ("output", "single.0: the model's own attention is infinite or NaN at update 4; load the model in bfloat16 or"),
     ("query", r"single.0, linear( feature_map=hedgehog)?: the loss is nan at update 4; lower the learning rate, or"),
 ])  # fmt: skip
-def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_candidate(name, words, options, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_candidate(name, words, options, tmp_path):
     recipe = TransferRecipe(updates=12, queries=0, held_out=1, warmup=0, **options)
     first = 2 if options else 3  # a round of four updates makes two forwards at once
     words = words.replace("update 4", r"update \d") if options else words
     run, whole = stage(recipe, [LINEAR], teacher=Overflowing(name, first)), stage(recipe, [LINEAR])
     with JobFolder(tmp_path, recipe.to_json()) as job:
-        with pytest.raises(ValueError, match=words):
-            run_stage(run, job)
+        progress = run_stage(run, job)
         done = progress_of(job).done
-    assert 3 <= done < 12
+    assert re.match(words, progress.problem), progress.problem
+    assert 3 <= done < 12 and progress.done == done
     for number in range(done):
         whole.update(number)
     assert same(run.state(), whole.state())
+
+
+def test_where_nothing_was_learned_a_loss_that_is_not_finite_is_an_error(tmp_path):
+    with JobFolder(tmp_path, {"a": 1}) as job, pytest.raises(ValueError, match="infinite or NaN at update 1; load"):
+        run_stage(stage(TransferRecipe(updates=3, queries=0), [LINEAR], teacher=Overflowing("output", 0)), job)
 
 
 def test_a_gradient_that_is_not_finite_takes_no_step():

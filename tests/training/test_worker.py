@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +18,15 @@ from linearize.attention.specs import HybridSpec, LinearSpec
 from linearize.attention.student_file import load_student
 from linearize.training import __main__ as command
 from linearize.training.conditioning import Conditioning
-from linearize.training.job import read_values
+from linearize.training.distributed import Together
+from linearize.training.job import job_key, read_values
 from linearize.training.job_file import job_from_json, read_job
+from linearize.training.loop import NotFinite
 from linearize.training.progress_file import ProgressFile, ProgressReader
 from linearize.training.recipe import FinetuneRecipe, TransferRecipe
 from linearize.training.results import unpack
 from linearize.training.samples_writer import SamplesWriter, Wanted
+from linearize.training.transfer import Transfer
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = ROOT / "training" / "worker.py"
@@ -80,7 +84,6 @@ def result_line(folder):
 def test_two_processes_of_the_worker_equal_one_that_averages(lab):
     from linearize.training.comfy_model import with_teacher
     from linearize.training.samples import TeacherSamples
-    from linearize.training.transfer import Transfer
 
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run([*launch, str(WORKER), str(lab("two.safetensors"))], env=environment(), cwd=lab.folder,
@@ -164,6 +167,21 @@ def test_a_student_is_fine_tuned_without_the_server(main, lab):
     assert (lab.folder / "tuned" / "student.job" / "progress.jsonl").read_text().count("update") == before
 
 
+def test_a_loss_that_is_not_finite_ends_with_the_student_so_far(main, lab, monkeypatch):
+    update = Transfer.update
+
+    def spoilt(stage, number):
+        if number == 2:
+            raise NotFinite("single.0: the loss is nan at update 3")
+        return update(stage, number)
+
+    monkeypatch.setattr(Transfer, "update", spoilt)
+    assert main(lab("ended.safetensors")) == (0, "")
+    facts = load_student(lab.folder / "ended.safetensors").recipe["transfer"]
+    assert facts["updates_done"] == 2 and facts["notes"] == ["single.0: the loss is nan at update 3"]
+    assert Path(result_line(lab.folder / "ended.job")["result"]).is_file(), "it is over"
+
+
 OTHER_HOST = {**PLANS[0], "host": "wan"}
 BAD = {
     "no stage": ({"stage": None}, "a job has no key stage"),
@@ -220,6 +238,31 @@ def test_nothing_at_the_end_of_a_process_undoes_its_work():
 atexit.register(os.abort); print("saved"); worker.leave(0)"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, "saved\n")
+
+
+@pytest.mark.parametrize("reader", ["there", "gone"])
+def test_an_exception_that_nobody_expected_undoes_nothing_either(reader):
+    """A traceback and exit code 1, without the destructors, and though nobody reads what is written."""
+    gone = "from types import SimpleNamespace; sys.stdout = SimpleNamespace(flush=lambda: open('/nowhere/x'))"
+    code = f"""import atexit, os, sys; sys.path.insert(0, {str(WORKER.parent)!r}); import worker
+worker.name_pack()
+import linearize.training.__main__ as command
+command.main = lambda arguments: arguments[7]
+{gone if reader == "gone" else ""}
+atexit.register(os.abort); worker.work(["job.json"])"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.endswith("IndexError: list index out of range\n"), run.stderr
+
+
+def test_files_of_one_model_in_other_types_are_other_jobs(lab, comfy):
+    """Their norms, which the fingerprint is made of, are the same."""
+    from linearize.training.comfy_worker import describe
+
+    with torch.inference_mode():
+        (other,) = comfy.nodes.UNETLoader().load_unet("linearize_tiny_flux.safetensors", "fp8_e4m3fn")
+    job, samples = read_job(lab("types.safetensors")), SimpleNamespace(digest="a")
+    keys = [job_key(describe(job, "flux", model, torch.ones(256), samples, Together())) for model in (lab.model, other)]
+    assert keys[0] != keys[1]
 
 
 def test_a_job_is_read_as_it_was_written(lab, tmp_path):

@@ -1,5 +1,7 @@
 """A small transformer as a teacher, without ComfyUI: text and a picture's tokens through three attention sites."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -42,3 +44,21 @@ class ToyTeacher:
     @staticmethod
     def heads(x):
         return x.reshape(1, -1, HEADS, SIZE).transpose(1, 2)
+
+
+class Overflowing(ToyTeacher):
+    """From a forward on, one tensor of the calls of single.0 holds an infinity."""
+
+    def __init__(self, name, first):
+        super().__init__()
+        self.name, self.first = name, first
+
+    def watch(self, draw, observe):
+        def spoilt(call):
+            if call.site == "single.0" and self.forwards > self.first:
+                tensor = getattr(call, self.name).clone()
+                tensor[0, 1, -1, 0] = float("inf")
+                call = replace(call, **{self.name: tensor})
+            observe(call)
+
+        return super().watch(draw, spoilt)
