@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from distill_chain import CHAINS, PLANS, Chain, Workflow
@@ -158,7 +159,8 @@ def run_chain(chain: Chain) -> list[str]:
     """Distil every kind and the workflow as it is shipped, write table and sheet; return what is not good enough."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
     start, rows, sheets = time.monotonic(), [], {}
-    with live_server() as server:
+    # a folder of its own, because a finished job of an earlier run would answer at once
+    with TemporaryDirectory() as folder, live_server(options=("--output-directory", folder)) as server:
         for kind in PLANS:
             print(f"distilling {chain.title}: {kind} ...", flush=True)
             row, sheets[kind] = distill(server, chain, kind)

@@ -1,0 +1,226 @@
+"""What is tried: methods, how much of the training each gets, seeds. A row of results.csv is one `Experiment`.
+
+Two experiments that share their first stages share that work: each stage is a job on disk, found again by its recipe.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+SEEDS = (0, 1, 2)
+UNTRAINED, STAGE0, STAGE1, ALL = "untrained", "stage 0", "stage 1", "all stages"
+TRAININGS = {  # which stages run: matrices, maps, fine-tuning
+    UNTRAINED: (False, False, False),
+    STAGE0: (True, False, False),
+    STAGE1: (True, True, False),
+    ALL: (True, True, True),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the sites run.
+
+    Args:
+        name: for people and for results.csv.
+        specs: the kinds with their settings, as JSON holds a spec; several are candidates of a budget.
+        budget: share of the dense attention's FLOPs that Budget Plan may keep; 0 plans nothing.
+        planner: of Budget Plan, where there is a budget; "heads" chooses a radius per head at the cost of the spec's.
+    """
+
+    name: str
+    specs: tuple[dict[str, Any], ...]
+    budget: float = 0.0
+    planner: str = "optimal"
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether stage 1 has something to learn."""
+        return any(spec.get("feature_map") in LEARNED or spec.get("down_factor", 1) > 1 for spec in self.specs)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One student and everything that made it.
+
+    Args:
+        suite: the question that it helps to answer.
+        method, training, seed: see above; the seed is of the training alone.
+        transfer, finetune: inputs of the nodes that differ from `Settings`.
+        samples: "teacher" for its own samples, "real" for drawn scenes.
+        tokens: size at which the student is measured, in tokens a side (of clips, in columns); it is always trained
+            at the teacher's training size.
+        note: what tells it from others of its suite with the same method and training.
+        factor: on the updates of `SETTINGS`.
+    """
+
+    suite: str
+    method: Method
+    training: str = ALL
+    seed: int = 0
+    transfer: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
+    samples: str = "teacher"
+    tokens: int = 32
+    note: str = ""
+    factor: float = 1.0
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes rows comparable."""
+        return self.suite, self.method.name, self.training, str(self.seed), self.note, str(self.tokens)
+
+
+LEARNED = ("hedgehog", "polynomial", "linfusion")
+
+
+def clear(radius: int, down_factor: int = 1) -> Method:
+    """Return CLEAR's windows, with pooled far keys where `down_factor` is above 1."""
+    more = f" pooled {down_factor}" if down_factor > 1 else ""
+    return Method(f"clear r={radius}{more}", ({"kind": "clear", "radius": radius, "down_factor": down_factor},))
+
+
+def linear(feature_map: str) -> Method:
+    """Return linear attention."""
+    return Method(f"linear {feature_map}", ({"kind": "linear", "feature_map": feature_map},))
+
+
+def chunked(frames: int, overlap: int, causal: bool = False) -> Method:
+    """Return ReHyAt's chunks of frames."""
+    spec = {"kind": "chunked", "chunk_frames": frames, "overlap_frames": overlap, "causal": causal}
+    return Method(f"chunked {frames} overlap {overlap}{' causal' if causal else ''}", (spec,))
+
+
+def hybrid(rate: int, feature_map: str = "polynomial", stabilizer: str = "max") -> Method:
+    """Return hybrid attention."""
+    spec = {"kind": "hybrid", "rate": rate, "feature_map": feature_map, "stabilizer": stabilizer}
+    return Method(f"hybrid R={rate} {feature_map} {stabilizer}", (spec,))
+
+
+PER_HEAD = Method("clear r=4 per head", clear(4).specs, planner="heads")
+METHODS = (
+    clear(2), clear(4), clear(6), clear(4, down_factor=2), PER_HEAD,
+    linear("elu1"), linear("relu"), linear("favor"), linear("hedgehog"), linear("linfusion"), linear("polynomial"),
+    hybrid(2), hybrid(4), hybrid(8), hybrid(4, stabilizer="lse"), hybrid(4, "hedgehog"),
+)  # fmt: skip
+CANDIDATES = clear(4).specs + hybrid(4).specs + linear("polynomial").specs
+BUDGETS = (0.25, 0.4, 0.6)
+
+
+def methods() -> list[Experiment]:
+    """Every method after every stage."""
+    found = []
+    for method in METHODS:
+        kept = [name for name, (_, maps, _) in TRAININGS.items() if method.has_maps or not maps or name == ALL]
+        for training in kept:
+            seeds = SEEDS if training in (STAGE1, ALL) else SEEDS[:1]  # what nothing is drawn for has one result
+            found += [Experiment("methods", method, training, seed) for seed in seeds]
+    return found
+
+
+def value_losses() -> list[Experiment]:
+    """Stage 1 by outputs, squared outputs and attention weights (Attention Surgery, table of losses)."""
+    return [
+        Experiment("losses", hybrid(4), STAGE1, seed, transfer={"loss": loss, "output_draws": 0}, note=loss)
+        for loss in ("value", "squared", "score") for seed in SEEDS
+    ]  # fmt: skip
+
+
+SETTINGS: dict[str, dict[str, Any]] = {  # on two CPU cores; the device of a GPU run multiplies the updates
+    "transfer": {"updates": 150, "learning_rate": 0.01, "loss": "squared", "queries": 256, "held_out": 4,
+                 "output_draws": 48},
+    "finetune": {"updates": 60, "preset": "ours", "rank": 16, "block_updates": 0, "map_rate": 2e-4,
+                 "delta_rate": 2e-4, "ema": 0.0, "accumulation": 1, "warmup": 5, "held_out": 4,
+                 "checkpointing": False},
+}  # fmt: skip
+EQUAL = SETTINGS["transfer"]["updates"] + SETTINGS["finetune"]["updates"]
+PARTS = (0.25, 0.5)
+RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # inputs of Distill Attention, of Fine-tune Student
+    "ours": ({}, {}),
+    "clear": ({"updates": 0, "output_draws": 0}, {"preset": "clear", "updates": EQUAL, "full_rank": True}),
+    "flow matching alone": (
+        {"updates": 0, "output_draws": 0},
+        {"preset": "attention_surgery", "updates": EQUAL, "full_rank": True},
+    ),
+    "attention surgery": ({"loss": "value", "output_draws": 0}, {"preset": "attention_surgery"}),
+}
+
+
+def recipe(suite: str, method: Method, name: str, seed: int, factor: float = 1.0, note: str = "") -> Experiment:
+    """Return an experiment with a recipe of `RECIPES`."""
+    transfer, finetune = RECIPES[name]
+    return Experiment(suite, method, ALL, seed, transfer, finetune, note=note or name, factor=factor)
+
+
+def recipes() -> list[Experiment]:
+    """Ours against each paper's own recipe at equal updates; flow matching alone against distillation."""
+    tried = [(clear(4), name) for name in ("ours", "clear", "flow matching alone")]
+    tried += [(hybrid(4), name) for name in ("ours", "attention surgery", "flow matching alone")]
+    return [recipe("recipes", method, name, seed) for seed in SEEDS for method, name in tried]
+
+
+def curve() -> list[Experiment]:
+    """Ours against each paper's own recipe at fewer updates."""
+    tried = [(clear(4), "ours"), (clear(4), "clear"), (hybrid(4), "ours"), (hybrid(4), "attention surgery")]
+    return [recipe("curve", method, name, 0, part, f"{name}, {part:.0%} of the updates")
+            for part in PARTS for method, name in tried]  # fmt: skip
+
+
+def real_data() -> list[Experiment]:
+    """Samples of the teacher against drawn scenes, everything else equal (CLEAR's table on data)."""
+    return [
+        Experiment("data", clear(4), ALL, seed, samples=samples, note=samples, finetune={"preset": "clear"})
+        for samples in ("teacher", "real") for seed in SEEDS
+    ]  # fmt: skip
+
+
+def budgets() -> list[Experiment]:
+    """The optimal mixture against the same kind everywhere, at equal cost (Attention Surgery, heterogeneous rates)."""
+    return [
+        Experiment("budgets", Method(f"{planner} {budget:.0%}", CANDIDATES, budget, planner), ALL, seed)
+        for budget in BUDGETS for planner in ("optimal", "homogeneous") for seed in SEEDS[:2]
+    ]  # fmt: skip
+
+
+def sizes() -> list[Experiment]:
+    """Students of 32 x 32 tokens at 48 x 48, 2.25 times the tokens."""
+    return [
+        Experiment("sizes", method, training, tokens=48)
+        for method in (clear(4), linear("polynomial"), hybrid(4)) for training in (UNTRAINED, ALL)
+    ]  # fmt: skip
+
+
+VIDEO_TOKENS = 16
+VIDEO_METHODS = (
+    Method("clear 3-D r=4", ({"kind": "clear", "radius": 4, "temporal_radius": 3},)), linear("polynomial"),
+    hybrid(2), hybrid(4), hybrid(8), hybrid(4, stabilizer="lse"),
+    chunked(1, 0), chunked(1, 1), chunked(1, 1, causal=True), chunked(2, 1),
+)  # fmt: skip
+
+
+def video() -> list[Experiment]:
+    """Every method on the video teacher."""
+    found = []
+    for method in VIDEO_METHODS:
+        for training in (UNTRAINED, STAGE1, ALL) if method.has_maps else (UNTRAINED, STAGE0, ALL):
+            seeds = SEEDS if training in (STAGE1, ALL) else SEEDS[:1]
+            found += [Experiment("video", method, training, seed, tokens=VIDEO_TOKENS) for seed in seeds]
+    return found
+
+
+def video_losses() -> list[Experiment]:
+    """As `value_losses`, on the video teacher."""
+    return [replace(each, suite="video losses", tokens=VIDEO_TOKENS) for each in value_losses()]
+
+
+def video_budgets() -> list[Experiment]:
+    """As `budgets`, on the video teacher."""
+    return [replace(each, suite="video budgets", tokens=VIDEO_TOKENS) for each in budgets()]
+
+
+IMAGE_SUITES = {
+    "losses": value_losses, "recipes": recipes, "data": real_data, "sizes": sizes, "budgets": budgets,
+    "methods": methods, "curve": curve,
+}  # fmt: skip
+VIDEO_SUITES = {"video": video, "video losses": video_losses, "video budgets": video_budgets}
+SUITES = {**IMAGE_SUITES, **VIDEO_SUITES}
+TEACHER = {**dict.fromkeys(IMAGE_SUITES, "lake"), **dict.fromkeys(VIDEO_SUITES, "clips")}

@@ -1,0 +1,129 @@
+"""Draw the figures and renew evidence/README.md from results.csv: `.venv/bin/python evidence/figures.py`.
+
+Nothing is computed anew. Needs matplotlib (`.venv/bin/pip install matplotlib`), which nothing else here does.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+from claims import Group, Row  # noqa: E402
+from experiments import ALL, EQUAL, METHODS, SUITES, TRAININGS, VIDEO_METHODS, VIDEO_TOKENS, Method  # noqa: E402
+from sheets import SHOWN, write_sheet  # noqa: E402
+from tables import PAGE, page, stored  # noqa: E402
+
+FIGURES = Path(__file__).resolve().parent / "figures"
+COLOURS = {"untrained": "#b0b0b0", "stage 0": "#e6a23c", "stage 1": "#5b8ff9", "all stages": "#2a9d6f"}
+SETTINGS: dict[str, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+
+
+def methods_figure(rows: list[Row], suite: str, methods: tuple[Method, ...], tokens: int) -> None:
+    """Draw the velocity error of every method after every stage."""
+    figure, axes = plt.subplots(figsize=(9, 4.2))
+    width = 0.2
+    for place, training in enumerate(TRAININGS):
+        for column, method in enumerate(methods):
+            found = Group(suite, method.name, training, tokens=tokens).rows(rows).values()
+            values = [float(row["error"]) for row in found]
+            if values:
+                x = column + (place - 1.5) * width
+                axes.bar(x, statistics.fmean(values), width, color=COLOURS[training])
+                axes.plot([x] * len(values), values, "k.", markersize=3)
+    for training, colour in COLOURS.items():
+        axes.bar(0, 0, color=colour, label=training)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(methods)), [method.name for method in methods], rotation=40, ha="right")
+    axes.set_ylabel("relative velocity error")
+    axes.legend(frameon=False, ncols=4)
+    save(figure, suite)
+
+
+def curve_figure(rows: list[Row]) -> None:
+    """Draw the error over the updates, our recipe against each paper's own."""
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    lines: dict[tuple[str, str], dict[float, float]] = {}
+    for each in [*SUITES["recipes"](), *SUITES["curve"]()]:
+        group = Group(each.suite, each.method.name, ALL, each.note)
+        for row in [row for seed, row in group.rows(rows).items() if seed == "0"]:
+            recipe = each.note.partition(",")[0]
+            lines.setdefault((each.method.name, recipe), {})[EQUAL * each.factor] = float(row["error"])
+    for axes, method in zip(panels, dict.fromkeys(method for method, _ in lines), strict=False):
+        for (name, recipe), points in lines.items():
+            if name == method:
+                updates = sorted(points)
+                axes.plot(updates, [points[each] for each in updates], "o-", label=recipe)
+        axes.set(title=method, xlabel="updates", yscale="log")
+        axes.legend(frameon=False)
+    panels[0].set_ylabel("relative velocity error")
+    save(figure, "curve")
+
+
+def levels_figure(rows: list[Row]) -> None:
+    """Draw the error by noise level of untrained attention and of students, for three methods."""
+    figure, panels = plt.subplots(1, 3, figsize=(9, 3), sharey=True)
+    for axes, name in zip(panels, ("clear r=4", "hybrid R=4 polynomial max", "linear polynomial"), strict=True):
+        for training, colour in COLOURS.items():
+            for row in list(Group("methods", name, training).rows(rows).values())[:1]:
+                levels = json.loads(row["errors_by_level"])
+                axes.plot([float(level) for level in levels], list(levels.values()), "o-", color=colour, label=training)
+        axes.set(title=name, xlabel="noise level", yscale="log")
+    panels[0].set_ylabel("relative velocity error")
+    panels[-1].legend(frameon=False)
+    save(figure, "levels")
+
+
+def notes_figure(rows: list[Row], suite: str) -> None:
+    """Draw a suite whose experiments differ in method and note: a bar each, with a dot per seed."""
+    groups = dict.fromkeys(Group(each.suite, each.method.name, each.training, each.note, each.tokens)
+                           for each in SUITES[suite]())  # fmt: skip
+    measured = [group for group in groups if group.rows(rows)]
+    if not measured:
+        return
+    figure, axes = plt.subplots(figsize=(6.5, 0.4 + 0.33 * len(measured)))
+    for line, group in enumerate(measured):
+        values = [float(row["error"]) for row in group.rows(rows).values()]
+        axes.barh(line, statistics.fmean(values), color=COLOURS[group.training])
+        axes.plot(values, [line] * len(values), "k.", markersize=3)
+    names = [" ".join(filter(None, (group.method, group.note, *_training(group)))) for group in measured]
+    axes.set_yticks(range(len(measured)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("relative velocity error")
+    save(figure, suite.replace(" ", "_"))
+
+
+def _training(group: Group) -> tuple[str, ...]:
+    return (group.training,) if group.suite == "sizes" else ()
+
+
+def save(figure: Any, name: str) -> None:
+    """Write a figure and forget it."""
+    FIGURES.mkdir(exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(FIGURES / f"{name}.png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    """Write every figure and the page."""
+    rows = stored()
+    with plt.rc_context(SETTINGS):
+        methods_figure(rows, "methods", METHODS, 32)
+        methods_figure(rows, "video", VIDEO_METHODS, VIDEO_TOKENS)
+        levels_figure(rows)
+        curve_figure(rows)
+        for suite in SUITES:
+            if suite not in ("methods", "video", "curve"):
+                notes_figure(rows, suite)
+    for suite in SHOWN:
+        write_sheet(suite, FIGURES / f"{suite}_sheet.jpg")
+    PAGE.write_text(page(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

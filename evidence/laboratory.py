@@ -1,0 +1,176 @@
+"""ComfyUI in this process with the pack's nodes as functions, and a teacher with its samples and pictures.
+
+The nodes are the ones that a workflow has, so what is measured here is what a user gets. Their jobs are kept in
+`.comfyui/evidence`: a stage that was done once is found again, and a stopped one goes on.
+"""
+
+import asyncio
+import importlib
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from experiments import SETTINGS, TRAININGS, Experiment
+from heads import plan_by_mass
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "demo"))
+
+from live_server import BASE, COMFYUI, prepare_base  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+HOME = ROOT / ".comfyui" / "evidence"
+TEACHERS = ("lake", "clips")  # modules here that hold one; a process has one only, since their scenes share names
+TRAIN_SEED, TEST_SEED, NOISE_SEED, DRAWN_SEED = 10_000, 20_000, 1000, 30_000  # of captions, of test noise, of scenes
+
+
+def boot(on_cpu: bool) -> Any:
+    """Start ComfyUI in this process with the pack and the demo's nodes; return its module `nodes`."""
+    HOME.mkdir(parents=True, exist_ok=True)
+    prepare_base()
+    sys.argv = ["main.py", "--base-directory", str(BASE)]
+    sys.argv += ["--cpu", "--use-pytorch-cross-attention"] if on_cpu else []
+    sys.path[:] = [str(COMFYUI), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT)]
+    importlib.import_module("comfy.options").enable_args_parsing()
+    nodes = importlib.import_module("nodes")
+    importlib.import_module("folder_paths").set_output_directory(str(HOME))
+    for folder in (ROOT, ROOT / "demo" / "nodes"):
+        if not asyncio.run(nodes.load_custom_node(str(folder), module_parent="custom_nodes")):
+            raise SystemExit(f"ComfyUI could not load {folder}")
+    return nodes
+
+
+class Laboratory:
+    """A teacher and everything that makes students of it.
+
+    Args:
+        teacher: one of TEACHERS.
+        on_cpu: leave accelerators alone.
+        scale: by which the updates of `SETTINGS` are multiplied.
+    """
+
+    def __init__(self, teacher: str = "lake", *, on_cpu: bool, scale: float = 1.0) -> None:
+        self.nodes, self.scale = boot(on_cpu), scale
+        self.teacher = getattr(importlib.import_module(teacher), teacher.capitalize())(self.nodes)
+        with torch.inference_mode():
+            self.model = self.nodes.UNETLoader().load_unet(self.teacher.file, "default")[0]
+        self.test = self.teacher.draw(self.teacher.tests, TEST_SEED)
+
+    def module(self, name: str) -> Any:
+        """Return a module of the pack as ComfyUI loaded it."""
+        return importlib.import_module(f"{str(ROOT).replace('.', '_x_')}.{name}")
+
+    def node(self, node_id: str) -> Callable[..., tuple[Any, ...]]:
+        """Return a node as a function of its inputs, defaults filled in, that returns its outputs."""
+        cls = self.nodes.NODE_CLASS_MAPPINGS[node_id]
+        defaults = {each.id: each.default for each in cls.define_schema().inputs
+                    if getattr(each, "default", None) is not None}  # fmt: skip
+        prepared = cls.PREPARE_CLASS_CLONE(None)
+        listed = bool(cls.define_schema().is_input_list)
+
+        def call(**inputs: Any) -> tuple[Any, ...]:
+            given = {**defaults, **inputs}
+            if listed:
+                given = {name: [value] for name, value in given.items()}
+            with torch.inference_mode():
+                return prepared.EXECUTE_NORMALIZED(**given).args
+
+        return call
+
+    @cache  # noqa: B019 - one laboratory lives as long as the process
+    def samples(self, source: str) -> Any:
+        """Return the samples to train on: the teacher's own, or scenes drawn for the same captions ("real")."""
+        teacher = self.teacher
+        guidance = {"guidance": teacher.guidance} if teacher.guidance else {}
+        own = self.node("LinearizeTeacherSamples")(
+            model=self.model, prompts="\n".join(teacher.draw(teacher.prompts, TRAIN_SEED).captions()),
+            name=teacher.name, clip=self.node("LinearizeDemoTextEncoder")()[0],
+            latent_image=teacher.empty(teacher.size, 1), steps=teacher.steps, cfg=teacher.cfg, **guidance,
+        )[0]  # fmt: skip
+        return own if source == "teacher" else self._drawn(own)
+
+    def student(self, experiment: Experiment) -> tuple[Any, dict[str, float]]:
+        """Return what goes into Apply Linearized Attention, and the seconds that each stage took."""
+        matrices, maps, tuning = TRAININGS[experiment.training]
+        specs = [self.module("attention.specs").spec_from_json(spec) for spec in experiment.method.specs]
+        if experiment.method.planner == "heads":
+            plans = [plan_by_mass(self, specs[0].radius)]
+        else:
+            plans = [self.module("attention.plans").Plan(self.teacher.host, spec) for spec in specs]
+        if experiment.training == "untrained" and not experiment.method.budget:
+            return plans[0], {}
+        factor = self.scale * experiment.factor
+        settings = {**SETTINGS["transfer"], **experiment.transfer, "seed": experiment.seed}
+        settings["updates"] = round(settings["updates"] * factor) if maps and experiment.method.has_maps else 0
+        settings["output_draws"] = settings["output_draws"] if matrices else 0
+        samples, seconds = self.samples(experiment.samples), {}
+        named = {f"plan{number}": plan for number, plan in enumerate(plans)}
+        start = time.monotonic()
+        found = self.node("LinearizeTransfer")(model=self.model, samples=samples, plans=named, **settings)[0]
+        if experiment.method.budget:
+            width, height, frames = self.teacher.dimensions(experiment.tokens)
+            found = self.node("LinearizeBudgetPlan")(
+                model=self.model, student=found, budget=experiment.method.budget, width=width, height=height,
+                frames=frames, method=experiment.method.planner,
+            )[0]  # fmt: skip
+        else:
+            found = found.chosen(dict.fromkeys(found.sites, 0))
+        seconds["transfer"] = time.monotonic() - start
+        if tuning:
+            settings = {**SETTINGS["finetune"], **experiment.finetune, "seed": experiment.seed}
+            settings["updates"] = max(1, round(settings["updates"] * factor))
+            start = time.monotonic()
+            found = self.node("LinearizeFinetune")(model=self.model, samples=samples, student=found, **settings)[0]
+            seconds["finetune"] = time.monotonic() - start
+        return found, seconds
+
+    def apply(self, attention: Any) -> Any:
+        """Return the model with a plan or a student on it."""
+        return self.node("LinearizeApply")(model=self.model, attention=attention)[0]
+
+    def flops_kept(self, attention: Any, tokens: int) -> float:
+        """Return the attention FLOPs of a plan or a student at a size over those of dense attention."""
+        model = self.apply(attention)
+        patching, report = self.module("nodes.patching"), self.module("attention.report")
+        (host, module), runtime = patching.host_of(model), patching.runtime_of(model)
+        layout = host.planned_layout(module, *self.teacher.dimensions(tokens), host.default_text_tokens)
+        specs = {site: each.spec for site, each in runtime.sites.items()}
+        rows = report.site_costs(host, module, specs, layout, runtime.parameters.outputs())
+        return sum(row.planned.flops for row in rows) / sum(row.dense.flops for row in rows)
+
+    def conditionings(self) -> list[Any]:
+        """Return the test captions as KSampler takes them."""
+        guidance = {"guidance": self.teacher.guidance} if self.teacher.guidance else {}
+        return [[[text, {**more, **guidance}] for text, more in self._encoded(caption)]
+                for caption in self.test.captions()]  # fmt: skip
+
+    def latents(self, model: Any, tokens: int) -> Tensor:
+        """Return test latents (B, 16, ...) that a model samples, each from noise of its own."""
+        found, negative = [], self._encoded("")
+        for number, positive in enumerate(self.conditionings()):
+            with torch.inference_mode():
+                found.append(self.nodes.KSampler().sample(
+                    model, NOISE_SEED + number, self.teacher.test_steps, self.teacher.cfg, "euler", "simple", positive,
+                    negative, self.teacher.empty(tokens, 1),
+                )[0]["samples"])  # fmt: skip
+        return torch.cat(found)
+
+    def _encoded(self, caption: str) -> Any:
+        return self.node("LinearizeDemoCaption")(caption=caption)[0]
+
+    def _drawn(self, own: Any) -> Any:
+        """Return a copy of samples with drawn scenes of the same captions in place of the teacher's pictures."""
+        writer_of, samples_of = self.module("training.samples_writer"), self.module("training.samples")
+        captions = [entry.prompt for entry in own.entries]
+        drawn = self.model.model.process_latent_out(self.teacher.drawn_latents(captions, DRAWN_SEED))
+        folder = HOME / "linearize" / f"{self.teacher.name}_real"
+        with writer_of.SamplesWriter(folder, own.about) as writer:
+            wanted = [writer_of.Wanted(number, caption) for number, caption in enumerate(captions)]
+            for each in writer.missing(wanted):
+                positive = writer.put(own.conditioning(each.number))
+                writer.add(each.number, each.prompt, drawn[each.number : each.number + 1], positive, None)
+        return samples_of.TeacherSamples.open(folder)

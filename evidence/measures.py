@@ -1,0 +1,74 @@
+"""How far a student is from its teacher: velocities by noise level, pictures, and features of pictures."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEVELS = (0.95, 0.8, 0.6, 0.4, 0.2, 0.05)  # noise levels (sigma) at which velocities are compared
+VELOCITY_PICTURES = 4
+
+
+def velocities(laboratory: Any, model: Any, clean: Tensor) -> Tensor:
+    """Return (picture, level, ...) the velocities that a model predicts from noised pictures, fp32.
+
+    Args:
+        model: a model patcher, the teacher's or a student's.
+        clean: (B, 16, ...) latents as ComfyUI's nodes pass them on, of the first test captions.
+    """
+    samplers, sample = (importlib.import_module(name) for name in ("comfy.samplers", "comfy.sample"))
+    found: list[Tensor] = []
+
+    class Probe(samplers.Sampler):
+        """Asks for the prediction at given levels instead of sampling."""
+
+        def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+                   disable_pbar=False):  # fmt: skip
+            seen = []
+            for level in LEVELS:
+                sigma = torch.full((len(noise),), level, device=noise.device, dtype=noise.dtype)
+                noisy = torch.lerp(latent_image, noise, level)
+                seen.append((noisy - model_wrap(noisy, sigma, **extra_args)) / level)
+            found.append(torch.stack(seen, dim=1).float().cpu())
+            return latent_image
+
+    levels = torch.tensor([1.0, 0.0])
+    for number, positive in enumerate(laboratory.conditionings()[: len(clean)]):
+        latent = clean[number : number + 1]
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(number))
+        with torch.inference_mode():
+            sample.sample_custom(model, noise, 1.0, Probe(), levels, positive, positive, latent, disable_pbar=True)
+    return torch.cat(found)
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> tuple[float, list[float]]:
+    """Return the energy of what a student's velocities miss over the teacher's: over all, and level by level."""
+    dims = [dim for dim in range(student.ndim) if dim != 1]
+    missed, whole = (student - teacher).square().sum(dims), teacher.square().sum(dims)
+    return float(missed.sum() / whole.sum()), (missed / whole).tolist()
+
+
+def picture_scores(laboratory: Any, pictures: Tensor, teacher: Tensor) -> dict[str, float]:
+    """Return PSNR and SSIM to the teacher's pictures, means over (B, H, W, 3)."""
+    measured, _ = laboratory.module("nodes.picture_metrics").compare(pictures, teacher)
+    return {"psnr": float(measured.psnr.clamp(max=99).mean()), "ssim": float(measured.ssim.mean())}
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Return the Frechet distance of two sets of features (B, F): of Gaussians with their means and covariances.
+
+    Source: Heusel et al., 2017; a fifth of the mean variance is added to the diagonals, since sets are small.
+    """
+    first, second = first.double(), second.double()
+    ridge = 0.2 * torch.cat((first, second)).var(0).mean() * torch.eye(first.shape[1], dtype=torch.float64)
+    one, other = (torch.cov(each.T) + ridge for each in (first, second))
+    root = _root(one)
+    both = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
+    mean = (first.mean(0) - second.mean(0)).square().sum()
+    return float(mean + one.trace() + other.trace() - 2 * both)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T

@@ -1,0 +1,68 @@
+"""The stored rows, and the tables of evidence/README.md that are made of them; no number enters the page by hand."""
+
+import csv
+import json
+import re
+import statistics
+import textwrap
+from pathlib import Path
+
+from claims import CLAIMS, Group, Row
+from experiments import SUITES, TEACHER
+
+HERE = Path(__file__).resolve().parent
+RESULTS, PAGE = HERE / "results.csv", HERE / "README.md"
+MEASURES = (("error", 4), ("psnr", 1), ("ssim", 3), ("frechet", 0), ("flops", 3), ("sampling_s", 0))  # name, digits
+
+
+def stored() -> list[Row]:
+    """Return the rows of results.csv."""
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def claims_table(rows: list[Row]) -> str:
+    """Return the claims with their verdicts."""
+    lines = ["| claim | source | here |", "|---|---|---|"]
+    lines += [f"| {claim.text} | {claim.source} | {claim.verdict(rows)} |" for claim in CLAIMS]
+    return "\n".join(lines)
+
+
+def suite_table(rows: list[Row], suite: str) -> str:
+    """Return all measures of a suite, means over seeds; the teacher's own in the first line."""
+    sizes = {str(each.tokens) for each in SUITES[suite]()}
+    dense = [row for row in rows if row["suite"] == f"dense {TEACHER[suite]}" and row["tokens"] in sizes]
+    own = dense + [row for row in rows if row["suite"] == suite]
+    if len(own) == len(dense):
+        return "Not measured yet."
+    structure = list(json.loads(own[0]["structure"]))
+    heads = ["method", "training", "note", "seeds", *(name for name, _ in MEASURES), *structure]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|---|" + "---:|" * (len(heads) - 3)]
+    for key in dict.fromkeys((row["suite"], row["method"], row["training"], row["note"], row["tokens"]) for row in own):
+        found = list(Group(*key[:4], int(key[4])).rows(own).values())
+        means = [f"{statistics.fmean(float(row[name]) for row in found):.{digits}f}" for name, digits in MEASURES]
+        means += [f"{statistics.fmean(json.loads(row['structure'])[name] for row in found):.2f}" for name in structure]
+        size = f"{key[4]} tokens a side" if len(sizes) > 1 else ""
+        lines.append("| " + " | ".join([*key[1:3], key[3] or size, str(len(found)), *means]) + " |")
+    return "\n".join(lines)
+
+
+def origins(rows: list[Row]) -> str:
+    """Return where the rows were taken."""
+    found = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, scale {row['scale']}" for row in rows)
+    commits = sorted({row["commit"] for row in rows})
+    text = f"{len(rows)} rows, taken on: {'; '.join(found)}. Commits {', '.join(commits)}."
+    return "\n".join(textwrap.wrap(text, 120))
+
+
+def page(rows: list[Row]) -> str:
+    """Return README.md with its tables renewed; text outside the marks stays."""
+    text = PAGE.read_text(encoding="utf-8")
+    parts = {"claims": claims_table(rows), "origin": origins(rows)}
+    parts |= {suite: suite_table(rows, suite) for suite in SUITES}
+    for name, table in parts.items():
+        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = mark.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
+    return text
