@@ -1,7 +1,8 @@
 """Write README's tables from stored results: `python benchmarks/tables.py`.
 
 A table is the newest run of each case in results.csv; the demo's is `docs/demo.json`, which `--demo` takes over, with
-its pictures, from the last `run.py demo` and `run.py test --only browser`. No number enters README by hand.
+its pictures, from the last `run.py demo` and `run.py test --only browser`, and `docs/distill_*.json` those of
+`run.py demo --distill`, which `--distill` takes over. No number enters README by hand.
 """
 
 import csv
@@ -29,6 +30,7 @@ from linearize.attention.hosts.unhookable import UNHOOKABLE  # noqa: E402
 
 README = ROOT / "README.md"
 DEMO = ROOT / "docs" / "demo.json"
+DISTILL = (ROOT / "docs" / "distill_lake.json", ROOT / "docs" / "distill_clips.json")
 PICTURES = {"sheet.png": "demo_sheet.jpg", "browser.png": "demo.png"}  # of demo/output: name in docs
 MEASURES = (("psnr", 1), ("ssim", 3), ("reflection", 2))  # of a row of the demo's table: digits
 
@@ -160,6 +162,31 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
+def distill_table() -> str:
+    """Return what the distillation demos gained, a table per model."""
+    return "\n\n".join(_distill_part(json.loads(path.read_text(encoding="utf-8"))) for path in DISTILL)
+
+
+def _distill_part(data: dict) -> str:
+    heads = ["error untrained", "after stage 1", "fine-tuned", "PSNR untrained, dB", "student, dB"]
+    lines = [f"| {data['title']} | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for row in data["rows"]:
+        errors = " | ".join(f"{error:.2%}" for error in row["error"])
+        psnr = " | ".join(f"{each:.1f}" for each in row["psnr"])
+        lines.append(f"| {row['kind']} | {errors} | {psnr} |")
+    mixture = data["mixture"]
+    size = f"{mixture['width']} x {mixture['height']}" + (f" x {mixture['frames']}" if mixture["frames"] > 1 else "")
+    meaning = (
+        f"All {data['sites']} sites are replaced. Error is the relative energy of the velocity's error on held-out"
+        f" samples, PSNR the mean to the teacher's {data['pictures']} pictures or clips at equal noise. The workflow as"
+        f" shipped mixes the kinds, planned for {size} at {mixture['budget']:.0%} of dense attention:"
+        f" {mixture['psnr']:.1f} dB at the size of the demo, {mixture['seconds']:.0f} s from prompts to pictures."
+        f" {data['machine']}, ComfyUI on {data['device']}, torch {data['torch']}, {data['date']}, commit"
+        f" {data['commit']}; all of it took {data['seconds']} s."
+    )
+    return "\n".join([*lines, "", *textwrap.wrap(meaning, 120)])
+
+
 def pairs_table() -> str:
     """Return the share of pairs that CLEAR keeps on FLUX.1, exact counts at 256 and 512 text tokens."""
     specs = (ClearSpec(8), ClearSpec(16), ClearSpec(32), ClearSpec(8, down_factor=4))
@@ -205,6 +232,7 @@ def hosts_table() -> str:
 TABLES = {
     "clear-cpu": clear_cpu_table,
     "demo": demo_table,
+    "distill": distill_table,
     "gpu": gpu_table,
     "hosts": hosts_table,
     "mapped-cpu": mapped_cpu_table,
@@ -232,9 +260,21 @@ def take_over_demo() -> None:
         picture.save(DEMO.parent / target, quality=88, optimize=True)
 
 
+def take_over_distill() -> None:
+    """Copy what the last `run.py demo --distill` of each model wrote to `demo/output/distill` into `docs`."""
+    folder = ROOT / "demo" / "output" / "distill"
+    for target in DISTILL:
+        name = target.stem.removeprefix("distill_")
+        shutil.copy(folder / f"{name}.json", target)
+        sheet = Image.open(folder / f"{name}.png").convert("RGB")
+        sheet.save(target.with_suffix(".jpg"), quality=88, optimize=True)
+
+
 def main() -> None:
     if "--demo" in sys.argv:
         take_over_demo()
+    if "--distill" in sys.argv:
+        take_over_distill()
     README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 

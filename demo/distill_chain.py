@@ -36,6 +36,12 @@ class Chain:
         """Return the workflow as it is shipped."""
         return json.loads((ROOT / "demo" / "api" / f"{self.workflow}.json").read_text(encoding="utf-8"))
 
+    @property
+    def budget(self) -> dict[str, Any]:
+        """What the mixture is planned for: share of dense attention, size, frames."""
+        inputs = self.shipped()["9"]["inputs"]
+        return {name: inputs[name] for name in ("budget", "width", "height", "frames")}
+
     def of_kind(self, kind: str, updates: int | None = None) -> Workflow:
         """Return the workflow for one kind alone: no budget, every site; `updates` replaces those of the transfer."""
         workflow = self.shipped()

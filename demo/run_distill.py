@@ -6,10 +6,12 @@ of dense attention, of the kind with the model's own weights, and of the student
 """
 
 import argparse
+import contextlib
 import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -97,7 +99,8 @@ def tuned(name: str) -> dict[str, Any]:
     """Return how Fine-tune Student changed a saved student.
 
     Raises:
-        ServerProblem: it did not: its held-out error rose, and the student came out as it went in.
+        ServerProblem: it did not, its held-out error rose, and the student came out as it went in; or no error could
+            be measured.
     """
     recipe = recipe_of(name)
     if "finetune" not in recipe:
@@ -105,7 +108,12 @@ def tuned(name: str) -> dict[str, Any]:
             f"Fine-tune Student gave {name} back as it came in, because its held-out error rose; lower map_rate and "
             "delta_rate in the workflow"
         )
-    return recipe["finetune"]
+    facts = recipe["finetune"]
+    if None in (facts["error_before"], facts["error_after"]):
+        raise ServerProblem(
+            f"the error of {name} could not be measured, because values in the model are infinite or NaN"
+        )
+    return facts
 
 
 def what_ran(outputs: dict[str, Any], kind: str, sites: int) -> None:
@@ -155,25 +163,34 @@ def save_sheet(rows: dict[str, list[Image.Image]], path: Path) -> None:
     sheet.save(path)
 
 
+@contextlib.contextmanager
+def fresh_server() -> Iterator[LiveServer]:
+    """Start a server with an empty output folder, because a finished job of an earlier run would answer at once."""
+    with TemporaryDirectory() as folder, live_server(options=("--output-directory", folder)) as server:
+        yield server
+
+
 def run_chain(chain: Chain) -> list[str]:
     """Distil every kind and the workflow as it is shipped, write table and sheet; return what is not good enough."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
     start, rows, sheets = time.monotonic(), [], {}
-    # a folder of its own, because a finished job of an earlier run would answer at once
-    with TemporaryDirectory() as folder, live_server(options=("--output-directory", folder)) as server:
+    with fresh_server() as server:
         for kind in PLANS:
             print(f"distilling {chain.title}: {kind} ...", flush=True)
             row, sheets[kind] = distill(server, chain, kind)
             rows.append(row)
-        print("distilling a mixture under a budget ...", flush=True)
+    print("distilling a mixture under a budget ...", flush=True)
+    with fresh_server() as server:
         outputs, seconds = run(server, chain.shipped())
     save_sheet(sheets, OUTPUT / f"{chain.model}.png")
     table = {**origin(time.monotonic() - start), "title": chain.title, "sites": chain.sites,
              "pictures": chain.pictures, "rows": list(map(asdict, rows)),
-             "mixture": {"psnr": psnr_of(outputs), "seconds": seconds}}  # fmt: skip
+             "mixture": {"psnr": psnr_of(outputs), "seconds": seconds, **chain.budget}}  # fmt: skip
     (OUTPUT / f"{chain.model}.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     print_table(rows)
-    mixture = f"The mixture that Budget Plan chose: PSNR {psnr_of(outputs):.1f} dB, {seconds:.0f} s."
+    mixture = (
+        f"The mixture that Budget Plan chose: PSNR {psnr_of(outputs):.1f} dB, {seconds:.0f} s for the whole chain."
+    )
     print(f"{mixture} All of it took {table['seconds']} s.\nErrors are of the predicted velocity, on held-out samples.")
     print(f"Pictures: {(OUTPUT / chain.model).relative_to(ROOT)}.png")
     return [failure for row in rows for failure in row.failures]

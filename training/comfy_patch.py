@@ -69,7 +69,7 @@ def _paths(value: Any, keys: tuple[str, ...]) -> Iterator[str]:
             # an object's own text may hold its address, which differs from run to run
             name = str(key) if isinstance(key, str | int | tuple | NoneType) else type(key).__name__
             yield from _paths(each, (*keys, name))
-    elif value or not isinstance(value, list | tuple | set):
+    elif not isinstance(value, list | tuple | set) or value:
         yield "/".join(keys)
 
 

@@ -131,9 +131,10 @@ class Finetune:
         facts = {
             **self.recipe.to_json(), "updates_done": progress.done,
             "notes": [*progress.notes, *filter(None, [progress.problem])],
-            "error_before": json_number(before.velocity), "error_after": after.velocity,
+            "error_before": json_number(before.velocity), "error_after": json_number(after.velocity),
         }  # fmt: skip
-        if not after.velocity <= before.velocity:
+        fell = after.velocity <= before.velocity or not math.isfinite(before.velocity)
+        if not (fell and math.isfinite(after.velocity)):
             return student, (
                 f"the student came out as it went in: its held-out error rose from {before.velocity:.3g} to"
                 f" {after.velocity:.3g}; lower the learning rates or train longer"

@@ -20,6 +20,9 @@ def test_a_student_that_was_given_back_is_a_sentence(demo, monkeypatch):
     recipe = {"transfer": {}, "finetune": facts}
     monkeypatch.setattr(demo, "recipe_of", lambda name: recipe)
     assert demo.tuned("lake/clear_00001_.safetensors") == facts
+    facts["error_after"] = None
+    with pytest.raises(demo.ServerProblem, match="could not be measured, because values there are infinite"):
+        demo.tuned("lake/clear_00001_.safetensors")
     del recipe["finetune"]
     with pytest.raises(demo.ServerProblem, match=r"gave lake/clear_00001_.safetensors back .* error rose; lower"):
         demo.tuned("lake/clear_00001_.safetensors")

@@ -19,6 +19,10 @@ def function(*_):
     return None
 
 
+def set_tensor(model):
+    model.model_options["transformer_options"]["lengths"] = torch.zeros(3)
+
+
 def set_hook(model):
     model.hook_patches = {Key(): {"diffusion_model.img_in.weight": [function]}}
 
@@ -27,6 +31,7 @@ CHANGES = {
     "object patch": (lambda model: model.add_object_patch("extra", function), "object_patches/extra"),
     "model function": (lambda model: model.set_model_unet_function_wrapper(function), "model_function_wrapper"),
     "option": (lambda model: model.set_model_denoise_mask_function(function), "denoise_mask_function"),
+    "tensor": (set_tensor, "transformer_options/lengths"),
     "injection": (lambda model: model.set_injections("pack", [function]), "injections/pack"),
     "weight wrapper": (lambda model: model.add_weight_wrapper("a.weight", function), "weight_wrapper_patches/a.weight"),
     "hook": (set_hook, "hook_patches/Key/diffusion_model.img_in.weight"),

@@ -277,11 +277,14 @@ def test_a_run_that_made_it_worse_gives_back_what_came_in():
     assert kept is found.trainables.student and "came out as it went in" in text
 
 
-def test_errors_that_are_not_finite_are_named_and_the_student_is_saved(tmp_path):
+@pytest.mark.parametrize("start", [float("inf"), float("nan")])
+def test_errors_that_are_not_finite_are_named_and_the_student_is_saved(tmp_path, start):
     found = stage(recipe=QUICK)
     train(found, 6)
     sites = {"double.0": 0.1, "single.0": float("nan"), "single.1": 0.2}
-    found.before, found.measure = Errors(float("inf"), sites), lambda: Errors(0.1, sites)
+    found.before, found.measure = Errors(start, sites), lambda: Errors(start, sites)
+    assert found.result(Progress(6, {}, []))[0] is found.trainables.student, "what is still infinite is no gain"
+    found.measure = lambda: Errors(0.1, sites)
     kept, text = found.result(Progress(6, {}, []))
     assert "could not be measured, because values there are infinite or NaN: single.0" in text
     save_student(tmp_path / "student.safetensors", kept.student())
