@@ -3,7 +3,7 @@
 import statistics
 from dataclasses import dataclass
 
-from experiments import VIDEO_TOKENS
+from experiments import BUDGETS, UNTRAINED, VIDEO_BUDGETS, VIDEO_TOKENS
 
 Row = dict[str, str]
 CLEAR, SURGERY, REHYAT = "CLEAR, arXiv 2412.16112", "Attention Surgery, arXiv 2509.24899", "ReHyAt, arXiv 2601.04342"
@@ -15,7 +15,7 @@ class Group:
 
     Args:
         suite, method, training, note: as in results.csv.
-        tokens: a side.
+        tokens: a side. scale: factor on the updates.
     """
 
     suite: str
@@ -23,11 +23,12 @@ class Group:
     training: str = "all stages"
     note: str = ""
     tokens: int = 32
+    scale: str = "1.0"
 
     def rows(self, rows: list[Row]) -> dict[str, Row]:
         """Return the group's rows by seed, the newest of each."""
-        want = (self.suite, self.method, self.training, self.note, str(self.tokens))
-        names = ("suite", "method", "training", "note", "tokens")
+        want = (self.suite, self.method, self.training, self.note, str(self.tokens), self.scale)
+        names = ("suite", "method", "training", "note", "tokens", "scale")
         return {row["seed"]: row for row in rows if tuple(row[name] for name in names) == want}
 
     def mean(self, rows: list[Row], measure: str = "error") -> float | None:
@@ -53,20 +54,28 @@ class Claim:
     factor: float = 1.0
 
     def verdict(self, rows: list[Row]) -> str:
-        """Return "reproduced", "not reproduced", or "not measured", with the means and how many seeds agree."""
+        """Return "reproduced", "mixed", "not reproduced" or "not measured", with the means and how many seeds agree.
+
+        Notes:
+            Reproduced means that every seed agrees. What nothing is trained of has one row, which stands for all seeds.
+        """
         found = [group.rows(rows) for group in self.groups]
         if not found or not all(found):
             return "not measured"
-        seeds = sorted(set.intersection(*(set(each) for each in found)))
+        trained = [set(each) for group, each in zip(self.groups, found, strict=True) if group.training != UNTRAINED]
+        seeds = sorted(set.intersection(*trained))
         if not seeds:
             return "not measured with a common seed"
-        by_seed = [[float(each[seed]["error"]) for each in found] for seed in seeds]
-        agree = sum(self._holds(errors) for errors in by_seed)
+        every = [[each.get(seed) or next(iter(each.values())) for each in found] for seed in seeds]
+        by_seed = [[float(row["error"]) for row in line] for line in every]
+        agree = sum(map(self._holds, by_seed))
         means = [statistics.fmean(column) for column in zip(*by_seed, strict=True)]
-        word = "reproduced" if self._holds(means) else "not reproduced"
+        word = "reproduced" if agree == len(seeds) else "mixed" if self._holds(means) else "not reproduced"
         count = f"{agree} of {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+        odd = sum(bool(row.get("outcome")) for line in every for row in line)
+        more = f"; in {odd} of these runs fine-tuning stopped early or made it worse" if odd else ""
         sign = " > " if self.factor >= 1 else " vs "
-        return f"{word}: {sign.join(f'{mean:.4f}' for mean in means)}, {count}"
+        return f"{word}: {sign.join(f'{mean:.4f}' for mean in means)}, {count}{more}"
 
     def _holds(self, errors: list[float]) -> bool:
         falls = self.factor < 1 or all(worse > better for worse, better in zip(errors, errors[1:], strict=False))
@@ -93,7 +102,7 @@ CLAIMS = (
         (Group("methods", LINEAR), Group("methods", WINDOWS)),
     ),
     Claim(
-        "what is trained at one size works at a larger one: windows", CLEAR,
+        "what is trained at one size gains at a larger one too: windows, at least half of the error", CLEAR,
         (Group("sizes", WINDOWS, "untrained", tokens=48), Group("sizes", WINDOWS, tokens=48)), 2.0,
     ),
     Claim(
@@ -110,10 +119,10 @@ CLAIMS = (
     ),
     *(
         Claim(
-            f"a mixture is better than one kind at equal cost: {share} of dense", SURGERY,
+            f"a mixture is better than one kind under one limit: {share} of dense", SURGERY,
             (Group("budgets", f"homogeneous {share}"), Group("budgets", f"optimal {share}")),
         )
-        for share in ("25%", "40%", "60%")
+        for share in (f"{budget:.0%}" for budget in BUDGETS)
     ),
     Claim("features of degree 2 are enough (the pack's map has no other degree)", SURGERY),
     Claim(
@@ -134,11 +143,11 @@ CLAIMS = (
     ),
     *(
         Claim(
-            f"video: a mixture is better than one kind at equal cost: {share} of dense", SURGERY,
+            f"video: a mixture is better than one kind under one limit: {share} of dense", SURGERY,
             tuple(Group("video budgets", f"{planner} {share}", tokens=VIDEO_TOKENS)
                   for planner in ("homogeneous", "optimal")),
         )
-        for share in ("25%", "40%", "60%")
+        for share in (f"{budget:.0%}" for budget in VIDEO_BUDGETS)
     ),
     Claim(
         "chunks that overlap are better", REHYAT,

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 SEEDS = (0, 1, 2)
-UNTRAINED, STAGE0, STAGE1, ALL = "untrained", "stage 0", "stage 1", "all stages"
-TRAININGS = {  # which stages run: matrices, maps, fine-tuning
-    UNTRAINED: (False, False, False),
-    STAGE0: (True, False, False),
-    STAGE1: (True, True, False),
-    ALL: (True, True, True),
+FLOW = "flow alone"  # a preset that only the evidence has: CLEAR's without its distillation losses
+UNTRAINED, STAGE0, STAGE1, STAGE2, ALL = "untrained", "stage 0", "stage 1", "stages 1, 2", "all stages"
+TRAININGS = {  # which stages run: matrices, maps, block by block, end to end
+    UNTRAINED: (False, False, False, False),
+    STAGE0: (True, False, False, False),
+    STAGE1: (True, True, False, False),
+    STAGE2: (True, True, True, False),
+    ALL: (True, True, True, True),
 }
 
 
@@ -45,7 +47,7 @@ class Experiment:
     Args:
         suite: the question that it helps to answer.
         method, training, seed: see above; the seed is of the training alone.
-        transfer, finetune: inputs of the nodes that differ from `Settings`.
+        transfer, finetune: inputs of the nodes that differ from `SETTINGS`.
         samples: "teacher" for its own samples, "real" for drawn scenes.
         tokens: size at which the student is measured, in tokens a side (of clips, in columns); it is always trained
             at the teacher's training size.
@@ -102,17 +104,19 @@ METHODS = (
     linear("elu1"), linear("relu"), linear("favor"), linear("hedgehog"), linear("linfusion"), linear("polynomial"),
     hybrid(2), hybrid(4), hybrid(8), hybrid(4, stabilizer="lse"), hybrid(4, "hedgehog"),
 )  # fmt: skip
-CANDIDATES = clear(4).specs + hybrid(4).specs + linear("polynomial").specs
-BUDGETS = (0.25, 0.4, 0.6)
+STAGED = (clear(4), linear("polynomial"), hybrid(4))
+CANDIDATES = clear(2).specs + clear(4).specs + clear(8).specs + clear(12).specs + linear("hedgehog").specs
+BUDGETS = (0.05, 0.1, 0.2)  # of dense attention; all candidates are cheaper than dense attention at this size
 
 
 def methods() -> list[Experiment]:
-    """Every method after every stage."""
+    """Every method after every stage; block by block alone for a method of each kind."""
     found = []
     for method in METHODS:
-        kept = [name for name, (_, maps, _) in TRAININGS.items() if method.has_maps or not maps or name == ALL]
-        for training in kept:
-            seeds = SEEDS if training in (STAGE1, ALL) else SEEDS[:1]  # what nothing is drawn for has one result
+        trainings = [UNTRAINED, STAGE1 if method.has_maps else STAGE0]
+        trainings += [STAGE0] * method.has_maps + [STAGE2] * (method in STAGED) + [ALL]
+        for training in trainings:
+            seeds = SEEDS if training in (STAGE1, ALL) else SEEDS[:1]
             found += [Experiment("methods", method, training, seed) for seed in seeds]
     return found
 
@@ -125,30 +129,45 @@ def value_losses() -> list[Experiment]:
     ]  # fmt: skip
 
 
-SETTINGS: dict[str, dict[str, Any]] = {  # on two CPU cores; the device of a GPU run multiplies the updates
+SETTINGS: dict[str, dict[str, Any]] = {  # sized for two CPU cores; `--scale` multiplies the updates
     "transfer": {"updates": 150, "learning_rate": 0.01, "loss": "squared", "queries": 256, "held_out": 4,
                  "output_draws": 48},
-    "finetune": {"updates": 60, "preset": "ours", "rank": 16, "block_updates": 0, "map_rate": 2e-4,
-                 "delta_rate": 2e-4, "ema": 0.0, "accumulation": 1, "warmup": 5, "held_out": 4,
+    "finetune": {"updates": 40, "block_updates": 20, "preset": "ours", "rank": 16, "full_rank": False,
+                 "map_rate": 2e-4, "delta_rate": 2e-4, "ema": 0.0, "accumulation": 1, "warmup": 5, "held_out": 4,
                  "checkpointing": False},
 }  # fmt: skip
-EQUAL = SETTINGS["transfer"]["updates"] + SETTINGS["finetune"]["updates"]
+TUNING = SETTINGS["finetune"]["updates"] + SETTINGS["finetune"]["block_updates"]
+EQUAL = SETTINGS["transfer"]["updates"] + TUNING
 PARTS = (0.25, 0.5)
+NO_TRANSFER = {"updates": 0, "output_draws": 0}
+END_TO_END = {"updates": EQUAL, "block_updates": 0, "full_rank": True}
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # inputs of Distill Attention, of Fine-tune Student
     "ours": ({}, {}),
-    "clear": ({"updates": 0, "output_draws": 0}, {"preset": "clear", "updates": EQUAL, "full_rank": True}),
-    "flow matching alone": (
-        {"updates": 0, "output_draws": 0},
-        {"preset": "attention_surgery", "updates": EQUAL, "full_rank": True},
+    "clear": (NO_TRANSFER, {"preset": "clear", **END_TO_END}),
+    "flow matching alone": (NO_TRANSFER, {"preset": FLOW, **END_TO_END}),
+    "attention surgery": (
+        {"loss": "value", "output_draws": 0},
+        {"preset": "attention_surgery", "updates": TUNING, "block_updates": 0, "full_rank": True},
     ),
-    "attention surgery": ({"loss": "value", "output_draws": 0}, {"preset": "attention_surgery"}),
 }
 
 
 def recipe(suite: str, method: Method, name: str, seed: int, factor: float = 1.0, note: str = "") -> Experiment:
-    """Return an experiment with a recipe of `RECIPES`."""
+    """Return an experiment with a recipe of `RECIPES`; where there are no maps to learn, ours fine-tunes longer."""
     transfer, finetune = RECIPES[name]
+    if name == "ours" and not method.has_maps:
+        finetune = {"updates": EQUAL - SETTINGS["finetune"]["block_updates"]}
     return Experiment(suite, method, ALL, seed, transfer, finetune, note=note or name, factor=factor)
+
+
+def num_updates(experiment: Experiment) -> int:
+    """Return the updates of all stages together; the passes of stage 0 take none."""
+    _, maps, blocks, end = TRAININGS[experiment.training]
+    transfer = {**SETTINGS["transfer"], **experiment.transfer}
+    finetune = {**SETTINGS["finetune"], **experiment.finetune}
+    counts = [transfer["updates"] * (maps and experiment.method.has_maps)]
+    counts += [finetune["block_updates"] * blocks, finetune["updates"] * end]
+    return sum(round(count * experiment.factor) for count in counts)
 
 
 def recipes() -> list[Experiment]:
@@ -176,8 +195,9 @@ def real_data() -> list[Experiment]:
 def budgets() -> list[Experiment]:
     """The optimal mixture against the same kind everywhere, at equal cost (Attention Surgery, heterogeneous rates)."""
     return [
-        Experiment("budgets", Method(f"{planner} {budget:.0%}", CANDIDATES, budget, planner), ALL, seed)
-        for budget in BUDGETS for planner in ("optimal", "homogeneous") for seed in SEEDS[:2]
+        Experiment("budgets", Method(f"{planner} {budget:.0%}", CANDIDATES, budget, planner), ALL, seed,
+                   transfer={"output_draws": 0})
+        for budget in BUDGETS for planner in ("optimal", "homogeneous") for seed in SEEDS
     ]  # fmt: skip
 
 
@@ -190,6 +210,8 @@ def sizes() -> list[Experiment]:
 
 
 VIDEO_TOKENS = 16
+VIDEO_CANDIDATES = sum((hybrid(rate, "hedgehog").specs for rate in (2, 4, 8)), clear(4).specs + clear(6).specs)
+VIDEO_BUDGETS = (0.25, 0.5, 0.7)
 VIDEO_METHODS = (
     Method("clear 3-D r=4", ({"kind": "clear", "radius": 4, "temporal_radius": 3},)), linear("polynomial"),
     hybrid(2), hybrid(4), hybrid(8), hybrid(4, stabilizer="lse"),
@@ -214,11 +236,15 @@ def video_losses() -> list[Experiment]:
 
 def video_budgets() -> list[Experiment]:
     """As `budgets`, on the video teacher."""
-    return [replace(each, suite="video budgets", tokens=VIDEO_TOKENS) for each in budgets()]
+    return [
+        Experiment("video budgets", Method(f"{planner} {budget:.0%}", VIDEO_CANDIDATES, budget, planner), ALL, seed,
+                   transfer={"output_draws": 0}, tokens=VIDEO_TOKENS)
+        for budget in VIDEO_BUDGETS for planner in ("optimal", "homogeneous") for seed in SEEDS
+    ]  # fmt: skip
 
 
 IMAGE_SUITES = {
-    "losses": value_losses, "recipes": recipes, "data": real_data, "sizes": sizes, "budgets": budgets,
+    "losses": value_losses, "recipes": recipes, "data": real_data, "budgets": budgets, "sizes": sizes,
     "methods": methods, "curve": curve,
 }  # fmt: skip
 VIDEO_SUITES = {"video": video, "video losses": video_losses, "video budgets": video_budgets}

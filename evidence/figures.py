@@ -14,45 +14,50 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 from claims import Group, Row  # noqa: E402
-from experiments import ALL, EQUAL, METHODS, SUITES, TRAININGS, VIDEO_METHODS, VIDEO_TOKENS, Method  # noqa: E402
+from experiments import ALL, METHODS, SUITES, TRAININGS, VIDEO_METHODS, VIDEO_TOKENS, Method, num_updates  # noqa: E402
 from sheets import SHOWN, write_sheet  # noqa: E402
 from tables import PAGE, page, stored  # noqa: E402
 
 FIGURES = Path(__file__).resolve().parent / "figures"
-COLOURS = {"untrained": "#b0b0b0", "stage 0": "#e6a23c", "stage 1": "#5b8ff9", "all stages": "#2a9d6f"}
+COLOURS = {
+    "untrained": "#b0b0b0",
+    "stage 0": "#e6a23c",
+    "stage 1": "#5b8ff9",
+    "stages 1, 2": "#8e6bd1",
+    "all stages": "#2a9d6f",
+}
 SETTINGS: dict[str, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
 
 
 def methods_figure(rows: list[Row], suite: str, methods: tuple[Method, ...], tokens: int) -> None:
     """Draw the velocity error of every method after every stage."""
     figure, axes = plt.subplots(figsize=(9, 4.2))
-    width = 0.2
+    width = 0.16
     for place, training in enumerate(TRAININGS):
         for column, method in enumerate(methods):
             found = Group(suite, method.name, training, tokens=tokens).rows(rows).values()
             values = [float(row["error"]) for row in found]
-            if values:
-                x = column + (place - 1.5) * width
-                axes.bar(x, statistics.fmean(values), width, color=COLOURS[training])
-                axes.plot([x] * len(values), values, "k.", markersize=3)
+            x = column + (place - 2) * width
+            axes.plot([x] * len(values), values, "o", markersize=4, color=COLOURS[training])
     for training, colour in COLOURS.items():
-        axes.bar(0, 0, color=colour, label=training)
+        axes.plot([], [], "o", color=colour, label=training)
     axes.set_yscale("log")
+    axes.grid(axis="y", alpha=0.3)
     axes.set_xticks(range(len(methods)), [method.name for method in methods], rotation=40, ha="right")
     axes.set_ylabel("relative velocity error")
-    axes.legend(frameon=False, ncols=4)
+    axes.legend(frameon=False, ncols=5)
     save(figure, suite)
 
 
 def curve_figure(rows: list[Row]) -> None:
     """Draw the error over the updates, our recipe against each paper's own."""
     figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
-    lines: dict[tuple[str, str], dict[float, float]] = {}
+    lines: dict[tuple[str, str], dict[int, float]] = {}
     for each in [*SUITES["recipes"](), *SUITES["curve"]()]:
         group = Group(each.suite, each.method.name, ALL, each.note)
         for row in [row for seed, row in group.rows(rows).items() if seed == "0"]:
             recipe = each.note.partition(",")[0]
-            lines.setdefault((each.method.name, recipe), {})[EQUAL * each.factor] = float(row["error"])
+            lines.setdefault((each.method.name, recipe), {})[num_updates(each)] = float(row["error"])
     for axes, method in zip(panels, dict.fromkeys(method for method, _ in lines), strict=False):
         for (name, recipe), points in lines.items():
             if name == method:
@@ -65,11 +70,11 @@ def curve_figure(rows: list[Row]) -> None:
 
 
 def levels_figure(rows: list[Row]) -> None:
-    """Draw the error by noise level of untrained attention and of students, for three methods."""
+    """Draw the error by noise level of untrained attention and of students with seed 0, for three methods."""
     figure, panels = plt.subplots(1, 3, figsize=(9, 3), sharey=True)
     for axes, name in zip(panels, ("clear r=4", "hybrid R=4 polynomial max", "linear polynomial"), strict=True):
         for training, colour in COLOURS.items():
-            for row in list(Group("methods", name, training).rows(rows).values())[:1]:
+            for row in [row for seed, row in Group("methods", name, training).rows(rows).items() if seed == "0"]:
                 levels = json.loads(row["errors_by_level"])
                 axes.plot([float(level) for level in levels], list(levels.values()), "o-", color=colour, label=training)
         axes.set(title=name, xlabel="noise level", yscale="log")

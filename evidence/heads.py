@@ -25,7 +25,7 @@ def plan_by_mass(laboratory: Any, radius: int) -> Any:
             for number, (each, mass) in enumerate(zip(RADII, masses, strict=True))
         )
         heads.append(budget.SiteOptions(f"{site} {head}", tokens**2, options))
-    found = budget.plan_under_budget(heads, pairs[radius] / tokens**2, "optimal").chosen
+    found = budget.plan_under_budget(heads, pairs[radius] / tokens**2, "optimal")[0].chosen
     radii: dict[str, list[int]] = {}
     for site, head in outside:
         option = found.get(f"{site} {head}")
@@ -43,12 +43,13 @@ def _outside(laboratory: Any) -> tuple[dict[tuple[str, int], list[float]], dict[
 
     def observe(call: Any) -> None:
         if not masks:
-            masks.extend(reference.clear_mask(call.layout, specs.ClearSpec(radius)) for radius in RADII)
+            found = (reference.clear_mask(call.layout, specs.ClearSpec(radius)) for radius in RADII)
+            masks.extend(mask.to(call.query.device) for mask in found)
         scale = call.scale or call.query.shape[-1] ** -0.5
         scores = torch.einsum("bhid,bhjd->hij", call.query.float(), call.key.float()) * scale
         weights = scores.softmax(-1)
         for head, each in enumerate(weights):
-            outside = torch.stack([each.masked_fill(mask, 0).sum(-1).mean() for mask in masks])
+            outside = torch.stack([each.masked_fill(mask, 0).sum(-1).mean() for mask in masks]).cpu()
             sums[call.site, head] = sums.get((call.site, head), torch.zeros(len(RADII))) + outside
 
     def work(teacher: Any) -> None:

@@ -7,14 +7,13 @@ The nodes are the ones that a workflow has, so what is measured here is what a u
 import asyncio
 import importlib
 import sys
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from experiments import SETTINGS, TRAININGS, Experiment
+from experiments import FLOW, SETTINGS, TRAININGS, Experiment
 from heads import plan_by_mass
 from torch import Tensor
 
@@ -25,6 +24,8 @@ from live_server import BASE, COMFYUI, prepare_base  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".comfyui" / "evidence"
 TEACHERS = ("lake", "clips")  # modules here that hold one; a process has one only, since their scenes share names
+TEXT_TOKENS = 12  # of the demo's captions
+FLOW_ALONE = {"flow": 1.0, "prediction": 0.0, "attention": 0.0, "noise_levels": "even"}
 TRAIN_SEED, TEST_SEED, NOISE_SEED, DRAWN_SEED = 10_000, 20_000, 1000, 30_000  # of captions, of test noise, of scenes
 
 
@@ -44,6 +45,20 @@ def boot(on_cpu: bool) -> Any:
     return nodes
 
 
+def unseen(scenes: Any, captions: list[str], count: int) -> Any:
+    """Return the first scenes whose captions are not among some.
+
+    Raises:
+        ValueError: there are fewer than `count`.
+    """
+    places = [place for place, caption in enumerate(scenes.captions()) if caption not in set(captions)][:count]
+    if len(places) < count:
+        raise ValueError(f"only {len(places)} of the scenes have a caption that is not trained on, wanted {count}")
+    choices, chances = ({name: values[places] for name, values in each.items()}
+                        for each in (scenes.choices, scenes.chances))  # fmt: skip
+    return type(scenes)(choices, chances)
+
+
 class Laboratory:
     """A teacher and everything that makes students of it.
 
@@ -58,7 +73,10 @@ class Laboratory:
         self.teacher = getattr(importlib.import_module(teacher), teacher.capitalize())(self.nodes)
         with torch.inference_mode():
             self.model = self.nodes.UNETLoader().load_unet(self.teacher.file, "default")[0]
-        self.test = self.teacher.draw(self.teacher.tests, TEST_SEED)
+        self.prompts = self.teacher.draw(self.teacher.prompts, TRAIN_SEED).captions()
+        self.test = unseen(self.teacher.draw(40 * self.teacher.tests, TEST_SEED), self.prompts, self.teacher.tests)
+        # the nodes offer presets by name; this one is for a comparison only
+        self.module("training.recipe").PRESETS[FLOW] = FLOW_ALONE
 
     def module(self, name: str) -> Any:
         """Return a module of the pack as ComfyUI loaded it."""
@@ -87,46 +105,50 @@ class Laboratory:
         teacher = self.teacher
         guidance = {"guidance": teacher.guidance} if teacher.guidance else {}
         own = self.node("LinearizeTeacherSamples")(
-            model=self.model, prompts="\n".join(teacher.draw(teacher.prompts, TRAIN_SEED).captions()),
-            name=teacher.name, clip=self.node("LinearizeDemoTextEncoder")()[0],
-            latent_image=teacher.empty(teacher.size, 1), steps=teacher.steps, cfg=teacher.cfg, **guidance,
+            model=self.model, prompts="\n".join(self.prompts), name=teacher.name,
+            clip=self.node("LinearizeDemoTextEncoder")()[0], latent_image=teacher.empty(teacher.size, 1),
+            steps=teacher.steps, cfg=teacher.cfg, **guidance,
         )[0]  # fmt: skip
         return own if source == "teacher" else self._drawn(own)
 
-    def student(self, experiment: Experiment) -> tuple[Any, dict[str, float]]:
-        """Return what goes into Apply Linearized Attention, and the seconds that each stage took."""
-        matrices, maps, tuning = TRAININGS[experiment.training]
+    def student(self, experiment: Experiment) -> Any:
+        """Return what goes into Apply Linearized Attention."""
+        matrices, maps, blocks, end = TRAININGS[experiment.training]
         specs = [self.module("attention.specs").spec_from_json(spec) for spec in experiment.method.specs]
         if experiment.method.planner == "heads":
             plans = [plan_by_mass(self, specs[0].radius)]
         else:
             plans = [self.module("attention.plans").Plan(self.teacher.host, spec) for spec in specs]
         if experiment.training == "untrained" and not experiment.method.budget:
-            return plans[0], {}
+            return plans[0]
         factor = self.scale * experiment.factor
         settings = {**SETTINGS["transfer"], **experiment.transfer, "seed": experiment.seed}
         settings["updates"] = round(settings["updates"] * factor) if maps and experiment.method.has_maps else 0
         settings["output_draws"] = settings["output_draws"] if matrices else 0
-        samples, seconds = self.samples(experiment.samples), {}
+        samples = self.samples(experiment.samples)
         named = {f"plan{number}": plan for number, plan in enumerate(plans)}
-        start = time.monotonic()
         found = self.node("LinearizeTransfer")(model=self.model, samples=samples, plans=named, **settings)[0]
-        if experiment.method.budget:
-            width, height, frames = self.teacher.dimensions(experiment.tokens)
-            found = self.node("LinearizeBudgetPlan")(
-                model=self.model, student=found, budget=experiment.method.budget, width=width, height=height,
-                frames=frames, method=experiment.method.planner,
-            )[0]  # fmt: skip
-        else:
-            found = found.chosen(dict.fromkeys(found.sites, 0))
-        seconds["transfer"] = time.monotonic() - start
-        if tuning:
+        found = found.chosen(self._choice(found, experiment))
+        if blocks or end:
             settings = {**SETTINGS["finetune"], **experiment.finetune, "seed": experiment.seed}
-            settings["updates"] = max(1, round(settings["updates"] * factor))
-            start = time.monotonic()
+            for name, runs in (("block_updates", blocks), ("updates", end)):
+                settings[name] = round(settings[name] * factor) if runs else 0
             found = self.node("LinearizeFinetune")(model=self.model, samples=samples, student=found, **settings)[0]
-            seconds["finetune"] = time.monotonic() - start
-        return found, seconds
+        return found
+
+    def _choice(self, candidates: Any, experiment: Experiment) -> dict[str, int]:
+        """Return the number of the candidate that each site runs; those that stay dense are left out."""
+        method = experiment.method
+        if not method.budget:
+            return dict.fromkeys(candidates.sites, 0)
+        host, module = self.module("nodes.patching").host_of(self.model)
+        layout = self._layout(host, module, experiment.tokens)
+        options = self.module("training.budget_student").site_options(candidates, host, module, layout)
+        return self.module("training.budget").plan_under_budget(options, method.budget, method.planner)[0].choice
+
+    def _layout(self, host: Any, module: Any, tokens: int) -> Any:
+        """Return the tokens of a forward, with as many of text as the demo's captions have."""
+        return host.planned_layout(module, *self.teacher.dimensions(tokens), TEXT_TOKENS)
 
     def apply(self, attention: Any) -> Any:
         """Return the model with a plan or a student on it."""
@@ -137,7 +159,7 @@ class Laboratory:
         model = self.apply(attention)
         patching, report = self.module("nodes.patching"), self.module("attention.report")
         (host, module), runtime = patching.host_of(model), patching.runtime_of(model)
-        layout = host.planned_layout(module, *self.teacher.dimensions(tokens), host.default_text_tokens)
+        layout = self._layout(host, module, tokens)
         specs = {site: each.spec for site, each in runtime.sites.items()}
         rows = report.site_costs(host, module, specs, layout, runtime.parameters.outputs())
         return sum(row.planned.flops for row in rows) / sum(row.dense.flops for row in rows)

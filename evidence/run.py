@@ -7,6 +7,7 @@ the updates; its rows say so in the column `scale`.
 import argparse
 import csv
 import datetime
+import io
 import json
 import os
 import platform
@@ -16,7 +17,8 @@ from typing import Any
 
 import torch
 from classifier import trained
-from experiments import SUITES, TEACHER, UNTRAINED, Experiment, Method
+from experiments import SUITES, TEACHER, TRAININGS, UNTRAINED, Experiment, Method, num_updates
+from filelock import FileLock
 from laboratory import HOME, TEACHERS, Laboratory
 from measures import (
     LEVELS,
@@ -32,9 +34,8 @@ from tables import RESULTS, stored
 
 COLUMNS = (
     "date", "commit", "machine", "torch", "scale", "suite", "method", "training", "seed", "note", "tokens", "error",
-    "errors_by_level", "psnr", "ssim", "frechet", "structure", "flops", "transfer_s", "finetune_s", "sampling_s",
+    "errors_by_level", "psnr", "ssim", "frechet", "structure", "flops", "sampling_s", "updates", "outcome",
 )  # fmt: skip
-DENSE = "dense"
 REFERENCE, REFERENCE_SEED = 256, 40_000  # drawn scenes that Frechet distances are measured from
 
 
@@ -98,13 +99,17 @@ def key_of(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def append(row: dict[str, Any]) -> None:
-    """Store a row."""
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
+    """Store a row; what a kill left of a line is taken away first."""
+    with FileLock(HOME / "results.lock"), RESULTS.open("a+b") as file:
+        file.seek(0)
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)
+        lines = io.StringIO(newline="")
+        writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+        if not text:
             writer.writeheader()
         writer.writerow(row)
+        file.write(lines.getvalue().encode())
 
 
 def origin() -> dict[str, str]:
@@ -150,27 +155,45 @@ def measure(laboratory: Laboratory, experiments: list[Experiment], seconds: floa
         if experiment.tokens not in judges:
             judge = judges[experiment.tokens] = Judge(laboratory, experiment.tokens)
             store_dense(judge)
-        attention, times = laboratory.student(experiment)
-        row = judges[experiment.tokens].row(attention, strip_of(experiment))
-        flops = laboratory.flops_kept(attention, experiment.tokens)
-        named = {f"{stage}_s": round(value, 1) for stage, value in times.items()}
-        append({**origin(), **described(experiment, laboratory.scale), **row, "flops": round(flops, 4), **named})
+        try:
+            attention = laboratory.student(experiment)
+        except ValueError as problem:  # the others can still be done
+            print(f"{number}/{len(experiments)} {' '.join(experiment.key)}: {problem}", flush=True)
+            continue
+        row = judges[experiment.tokens].row(attention, strip_of(experiment, laboratory.scale))
+        row["flops"] = round(laboratory.flops_kept(attention, experiment.tokens), 4)
+        row["updates"] = round(num_updates(experiment) * laboratory.scale)
+        append(
+            {**origin(), **described(experiment, laboratory.scale), **row, "outcome": outcome(attention, experiment)}
+        )
         print(f"{number}/{len(experiments)} {' '.join(experiment.key)}: error {row['error']:.4f}, "
               f"PSNR {row['psnr']:.2f}", flush=True)  # fmt: skip
 
 
+def outcome(attention: Any, experiment: Experiment) -> str:
+    """Return what became of the training: "" as it should be, or why the student is less than the recipe says."""
+    if not any(TRAININGS[experiment.training][2:]):
+        return ""
+    facts = attention.recipe.get("finetune")
+    if facts is None:
+        return "given back"  # fine-tuning made it worse
+    return "; ".join(facts["notes"])
+
+
 def store_dense(judge: Judge) -> None:
-    """Store the teacher's own row, once per size."""
-    name, tokens = f"{DENSE} {judge.laboratory.teacher.name}", judge.tokens
-    if not any(row["suite"] == name and row["tokens"] == str(tokens) for row in stored()):
+    """Store the teacher's own row, once per size, and its pictures."""
+    teacher, scale = judge.laboratory.teacher, judge.laboratory.scale
+    name, tokens = f"dense {teacher.name}", judge.tokens
+    if tokens == teacher.size:
+        save_strip(teacher.shown(judge.pictures), STRIPS / f"{teacher.name}.jpg")
+    if not any((row["suite"], row["tokens"], row["scale"]) == (name, str(tokens), str(scale)) for row in stored()):
         base = Experiment(name, Method("dense", ()), UNTRAINED, tokens=tokens)
-        strip = STRIPS / f"{judge.laboratory.teacher.name}.jpg" if tokens == judge.laboratory.teacher.size else None
-        append({**origin(), **described(base, judge.laboratory.scale), **judge.row(None, strip), "flops": 1.0})
+        append({**origin(), **described(base, scale), **judge.row(None), "flops": 1.0, "updates": 0})
 
 
-def strip_of(experiment: Experiment) -> Path | None:
+def strip_of(experiment: Experiment, scale: float) -> Path | None:
     """Return where pictures of an experiment are kept for the sheets, or None where they are not shown."""
-    if experiment.suite not in SHOWN or experiment.seed:
+    if experiment.suite not in SHOWN or experiment.seed or scale != 1.0:
         return None
     return STRIPS / f"{experiment.suite} {experiment.method.name} {experiment.training}.jpg".replace(" ", "_")
 
