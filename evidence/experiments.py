@@ -142,7 +142,7 @@ PARTS = (0.25, 0.5)
 NO_TRANSFER = {"updates": 0, "output_draws": 0}
 END_TO_END = {"updates": EQUAL, "block_updates": 0, "full_rank": True}
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # inputs of Distill Attention, of Fine-tune Student
-    "ours": ({}, {}),
+    "ours": ({}, {"full_rank": True}),
     "clear": (NO_TRANSFER, {"preset": "clear", **END_TO_END}),
     "flow matching alone": (NO_TRANSFER, {"preset": FLOW, **END_TO_END}),
     "attention surgery": (
@@ -156,7 +156,7 @@ def recipe(suite: str, method: Method, name: str, seed: int, factor: float = 1.0
     """Return an experiment with a recipe of `RECIPES`; where there are no maps to learn, ours fine-tunes longer."""
     transfer, finetune = RECIPES[name]
     if name == "ours" and not method.has_maps:
-        finetune = {"updates": EQUAL - SETTINGS["finetune"]["block_updates"]}
+        finetune = {**finetune, "updates": EQUAL - SETTINGS["finetune"]["block_updates"]}
     return Experiment(suite, method, ALL, seed, transfer, finetune, note=note or name, factor=factor)
 
 

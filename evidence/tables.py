@@ -12,15 +12,7 @@ from experiments import SUITES, TEACHER
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results.csv", HERE / "README.md"
-MEASURES = (
-    ("error", 4),
-    ("psnr", 1),
-    ("ssim", 3),
-    ("frechet", 0),
-    ("flops", 3),
-    ("sampling_s", 0),
-    ("updates", 0),
-)  # name, digits
+MEASURES = {"error": 4, "psnr": 1, "ssim": 3, "frechet": 0, "flops": 3, "sampling_s": 0, "updates": 0}  # digits
 
 
 def stored() -> list[Row]:
@@ -51,9 +43,7 @@ def suite_table(rows: list[Row], suite: str) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---|---|---|" + "---:|" * (len(heads) - 3)]
     for key in dict.fromkeys((row["suite"], row["method"], row["training"], row["note"], row["tokens"]) for row in own):
         found = list(Group(*key[:4], int(key[4])).rows(own).values())
-        means = [
-            f"{statistics.fmean(float(row[name]) for row in found):.{digits}f}" for name, digits in MEASURES.items()
-        ]
+        means = [f"{statistics.fmean(float(row[name]) for row in found):.{MEASURES[name]}f}" for name in MEASURES]
         means += [f"{statistics.fmean(json.loads(row['structure'])[name] for row in found):.2f}" for name in structure]
         size = f"{key[4]} tokens a side" if len(sizes) > 1 else ""
         lines.append("| " + " | ".join([*key[1:3], key[3] or size, str(len(found)), *means]) + " |")
