@@ -110,9 +110,7 @@ def tuned(name: str) -> dict[str, Any]:
         )
     facts = recipe["finetune"]
     if None in (facts["error_before"], facts["error_after"]):
-        raise ServerProblem(
-            f"the error of {name} could not be measured, because values in the model are infinite or NaN"
-        )
+        raise ServerProblem(f"the error of {name} could not be measured, because values there are infinite or NaN")
     return facts
 
 
