@@ -30,7 +30,11 @@ SETTINGS: dict[str, Any] = {"axes.spines.top": False, "axes.spines.right": False
 
 
 def methods_figure(rows: list[Row], suite: str, methods: tuple[Method, ...], tokens: int) -> None:
-    """Draw the velocity error of every method after every stage."""
+    """Draw the velocity error of every method after every stage, a dot per seed; what is not measured is left out."""
+    methods = tuple(
+        each for each in methods
+        if any(Group(suite, each.name, training, tokens=tokens).rows(rows) for training in TRAININGS)
+    )  # fmt: skip
     figure, axes = plt.subplots(figsize=(9, 4.2))
     width = 0.16
     for place, training in enumerate(TRAININGS):
@@ -41,7 +45,7 @@ def methods_figure(rows: list[Row], suite: str, methods: tuple[Method, ...], tok
             axes.plot([x] * len(values), values, "o", markersize=4, color=COLOURS[training])
     for training, colour in COLOURS.items():
         axes.plot([], [], "o", color=colour, label=training)
-    axes.set_yscale("log")
+    axes.set(yscale="log", xlim=(-0.6, len(methods) - 0.4))
     axes.grid(axis="y", alpha=0.3)
     axes.set_xticks(range(len(methods)), [method.name for method in methods], rotation=40, ha="right")
     axes.set_ylabel("relative velocity error")
@@ -76,9 +80,11 @@ def levels_figure(rows: list[Row]) -> None:
         for training, colour in COLOURS.items():
             for row in [row for seed, row in Group("methods", name, training).rows(rows).items() if seed == "0"]:
                 levels = json.loads(row["errors_by_level"])
-                axes.plot([float(level) for level in levels], list(levels.values()), "o-", color=colour, label=training)
+                axes.plot([float(level) for level in levels], list(levels.values()), "o-", color=colour)
         axes.set(title=name, xlabel="noise level", yscale="log")
     panels[0].set_ylabel("relative velocity error")
+    for training, colour in COLOURS.items():
+        panels[-1].plot([], [], "o-", color=colour, label=training)
     panels[-1].legend(frameon=False)
     save(figure, "levels")
 
