@@ -29,7 +29,7 @@ from measures import (
     velocities,
 )
 from origin import commit
-from sheets import SHOWN, STRIPS, save_strip
+from sheets import SHOWN, STRIPS, save_strip, strip_path
 from tables import RESULTS, stored
 
 COLUMNS = (
@@ -195,7 +195,7 @@ def strip_of(experiment: Experiment, scale: float) -> Path | None:
     """Return where pictures of an experiment are kept for the sheets, or None where they are not shown."""
     if experiment.suite not in SHOWN or experiment.seed or scale != 1.0:
         return None
-    return STRIPS / f"{experiment.suite} {experiment.method.name} {experiment.training}.jpg".replace(" ", "_")
+    return strip_path(experiment.suite, experiment.method.name, experiment.training)
 
 
 def described(experiment: Experiment, scale: float) -> dict[str, Any]:

@@ -23,13 +23,18 @@ def save_strip(pictures: Tensor, path: Path) -> None:
     strip.save(path, quality=85, optimize=True)
 
 
+def strip_path(suite: str, method: str, training: str) -> Path:
+    """Return where the pictures of a method are kept."""
+    return STRIPS / f"{suite} {method} {training}.jpg".replace(",", "").replace(" ", "_")
+
+
 def write_sheet(suite: str, path: Path) -> None:
     """Write the strips of a suite: a row per method, a column per training, the teacher above; nothing without any."""
     teacher = STRIPS / f"{SHOWN[suite]}.jpg"
     every = SUITES[suite]()
     trainings = list(dict.fromkeys(each.training for each in every))
     rows = {
-        name: [STRIPS / f"{suite} {name} {training}.jpg".replace(" ", "_") for training in trainings]
+        name: [strip_path(suite, name, training) for training in trainings]
         for name in dict.fromkeys(each.method.name for each in every)
     }
     rows = {name: strips for name, strips in rows.items() if any(strip.exists() for strip in strips)}

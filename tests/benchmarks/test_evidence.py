@@ -175,8 +175,9 @@ def test_a_sheet_shows_the_strips_that_there_are(modules, monkeypatch, tmp_path)
     sheets.write_sheet("methods", tmp_path / "sheet.jpg")
     assert not (tmp_path / "sheet.jpg").exists()
     sheets.save_strip(torch.ones(2, 20, 20, 3), tmp_path / "strips" / "lake.jpg")
-    name = f"methods {experiments.METHODS[1].name} all stages.jpg".replace(" ", "_")
-    sheets.save_strip(torch.zeros(2, 20, 20, 3), tmp_path / "strips" / name)
+    sheets.save_strip(
+        torch.zeros(2, 20, 20, 3), sheets.strip_path("methods", experiments.METHODS[1].name, "all stages")
+    )
     sheets.write_sheet("methods", tmp_path / "sheet.jpg")
     pixels = np.asarray(Image.open(tmp_path / "sheet.jpg").convert("L"))
     width, height = 2 * sheets.HEIGHT, sheets.HEIGHT + sheets.TITLE
