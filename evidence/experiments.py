@@ -88,7 +88,8 @@ def linear(feature_map: str) -> Method:
 
 def chunked(frames: int, overlap: int, causal: bool = False) -> Method:
     """Return ReHyAt's chunks of frames."""
-    spec = {"kind": "chunked", "chunk_frames": frames, "overlap_frames": overlap, "causal": causal}
+    spec = {"kind": "chunked", "chunk_frames": frames, "overlap_frames": overlap, "causal": causal,
+            "feature_map": "polynomial"}  # fmt: skip
     return Method(f"chunked {frames} overlap {overlap}{' causal' if causal else ''}", (spec,))
 
 

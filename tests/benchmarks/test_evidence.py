@@ -146,6 +146,9 @@ def test_specs_of_methods_are_specs(modules):
 
     experiments = modules("experiments")
     for method in experiments.METHODS + experiments.VIDEO_METHODS:
+        learned = [getattr(spec_from_json(spec), "feature_map", "") in experiments.LEARNED for spec in method.specs]
+        pooled = [getattr(spec_from_json(spec), "down_factor", 1) > 1 for spec in method.specs]
+        assert method.has_maps == any(learned + pooled), "stage 1 runs exactly where there is something to learn"
         assert [spec_from_json(spec).kind for spec in method.specs]
 
 
