@@ -31,11 +31,6 @@ class Group:
         names = ("suite", "method", "training", "note", "tokens", "scale")
         return {row["seed"]: row for row in rows if tuple(row[name] for name in names) == want}
 
-    def mean(self, rows: list[Row], measure: str = "error") -> float | None:
-        """Return the mean over seeds, or None where nothing is measured."""
-        values = [float(row[measure]) for row in self.rows(rows).values()]
-        return statistics.fmean(values) if values else None
-
 
 @dataclass(frozen=True)
 class Claim:

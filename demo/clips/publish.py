@@ -18,6 +18,7 @@ from train import GRID, SHIFT, sample
 from wan_model import WanConfig, WanModel
 
 from clip_latents import clips_of, latents_of  # on the path since train.py, isort: skip
+from flow_training import write_curve  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "demo" / "models"
@@ -91,27 +92,6 @@ def write_sheet(captions: list[str], clips: Tensor, path: Path) -> None:
             picture = Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BICUBIC)
             sheet.paste(picture, (column * (columns + 2), row * step + 15))
     sheet.save(path, quality=88, optimize=True)
-
-
-def write_curve(folder: Path, path: Path) -> None:
-    """Save the loss of every step and its running mean, coloured by stage."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [json.loads(line) for line in (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()]
-    figure, axis = plt.subplots(figsize=(8, 3.5), layout="constrained")
-    for stage in dict.fromkeys(row["stage"] for row in rows):
-        steps = [row["step"] for row in rows if row["stage"] == stage]
-        losses = torch.tensor([row["loss"] for row in rows if row["stage"] == stage])
-        window = min(25, len(losses))
-        mean = losses.unfold(0, window, 1).mean(1)
-        (line,) = axis.plot(steps, losses, alpha=0.25, linewidth=0.6)
-        axis.plot(steps[window - 1 :], mean, color=line.get_color(), linewidth=1.4, label=stage)
-    axis.set(xlabel="step", ylabel="velocity error (mean square)", yscale="log")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
 
 
 def main() -> None:

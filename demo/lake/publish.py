@@ -19,6 +19,8 @@ from torch import Tensor
 from train import sample
 from train_autoencoder import quality
 
+from flow_training import write_curve  # on the path since train.py, isort: skip
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
@@ -78,22 +80,6 @@ def write_sheet(captions: list[str], pictures: Tensor) -> None:
     (MODELS / "samples.png").unlink()
 
 
-def write_curve(folder: Path) -> None:
-    """Save the loss of every step and its running mean, coloured by stage."""
-    rows = [json.loads(line) for line in (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()]
-    figure, axis = plt.subplots(figsize=(8, 3.5), layout="constrained")
-    for stage in dict.fromkeys(row["stage"] for row in rows):
-        steps = [row["step"] for row in rows if row["stage"] == stage]
-        losses = torch.tensor([row["loss"] for row in rows if row["stage"] == stage])
-        window = min(25, len(losses))
-        mean = losses.unfold(0, window, 1).mean(1)
-        (line,) = axis.plot(steps, losses, alpha=0.25, linewidth=0.6)
-        axis.plot(steps[window - 1 :], mean, color=line.get_color(), linewidth=1.4, label=stage)
-    axis.set(xlabel="step", ylabel="velocity error (mean square)", yscale="log")
-    axis.legend(fontsize=8)
-    figure.savefig(MODELS / "loss.png", dpi=100)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the model file, sample sheet, loss curve and scores.")
     parser.add_argument("--folder", type=Path, default=ROOT / ".comfyui" / "lake")
@@ -109,7 +95,7 @@ def main() -> None:
         json.dumps({name: round(score, 3) for name, score in scores.items()}, indent=2) + "\n", encoding="utf-8"
     )
     write_sheet(captions, pictures)
-    write_curve(folder)
+    write_curve(folder, MODELS / "loss.png")
     print(json.dumps(scores, indent=2))
 
 

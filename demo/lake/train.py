@@ -6,10 +6,8 @@ The last stage distils guidance into the model, as FLUX.1-dev had it done: one f
 
 import argparse
 import copy
-import json
-import math
 import sys
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,19 +15,18 @@ from pathlib import Path
 import torch
 from flux_model import FluxConfig, FluxModel
 from latents import COLOURS, latents_of
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from scenes import draw_scenes, render
-from torch import Tensor
+from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "nodes"))  # the demo's node pack, which ComfyUI links
+DEMO = Path(__file__).resolve().parents[1]
+sys.path += [str(DEMO / "nodes"), str(DEMO)]  # the demo's node pack, which ComfyUI links, and what both models share
 from captions import encode_caption  # noqa: E402
+from flow_training import FlowTrainer, train_stages  # noqa: E402
 
 GRID = 32  # tokens a side at which the model is meant to be used: 512 pixels
 DROP = 0.1  # share of captions replaced by nothing, for guidance
 GUIDANCE = (1.0, 4.0)  # strengths that the last stage teaches
 SHIFTS = {8: 1.5, 16: 2.2, 32: 3.0}  # tokens a side -> shift of the noise levels
-MATRIX_RATE, OTHER_RATE = 2.4e-3, 1.5e-3
 
 
 @dataclass(frozen=True)
@@ -54,82 +51,30 @@ STAGES = (
 )
 
 
-class Trainer:
-    """Model, averaged model, optimisers and step number.
-
-    Args:
-        seed: of the weights and, with the step number, of all data and noise.
-    """
+class Trainer(FlowTrainer):
+    """As its base; once distillation begins it keeps the averaged model as it was then."""
 
     def __init__(self, seed: int = 0, device: str = "cpu") -> None:
-        self.seed, self.step, self.device = seed, 0, device
-        self.model, self.average = FluxModel(FluxConfig()), FluxModel(FluxConfig())
-        self.model.initialise(seed)
-        self.average.load_state_dict(self.model.state_dict())
-        self.model.to(device)
-        self.average.to(device).requires_grad_(False)
-        self.teacher: FluxModel | None = None  # the averaged model as it was when distillation began
-        blocks = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "_blocks." in n]
-        others = [p for p in self.model.parameters() if not any(p is block for block in blocks)]
-        self.optimisers = [
-            torch.optim.Muon(blocks, lr=MATRIX_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
+        super().__init__(lambda: FluxModel(FluxConfig()), 0.998, seed, device)
+        self.teacher: FluxModel | None = None
 
-    def advance(self, stage: Stage, done: int) -> float:
-        """Take one step, the `done`-th of its stage; return the loss."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+    def loss(self, stage: Stage, generator: torch.Generator) -> Tensor:
+        """See `FlowTrainer`."""
         batch = [part.to(self.device) for part in draw_batch(stage, generator)]
         if stage.distil and self.teacher is None:
             self.teacher = copy.deepcopy(self.average)
         with torch.autocast(self.device, torch.bfloat16):
-            loss = distillation_loss(self, stage, *batch) if stage.distil else flow_loss(self, stage, *batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        rate = (stage.start + (stage.end - stage.start) * done / stage.steps) * min(1.0, (done + 1) / 40)
-        for optimiser, full in zip(self.optimisers, (MATRIX_RATE, OTHER_RATE), strict=True):
-            optimiser.param_groups[0]["lr"] = full * rate
-            optimiser.step()
-            optimiser.zero_grad()
-        self.step += 1
-        keep = min(0.998, (self.step + 1) / (self.step + 12))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - keep)
-        return loss.item()
+            return distillation_loss(self, stage, *batch) if stage.distil else flow_loss(self, stage, *batch)
 
-    def save(self, path: Path) -> None:
-        """Write everything that training needs to go on, as one safetensors file."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
-        if self.teacher:
-            tensors |= {f"teacher.{name}": tensor for name, tensor in self.teacher.state_dict().items()}
-        for index, optimiser in enumerate(self.optimisers):
-            for number, state in optimiser.state_dict()["state"].items():
-                tensors |= {f"optimiser.{index}.{number}.{name}": torch.as_tensor(v) for name, v in state.items()}
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, {"step": str(self.step), "seed": str(self.seed)})
-        partial.replace(path)
+    def networks(self) -> dict[str, nn.Module]:
+        """See `FlowTrainer`."""
+        return super().networks() | ({"teacher": self.teacher} if self.teacher else {})
 
-    def load(self, path: Path) -> None:
-        """Go on from a file that `save` wrote."""
-        with safe_open(path, "pt") as file:
-            self.step, self.seed = int(file.metadata()["step"]), int(file.metadata()["seed"])
-        groups: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in load_file(path, self.device).items():
-            group, _, name = key.partition(".")
-            groups.setdefault(group, {})[name] = tensor
-        self.model.load_state_dict(groups["model"])
-        self.average.load_state_dict(groups["average"])
-        if "teacher" in groups:
+    def restore(self, states: Mapping[str, dict[str, Tensor]]) -> None:
+        """See `FlowTrainer`."""
+        if "teacher" in states:
             self.teacher = copy.deepcopy(self.average)
-            self.teacher.load_state_dict(groups["teacher"])
-        for index, optimiser in enumerate(self.optimisers):
-            states: dict[int, dict[str, Tensor]] = {}
-            for key, tensor in groups.get("optimiser", {}).items():
-                which, number, name = key.split(".", 2)
-                if int(which) == index:
-                    states.setdefault(int(number), {})[name] = tensor
-            optimiser.load_state_dict({"state": states, "param_groups": optimiser.state_dict()["param_groups"]})
+        super().restore(states)
 
 
 @lru_cache(4096)
@@ -192,33 +137,13 @@ def sample(model: FluxModel, captions: list[str], seed: int, tokens: int = GRID,
 
 
 def run(folder: Path, device: str, stages: tuple[Stage, ...] = STAGES) -> None:
-    """Train to the end of the stages, saving every 100 steps; a second call goes on where the first stopped."""
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer, checkpoint, log = Trainer(device=device), folder / "checkpoint.safetensors", folder / "training.jsonl"
-    if checkpoint.exists():
-        trainer.load(checkpoint)
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < trainer.step), encoding="utf-8")
-    first = 0
-    for stage in stages:
-        start = time.monotonic()
-        while first <= trainer.step < first + stage.steps:
-            loss = trainer.advance(stage, trainer.step - first)
-            if not math.isfinite(loss):
-                raise SystemExit(f"the loss is {loss} at step {trainer.step}; delete {folder} and lower the rates")
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": trainer.step - 1, "stage": stage.name, "loss": round(loss, 5)}) + "\n")
-            if trainer.step % 100 == 0 or trainer.step == first + stage.steps:
-                trainer.save(checkpoint)
-                print(
-                    f"{stage.name}: step {trainer.step}, loss {loss:.4f}, {time.monotonic() - start:.0f} s", flush=True
-                )
-        first += stage.steps
+    """Train to the end of the stages; see `flow_training.train_stages`."""
+    train_stages(Trainer(device=device), folder, stages)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo's FLUX on pictures of lakes.")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parents[2] / ".comfyui" / "lake")
+    parser.add_argument("--folder", type=Path, default=DEMO.parent / ".comfyui" / "lake")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     run(args.folder, args.device)

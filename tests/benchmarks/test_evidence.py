@@ -28,12 +28,13 @@ EVIDENCE = Path(__file__).resolve().parents[2] / "evidence"
 @pytest.fixture(scope="module")
 def modules():
     """A function that imports a script of evidence/."""
-    before = list(sys.path), set(sys.modules)
+    path, others = list(sys.path), {name: sys.modules.pop(name) for name in OWN & set(sys.modules)}
     sys.path.insert(0, str(EVIDENCE))
     yield importlib.import_module
-    sys.path[:] = before[0]
-    for name in OWN & set(sys.modules) - before[1]:
+    sys.path[:] = path
+    for name in OWN & set(sys.modules):
         del sys.modules[name]
+    sys.modules.update(others)
 
 
 def row(suite, method, training, note, seed, error):

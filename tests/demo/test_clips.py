@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = "linearize_clips_wan.safetensors"
@@ -18,7 +19,7 @@ NAMES = ("captions", "clip_latents", "scenes", "scores", "wan_model", "train", "
 @pytest.fixture(scope="module")
 def clips():
     """The modules of demo/clips and those of the demo's node pack; demo/lake has modules of the same names."""
-    folders = [str(ROOT / "demo" / "clips"), str(ROOT / "demo" / "nodes")]
+    folders = [str(ROOT / "demo" / "clips"), str(ROOT / "demo" / "nodes"), str(ROOT / "demo")]
     others = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
     sys.path[:0] = folders
     try:
@@ -151,7 +152,7 @@ def test_training_resumes_where_it_stopped(clips, tmp_path):
     trainer.advance(stages[0], 0)
     trainer.save(part / "checkpoint.safetensors")
     clips.train.run(part, "cpu", stages, config)
-    whole, resumed = (clips.train.load_file(tmp_path / each / "checkpoint.safetensors") for each in ("whole", "part"))
+    whole, resumed = (load_file(tmp_path / each / "checkpoint.safetensors") for each in ("whole", "part"))
     assert whole.keys() == resumed.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name

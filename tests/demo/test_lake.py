@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "demo" / "models"
@@ -24,7 +25,7 @@ CAPTIONS = [
 def lake():
     """The modules of demo/lake, and the captions of the demo's node pack."""
     names = ("captions", "scenes", "scores", "latents", "autoencoder", "flux_model", "train", "train_autoencoder")
-    folders = [str(ROOT / "demo" / "lake"), str(ROOT / "demo" / "nodes")]
+    folders = [str(ROOT / "demo" / "lake"), str(ROOT / "demo" / "nodes"), str(ROOT / "demo")]
     sys.path.extend(folders)
     try:
         return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -141,9 +142,7 @@ def test_training_resumes_where_it_stopped(lake, tmp_path):
             trainer.advance((stage, distil)[step // 2], step % 2)
         trainer.save(part / "checkpoint.safetensors")
         lake.train.run(part, "cpu", (stage, distil))
-        whole, resumed = (
-            lake.train.load_file(tmp_path / each / "checkpoint.safetensors") for each in ("whole", part.name)
-        )
+        whole, resumed = (load_file(tmp_path / each / "checkpoint.safetensors") for each in ("whole", part.name))
         assert whole.keys() == resumed.keys()
         for name, tensor in whole.items():
             assert torch.equal(tensor, resumed[name]), name
