@@ -1,9 +1,6 @@
 """Peak memory in MiB, each case in a process of its own: `python benchmarks/peaks.py SUITE CASE CONTENDER`.
 
-On a GPU it is PyTorch's own count. On a CPU it is the growth of the peak resident set, which the kernel of Linux counts
-and forgets on request; elsewhere it is not measured. malloc is told to map every large block by itself, so that what is
-freed goes back at once and neither hides later growth nor adds to it. A small call goes first, because libraries
-allocate their work space on first use.
+`memory.py` tells how it is counted. A small call goes first, because libraries allocate their work space on first use.
 
 Of a contender of a suite it is what one call takes beyond its inputs, output included. Of a causal clip it is all that
 the clip takes, inputs and output included: the direct form needs the queries, keys and values of all frames at once,
@@ -15,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -24,13 +21,13 @@ from torch import Tensor
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parents[1]]
 from contenders import runnable  # noqa: E402
+from memory import ENVIRONMENT, peak_of  # noqa: E402
 from registry import STREAMS, SUITES, Shape, StreamSuite  # noqa: E402
 
 from linearize.attention import attention  # noqa: E402
 from linearize.attention.chunked import CausalStream  # noqa: E402
 from linearize.attention.student import new_maps  # noqa: E402
 
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}  # glibc's; 64 KiB
 FORMS = ("direct", "stream")
 SMALL = 256  # pixels a side of the call that goes first
 
@@ -110,29 +107,6 @@ def _tensors(thing: object) -> Iterator[Tensor]:
     elif is_dataclass(thing) and not isinstance(thing, type):
         for field in fields(thing):
             yield from _tensors(getattr(thing, field.name))
-
-
-def peak_of(function: Callable[[], object], device: str) -> str:
-    """Return MiB that a call needs beyond what there is before; empty where the platform cannot tell."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.0f}"
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    except OSError:
-        return ""
-    before = _peak_rss()
-    function()
-    return f"{(_peak_rss() - before) / 2**20:.0f}"
-
-
-def _peak_rss() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

@@ -140,10 +140,15 @@ SETTINGS: dict[str, dict[str, Any]] = {  # sized for two CPU cores; `--scale` mu
 TUNING = SETTINGS["finetune"]["updates"] + SETTINGS["finetune"]["block_updates"]
 EQUAL = SETTINGS["transfer"]["updates"] + TUNING
 PARTS = (0.25, 0.5)
+RATES = (2e-4, 5e-4)  # of changes of weights; each recipe has the better one, see the suite "rates"
+OUR_TRANSFER = EQUAL // 2  # updates of stage 1 in our recipe; the others are end to end
 NO_TRANSFER = {"updates": 0, "output_draws": 0}
 END_TO_END = {"updates": EQUAL, "block_updates": 0, "full_rank": True}
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # inputs of Distill Attention, of Fine-tune Student
-    "ours": ({}, {"full_rank": True}),
+    "ours": (
+        {"updates": OUR_TRANSFER},
+        {**END_TO_END, "updates": EQUAL - OUR_TRANSFER, "map_rate": 1e-3, "delta_rate": 5e-4},
+    ),
     "clear": (NO_TRANSFER, {"preset": "clear", **END_TO_END}),
     "flow matching alone": (NO_TRANSFER, {"preset": FLOW, **END_TO_END}),
     "attention surgery": (
@@ -157,7 +162,7 @@ def recipe(suite: str, method: Method, name: str, seed: int, factor: float = 1.0
     """Return an experiment with a recipe of `RECIPES`; where there are no maps to learn, ours fine-tunes longer."""
     transfer, finetune = RECIPES[name]
     if name == "ours" and not method.has_maps:
-        finetune = {**finetune, "updates": EQUAL - SETTINGS["finetune"]["block_updates"]}
+        finetune = {**finetune, "updates": EQUAL}
     return Experiment(suite, method, ALL, seed, transfer, finetune, note=note or name, factor=factor)
 
 
@@ -176,6 +181,17 @@ def recipes() -> list[Experiment]:
     tried = [(clear(4), name) for name in ("ours", "clear", "flow matching alone")]
     tried += [(hybrid(4), name) for name in ("ours", "attention surgery", "flow matching alone")]
     return [recipe("recipes", method, name, seed) for seed in SEEDS for method, name in tried]
+
+
+def rates() -> list[Experiment]:
+    """Each recipe at several learning rates, so that none is held back by one that suits another."""
+    tried = [(clear(4), "ours"), (clear(4), "clear"), (hybrid(4), "ours"), (hybrid(4), "attention surgery")]
+    found = []
+    for method, name in tried:
+        for rate in RATES:
+            each = recipe("rates", method, name, 0, note=f"{name}, rate {rate:g}")
+            found.append(replace(each, finetune={**each.finetune, "delta_rate": rate}))
+    return found
 
 
 def curve() -> list[Experiment]:
@@ -246,7 +262,7 @@ def video_budgets() -> list[Experiment]:
 
 IMAGE_SUITES = {
     "losses": value_losses, "recipes": recipes, "data": real_data, "budgets": budgets, "sizes": sizes,
-    "methods": methods, "curve": curve,
+    "rates": rates, "methods": methods, "curve": curve,
 }  # fmt: skip
 VIDEO_SUITES = {"video": video, "video losses": video_losses, "video budgets": video_budgets}
 SUITES = {**IMAGE_SUITES, **VIDEO_SUITES}

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".comfyui" / "evidence"
 TEACHERS = ("lake", "clips")  # modules here that hold one; a process has one only, since their scenes share names
 TEXT_TOKENS = 12  # of the demo's captions
-FLOW_ALONE = {"flow": 1.0, "prediction": 0.0, "attention": 0.0, "noise_levels": "even"}
+FLOW_ALONE = {"flow": 1.0, "prediction": 0.0, "attention": 0.0, "noise_levels": "unshifted", "last_rate": 1.0}
 TRAIN_SEED, TEST_SEED, NOISE_SEED, DRAWN_SEED = 10_000, 20_000, 1000, 30_000  # of captions, of test noise, of scenes
 
 

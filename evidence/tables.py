@@ -11,15 +11,24 @@ from claims import CLAIMS, Group, Row
 from experiments import SUITES, TEACHER
 
 HERE = Path(__file__).resolve().parent
-RESULTS, PAGE = HERE / "results.csv", HERE / "README.md"
+RESULTS, COSTS, PAGE = HERE / "results.csv", HERE / "costs.csv", HERE / "README.md"
 MEASURES = {"error": 4, "psnr": 1, "ssim": 3, "frechet": 0, "flops": 3, "updates": 0}  # digits
 
 
 def stored() -> list[Row]:
     """Return the rows of results.csv."""
-    if not RESULTS.exists():
+    return _rows_of(RESULTS)
+
+
+def costs() -> list[Row]:
+    """Return the rows of costs.csv."""
+    return _rows_of(COSTS)
+
+
+def _rows_of(path: Path) -> list[Row]:
+    if not path.exists():
         return []
-    with RESULTS.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -50,6 +59,22 @@ def suite_table(rows: list[Row], suite: str) -> str:
     return "\n".join(lines)
 
 
+def costs_table(teacher: str) -> str:
+    """Return what forwards and updates of a teacher's students cost, over the teacher's own forward."""
+    rows = [row for row in costs() if row["teacher"] == teacher]
+    if not rows:
+        return "Not measured yet."
+    sizes = sorted({row["tokens"] for row in rows}, key=int)
+    columns = [("forward", size) for size in sizes]
+    columns += [(what, sizes[0]) for what in dict.fromkeys(row["what"] for row in rows) if what != "forward"]
+    heads = [f"{what}, {size} tokens a side" if what == "forward" else what for what, size in columns]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(columns)]
+    found = {(row["method"], row["what"], row["tokens"]): f"{row['times']} ({row['peak_mib']} MiB)" for row in rows}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        lines.append(f"| {method} | " + " | ".join(found.get((method, *column), "") for column in columns) + " |")
+    return "\n".join(lines)
+
+
 def origins(rows: list[Row]) -> str:
     """Return where the rows were taken."""
     found = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, scale {row['scale']}" for row in rows)
@@ -63,6 +88,7 @@ def page(rows: list[Row]) -> str:
     text = PAGE.read_text(encoding="utf-8")
     parts = {"claims": claims_table(rows), "origin": origins(rows)}
     parts |= {suite: suite_table(rows, suite) for suite in SUITES}
+    parts |= {f"costs of {teacher}": costs_table(teacher) for teacher in dict.fromkeys(TEACHER.values())}
     for name, table in parts.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text = mark.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import comfy.model_management
+import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -59,7 +60,9 @@ class ComfyTeacher:
         clean = self._model.process_latent_in(self._samples.latent(draw.sample)).to(self.device, torch.float32)
         noise = torch.randn(clean.shape, generator=generator("noise", draw.seed)).to(clean)
         sampling = self._model.model_sampling
-        sigma = torch.tensor([float(sampling.percent_to_sigma(draw.percent))], device=self.device)
+        matches_flows = isinstance(sampling, comfy.model_sampling.CONST)
+        level = 1 - draw.percent if draw.unshifted and matches_flows else sampling.percent_to_sigma(draw.percent)
+        sigma = torch.tensor([float(level)], device=self.device)
         return sampling.noise_scaling(sigma, noise, clean, False), sigma, clean
 
     def _velocity(self, draw: Draw, noised: Tensor, sigma: Tensor, options: dict[str, Any]) -> Tensor:

@@ -30,12 +30,15 @@ class Draw:
         percent: of sampling, above 0 (almost pure noise) and below 1 (almost clean), on the host's own schedule.
         seed: of the noise.
         negative: with the conditioning of the negative prompt.
+        unshifted: `percent` is of the noise itself, from 1 to 0, where the host does flow matching; its schedule, which
+            may be shifted towards noise, is left aside.
     """
 
     sample: int
     percent: float
     seed: int
     negative: bool = False
+    unshifted: bool = False
 
 
 class Teacher(Protocol):

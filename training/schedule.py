@@ -23,7 +23,7 @@ def generator(*names: object) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def training_draw(seed: int, number: int, samples: Sequence[int], has_negative: bool, middle: bool = False) -> Draw:
+def training_draw(seed: int, number: int, samples: Sequence[int], has_negative: bool, levels: str = "even") -> Draw:
     """Return the `number`-th draw of a run.
 
     Each pass over the samples takes them in an order of its own. Negative prompts take turns with positive ones, since
@@ -31,15 +31,20 @@ def training_draw(seed: int, number: int, samples: Sequence[int], has_negative: 
 
     Args:
         samples: numbers of those that are trained on.
-        middle: draw noise levels around the middle of the schedule (logit-normal) instead of evenly.
+        levels: how noise levels are drawn, see `FinetuneRecipe`.
     """
     pass_number, place = divmod(number, len(samples))
     order = torch.randperm(len(samples), generator=generator(seed, "order", pass_number))
     random = generator(seed, "draw", number)
     uniform = torch.rand((), generator=random, dtype=torch.float64).item()
-    percent = torch.sigmoid(torch.randn((), generator=random, dtype=torch.float64)).item() if middle else uniform
+    percent = uniform
+    if levels == "middle":
+        percent = torch.sigmoid(torch.randn((), generator=random, dtype=torch.float64)).item()
     noise = int(torch.randint(2**62, (), generator=random))
-    return Draw(samples[int(order[place])], _inside(percent), noise, has_negative and number % 2 == 1)
+    negative = has_negative and number % 2 == 1
+    # negative prompts take turns too, so this turns half as fast
+    unshifted = levels == "unshifted" or (levels == "both" and number // 2 % 2 == 1)
+    return Draw(samples[int(order[place])], _inside(percent), noise, negative, unshifted)
 
 
 def held_out_draws(seed: int, samples: Sequence[int], count: int, has_negative: bool) -> list[Draw]:

@@ -118,7 +118,7 @@ class PredictionStage(_Learning):
             for name, part in {"loss": total, **parts}.items():
                 sums[name] = sums.get(name, 0.0) + float(part.detach()) / self._recipe.accumulation
         _check_finite(sums, number)
-        self.learner.step(rate_at(number, self.num_updates, self._recipe.warmup, floor=1.0))
+        self.learner.step(rate_at(number, self.num_updates, self._recipe.warmup, self._recipe.last_rate))
         return sums
 
     def _loss(self, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
@@ -164,7 +164,7 @@ class _Draws:
     def __init__(self, trainee: Trainee, recipe: FinetuneRecipe, workers: Workers, stage: str) -> None:
         self._trainee, self._recipe, self._workers = trainee, recipe, workers
         self._training, _ = split_samples(trainee.num_samples)
-        self._middle = stage == PredictionStage.name and recipe.noise_levels == "middle"
+        self._levels = recipe.noise_levels if stage == PredictionStage.name else "even"
         # end to end begins with other draws than block by block did
         self._skipped = recipe.block_updates if stage == PredictionStage.name else 0
 
@@ -174,7 +174,7 @@ class _Draws:
         first = (self._skipped + number) * count
         return [
             training_draw(
-                seed, each * self._workers.count + self._workers.rank, self._training, has_negative, self._middle
+                seed, each * self._workers.count + self._workers.rank, self._training, has_negative, self._levels
             )
             for each in range(first, first + count)
         ]

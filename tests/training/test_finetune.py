@@ -16,13 +16,14 @@ from linearize.attention.student_file import load_student, save_student
 from linearize.training.deltas import FullRank, LowRank
 from linearize.training.finetune import Errors, Finetune
 from linearize.training.job import JobFolder
+from linearize.training.learner import Learner
 from linearize.training.loop import OutOfMemory, Progress, Stopped, run_stage
 from linearize.training.losses import residual_loss
 from linearize.training.model import Draw
 from linearize.training.optimizers import optimizer_state, restore_optimizer
-from linearize.training.recipe import PRESETS, FinetuneRecipe
+from linearize.training.recipe import NOISE_LEVELS, PRESETS, FinetuneRecipe
 from linearize.training.results import Finished, pack, unpack
-from linearize.training.schedule import generator
+from linearize.training.schedule import generator, training_draw
 
 CPU = torch.device("cpu")
 LINEAR, HYBRID, POOLED, WINDOW = (
@@ -435,6 +436,31 @@ def test_the_candidate_of_lowest_error_is_taken():
     assert decided(one) == (one, "")
 
 
+def test_noise_levels_are_drawn_as_named():
+    draws = {name: [training_draw(0, number, range(5), False, name) for number in range(2000)] for name in NOISE_LEVELS}
+    in_middle = {name: sum(0.25 < each.percent < 0.75 for each in found) / 2000 for name, found in draws.items()}
+    assert in_middle["even"] == pytest.approx(0.5, abs=0.04)
+    assert in_middle["middle"] == pytest.approx(0.728, abs=0.04)  # P(|x| < log 3) of a normal x
+    assert [replace(each, unshifted=True) for each in draws["even"]] == draws["unshifted"]
+    assert not any(each.unshifted for each in draws["even"] + draws["middle"])
+    turns = 2 * ["even", "even", "unshifted", "unshifted"]
+    assert draws["both"][:8] == [draws[name][number] for number, name in enumerate(turns)]
+    guided = {(each.negative, each.unshifted) for each in (training_draw(0, n, [0], True, "both") for n in range(4))}
+    assert len(guided) == 4, "both prompts see both"
+
+
+@pytest.mark.parametrize("last", [1.0, 0.01])
+def test_learning_rates_end_to_end_fall_to_the_part_that_is_asked_for(last, monkeypatch):
+    rates = []
+    step = Learner.step
+    monkeypatch.setattr(Learner, "step", lambda self, rate: rates.append(rate) or step(self, rate))
+    found = stage(recipe=replace(QUICK, block_updates=0, updates=60, warmup=4, last_rate=last))
+    for number in range(60):
+        found.update(number)
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[-1] == pytest.approx(last, abs=2e-3) and rates[32] == pytest.approx((1 + last) / 2)
+
+
 @pytest.mark.parametrize("change, words", [
     ({"block_updates": 0, "updates": 0}, "both 0"),
     ({"flow": 0.0, "prediction": 0.0, "attention": 0.0}, "are all 0"),
@@ -443,7 +469,8 @@ def test_the_candidate_of_lowest_error_is_taken():
     ({"optimizer": "sgd"}, "optimizer is one of adamw"),
     ({"rank": 0}, "rank is a whole number of at least 1"),
     ({"trainables": "all"}, "trainables is one of lora, full, maps"),
-    ({"noise_levels": "low"}, "noise_levels is one of middle, even"),
+    ({"noise_levels": "low"}, "noise_levels is one of middle, even, unshifted, both"),
+    ({"last_rate": 0.0}, "last_rate is above 0 and at most 1"),
     ({"flow": -1.0}, "flow is a number of at least 0"),
     ({"delta_rate": 0.0}, "delta_rate is a number above 0"),
 ], ids=lambda value: str(value)[:30])  # fmt: skip
