@@ -134,7 +134,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # sized for two CPU cores; `--scale` mu
     "transfer": {"updates": 150, "learning_rate": 0.01, "loss": "squared", "queries": 256, "held_out": 4,
                  "output_draws": 48},
     "finetune": {"updates": 40, "block_updates": 20, "preset": "ours", "rank": 16, "full_rank": False,
-                 "map_rate": 2e-4, "delta_rate": 2e-4, "ema": 0.0, "accumulation": 1, "warmup": 5, "held_out": 4,
+                 "map_rate": 5e-4, "delta_rate": 5e-4, "ema": 0.0, "accumulation": 1, "warmup": 5, "held_out": 4,
                  "checkpointing": False},
 }  # fmt: skip
 TUNING = SETTINGS["finetune"]["updates"] + SETTINGS["finetune"]["block_updates"]
@@ -143,7 +143,7 @@ PARTS = (0.25, 0.5)
 RATES = (2e-4, 5e-4)  # of changes of weights; each recipe has the better one, see the suite "rates"
 OUR_TRANSFER = EQUAL // 2  # updates of stage 1 in our recipe; the others are end to end
 NO_TRANSFER = {"updates": 0, "output_draws": 0}
-END_TO_END = {"updates": EQUAL, "block_updates": 0, "full_rank": True}
+END_TO_END = {"updates": EQUAL, "block_updates": 0, "full_rank": True, "map_rate": 2e-4, "delta_rate": 2e-4}
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # inputs of Distill Attention, of Fine-tune Student
     "ours": (
         {"updates": OUR_TRANSFER},
@@ -153,7 +153,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # inputs of Disti
     "flow matching alone": (NO_TRANSFER, {"preset": FLOW, **END_TO_END}),
     "attention surgery": (
         {"loss": "value", "output_draws": 0},
-        {"preset": "attention_surgery", "updates": TUNING, "block_updates": 0, "full_rank": True},
+        {"preset": "attention_surgery", **END_TO_END, "updates": TUNING},
     ),
 }
 

@@ -9,7 +9,7 @@ from .optimizers import AVERAGING, OPTIMIZERS
 
 VALUE_LOSSES = ("value", "squared", "score")
 TRAINABLES = ("lora", "full", "maps")
-NOISE_LEVELS = ("middle", "even", "unshifted", "both")
+NOISE_LEVELS = ("middle", "even", "unshifted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,7 @@ class FinetuneRecipe:
         attention: weight of the distance to the teacher's attention outputs on every `attention_every`-th
             converted site.
         noise_levels: end to end, drawn around the "middle" of the host's schedule (logit-normal), "even"ly along it, or
-            evenly in the noise itself ("unshifted"), as most training scripts do; "both" takes turns with these two,
-            since the schedule sees to the layout of a picture and hardly to its details.
+            evenly in the noise itself ("unshifted"), as most training scripts do.
         last_rate: end to end, the learning rates fall along half a cosine to this part of them; 1 keeps them.
         optimizer: one of OPTIMIZERS.
         ema: decay of the average that is measured and saved instead of the last weights; 0 takes the last.
@@ -106,7 +105,7 @@ class FinetuneRecipe:
     prediction: float = 1.0
     attention: float = 0.25
     attention_every: int = 4
-    noise_levels: str = "both"
+    noise_levels: str = "even"
     last_rate: float = 0.01
     optimizer: str = "adamw"
     ema: float = 0.99
@@ -146,7 +145,7 @@ class FinetuneRecipe:
 
 # the losses of a run end to end; ours follows the teacher with an anchor on a quarter of the sites
 PRESETS: dict[str, dict[str, Any]] = {
-    "ours": {"flow": 0.0, "prediction": 1.0, "attention": 0.25, "attention_every": 4, "noise_levels": "both",
+    "ours": {"flow": 0.0, "prediction": 1.0, "attention": 0.25, "attention_every": 4, "noise_levels": "even",
              "last_rate": 0.01},
     # CLEAR (arXiv 2412.16112), its distill.py, on all kinds of sites instead of single blocks only
     "clear": {"flow": 1.0, "prediction": 0.5, "attention": 0.5, "attention_every": 4, "noise_levels": "unshifted",

@@ -42,9 +42,7 @@ def training_draw(seed: int, number: int, samples: Sequence[int], has_negative: 
         percent = torch.sigmoid(torch.randn((), generator=random, dtype=torch.float64)).item()
     noise = int(torch.randint(2**62, (), generator=random))
     negative = has_negative and number % 2 == 1
-    # negative prompts take turns too, so this turns half as fast
-    unshifted = levels == "unshifted" or (levels == "both" and number // 2 % 2 == 1)
-    return Draw(samples[int(order[place])], _inside(percent), noise, negative, unshifted)
+    return Draw(samples[int(order[place])], _inside(percent), noise, negative, levels == "unshifted")
 
 
 def held_out_draws(seed: int, samples: Sequence[int], count: int, has_negative: bool) -> list[Draw]:

@@ -443,10 +443,6 @@ def test_noise_levels_are_drawn_as_named():
     assert in_middle["middle"] == pytest.approx(0.728, abs=0.04)  # P(|x| < log 3) of a normal x
     assert [replace(each, unshifted=True) for each in draws["even"]] == draws["unshifted"]
     assert not any(each.unshifted for each in draws["even"] + draws["middle"])
-    turns = 2 * ["even", "even", "unshifted", "unshifted"]
-    assert draws["both"][:8] == [draws[name][number] for number, name in enumerate(turns)]
-    guided = {(each.negative, each.unshifted) for each in (training_draw(0, n, [0], True, "both") for n in range(4))}
-    assert len(guided) == 4, "both prompts see both"
 
 
 @pytest.mark.parametrize("last", [1.0, 0.01])
@@ -469,7 +465,7 @@ def test_learning_rates_end_to_end_fall_to_the_part_that_is_asked_for(last, monk
     ({"optimizer": "sgd"}, "optimizer is one of adamw"),
     ({"rank": 0}, "rank is a whole number of at least 1"),
     ({"trainables": "all"}, "trainables is one of lora, full, maps"),
-    ({"noise_levels": "low"}, "noise_levels is one of middle, even, unshifted, both"),
+    ({"noise_levels": "low"}, "noise_levels is one of middle, even, unshifted"),
     ({"last_rate": 0.0}, "last_rate is above 0 and at most 1"),
     ({"flow": -1.0}, "flow is a number of at least 0"),
     ({"delta_rate": 0.0}, "delta_rate is a number above 0"),
