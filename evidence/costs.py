@@ -1,14 +1,18 @@
 """Measure what students cost: `.venv/bin/python evidence/costs.py`. Rows go to costs.csv; what is there stays.
 
-A denoising forward of a student takes turns with the teacher's in one process; a stage's updates are compared with the
-teacher's forwards before and after the training. Peak memory is what a forward or an update takes beyond what there is
-before it; `benchmarks/memory.py` tells how it is counted. Every case has a process of its own.
+Time: calls of the student's model and of the teacher's take turns in one process; a stage's updates are compared with
+the teacher's calls before and after the training. Peak memory is what a call or an update takes beyond what there is
+before it, in a second process, because counting it (`benchmarks/memory.py`) slows calls down. On a CPU one thread does
+all of it.
 """
 
 import argparse
 import csv
+import importlib
 import json
+import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,8 +37,7 @@ from experiments import (
     hybrid,
     linear,
 )
-from laboratory import TEACHERS, Laboratory
-from measures import LEVELS, velocities
+from laboratory import HOME, TEACHERS, Laboratory
 from tables import COSTS, costs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,10 +47,13 @@ from memory import ENVIRONMENT, peak_of  # noqa: E402
 
 from run import origin  # noqa: E402
 
-COLUMNS = ("date", "commit", "machine", "torch", "teacher", "method", "what", "tokens", "seconds", "times", "peak_mib")
-FORWARD = "forward"
-ROUNDS, UPDATES, WARM = 3, 5, 2  # turns of forwards; updates of a stage, of which the first are not counted
+COLUMNS = ("date", "commit", "machine", "torch", "teacher", "method", "what", "tokens", "seconds", "ratio", "peak_mib")
+CALL = "call"
+ROUNDS, CALLS = 3, 3  # turns of teacher and student; calls in a turn
+UPDATES, WARM = 7, 2  # of a stage; of these the first are not counted
+COST_SEED = 1_000_000  # of a training that is for nothing else
 DENSE = Method("dense", ())
+Meter = Callable[[Callable[[], object]], float]
 LARGER = {  # what is measured at twice the side too
     TEACHERS[0]: (DENSE, clear(4), clear(4, down_factor=2), linear("elu1"), hybrid(4)),
     TEACHERS[1]: (DENSE, VIDEO_METHODS[0], hybrid(4), chunked(1, 1)),
@@ -56,13 +62,13 @@ LARGER = {  # what is measured at twice the side too
 
 @dataclass(frozen=True)
 class Case:
-    """One process: the forwards of a method at a size, or the updates of all stages of its training.
+    """What a method's calls take at a size, or the updates of all stages of its training.
 
     Args:
         teacher: one of TEACHERS.
         method: what the sites run.
         tokens: a side, of clips the columns.
-        trains: whether updates are measured instead of forwards.
+        trains: whether updates are measured instead of calls.
     """
 
     teacher: str
@@ -81,102 +87,148 @@ def cases() -> list[Case]:
     return found
 
 
-def measured(case: Case) -> list[dict[str, Any]]:
-    """Return the rows of a case, measured in this process."""
+def measured(case: Case, counts_memory: bool) -> dict[str, tuple[float, float]]:
+    """Return what was measured of a case in this process, by name of a row.
+
+    Args:
+        case: what to measure.
+        counts_memory: peaks in MiB instead of times.
+
+    Returns:
+        Seconds and their ratio to a call of the teacher; or a peak in MiB, twice.
+    """
+    torch.set_num_threads(1)  # of a CPU: what else runs on the machine matters less
     laboratory = Laboratory(case.teacher, on_cpu=not torch.cuda.is_available())
-    empty = laboratory.teacher.empty(case.tokens, 1)["samples"]
-
-    def forward(model: Any) -> float:
-        start = time.perf_counter()
-        velocities(laboratory, model, empty)
-        return (time.perf_counter() - start) / len(LEVELS)
-
+    meter = peak if counts_memory else seconds
     if case.trains:
-        return _updates(laboratory, case, lambda: forward(laboratory.model))
+        return _updates(laboratory, case, meter)
     model = laboratory.model
     if case.method is not DENSE:
         model = laboratory.apply(laboratory.student(Experiment("costs", case.method, UNTRAINED)))
-    for each in (laboratory.model, model):  # a first time, not counted
-        forward(each)
-    peak = peak_of(lambda: forward(model), _device())
-    turns = [(forward(laboratory.model), forward(model)) for _ in range(ROUNDS)]
-    seconds = statistics.median(student for _, student in turns)
-    times = statistics.median(student / teacher for teacher, student in turns)
-    return [_row(case, FORWARD, seconds, times, peak)]
+    turns = [(_calls(laboratory, laboratory.model, case, meter), _calls(laboratory, model, case, meter))
+             for _ in range(1 if counts_memory else ROUNDS)]  # fmt: skip
+    own = statistics.median(student for _, student in turns)
+    return {CALL: (own, statistics.median(student / max(teacher, 1e-9) for teacher, student in turns))}
 
 
-def _updates(laboratory: Laboratory, case: Case, forward: Callable[[], float]) -> list[dict[str, Any]]:
-    """Return a row for each stage of a training whose job is new, so that it is not found done."""
+def seconds(work: Callable[[], object]) -> float:
+    """Return the seconds that some work takes."""
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak(work: Callable[[], object]) -> float:
+    """Return the MiB that some work needs beyond what there is before it; NaN where the platform cannot tell."""
+    return float(peak_of(work, "cuda" if torch.cuda.is_available() else "cpu") or "nan")
+
+
+def _calls(laboratory: Laboratory, model: Any, case: Case, meter: Meter) -> float:
+    """Return the median of some calls of a model with a caption and pure noise, after one that is not counted."""
+    samplers, sample = (importlib.import_module(name) for name in ("comfy.samplers", "comfy.sample"))
+    found: list[float] = []
+
+    class Calls(samplers.Sampler):
+        """Calls the model instead of sampling."""
+
+        def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+                   disable_pbar=False):  # fmt: skip
+            level = torch.ones(len(noise), device=noise.device)
+            found.extend(meter(lambda: model_wrap(noise, level, **extra_args)) for _ in range(1 + CALLS))
+            return latent_image
+
+    empty = laboratory.teacher.empty(case.tokens, 1)["samples"]
+    noise = torch.randn(empty.shape, generator=torch.Generator().manual_seed(0))
+    caption = laboratory.conditionings()[0]
+    with torch.inference_mode():
+        levels = torch.tensor([1.0, 0.0])
+        sample.sample_custom(model, noise, 1.0, Calls(), levels, caption, caption, empty, disable_pbar=True)
+    return statistics.median(found[1:])
+
+
+def _updates(laboratory: Laboratory, case: Case, meter: Meter) -> dict[str, tuple[float, float]]:
+    """Return what an update of each stage takes, of a training whose folders are deleted; found done, it has none."""
     stages, transfer = laboratory.module("training.stages"), laboratory.module("training.transfer")
     watched = {
         "update of stage 1": transfer.Transfer,
         "update block by block": stages.BlockStage,
         "update end to end": stages.PredictionStage,
     }
-    seen = {what: _watch(stage) for what, stage in watched.items()}
     experiment = Experiment(
-        "costs", case.method, ALL, seed=time.time_ns() % 2**31, tokens=case.tokens,
-        transfer={"updates": UPDATES, "output_draws": 0, "held_out": 1},
-        finetune={"updates": UPDATES, "block_updates": UPDATES, "held_out": 1},
+        "costs", case.method, ALL, seed=COST_SEED, tokens=case.tokens, transfer={"updates": UPDATES, "output_draws": 0},
+        finetune={"updates": UPDATES, "block_updates": UPDATES},
     )  # fmt: skip
-    forward()
-    before = forward()
+    laboratory.samples("teacher")
+    seen = {what: _watch(stage, meter) for what, stage in watched.items()}
+    calls = [_calls(laboratory, laboratory.model, case, meter)]
     laboratory.student(experiment)
-    teacher = (before + forward()) / 2  # a model in training cannot be asked for anything else
-    rows = []
-    for what, found in seen.items():
-        if found[WARM:]:
-            seconds, peaks = zip(*found[WARM:], strict=True)
-            middle = statistics.median(seconds)
-            rows.append(_row(case, what, middle, middle / teacher, max(peaks, key=float)))
-    return rows
+    calls.append(_calls(laboratory, laboratory.model, case, meter))  # a model in training cannot be asked in between
+    for job in (HOME / "linearize" / "jobs").glob("*/job.json"):
+        if json.loads(job.read_text(encoding="utf-8"))["recipe"]["seed"] == COST_SEED:
+            shutil.rmtree(job.parent)
+    means = {what: statistics.median(found[WARM:]) for what, found in seen.items() if found[WARM:]}
+    return {what: (mean, mean / max(statistics.fmean(calls), 1e-9)) for what, mean in means.items()}
 
 
-def _watch(stage: Any) -> list[tuple[float, str]]:
-    """Let a stage's updates tell their seconds and peak memory."""
-    found: list[tuple[float, str]] = []
+def _watch(stage: Any, meter: Meter) -> list[float]:
+    """Let a stage's updates tell what they take."""
+    found: list[float] = []
     own = stage.update
 
     def update(self: Any, number: int) -> Any:
         losses: list[Any] = []
-        start = time.perf_counter()
-        peak = peak_of(lambda: losses.append(own(self, number)), _device())
-        found.append((time.perf_counter() - start, peak))
+        found.append(meter(lambda: losses.append(own(self, number))))
         return losses[0]
 
     stage.update = update
     return found
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def rows_of(number: int, case: Case) -> list[dict[str, Any]]:
+    """Return the rows of a case, measured in two processes.
 
-
-def _row(case: Case, what: str, seconds: float, times: float, peak: str) -> dict[str, Any]:
-    return {
-        **origin(), "teacher": case.teacher, "method": case.method.name, "what": what, "tokens": case.tokens,
-        "seconds": f"{seconds:.3f}", "times": f"{times:.2f}", "peak_mib": peak,
-    }  # fmt: skip
+    Raises:
+        RuntimeError: a process failed; the end of what it said.
+    """
+    found = []
+    for flags, environment in ((["--memory"], ENVIRONMENT), ([], {})):
+        command = [sys.executable, __file__, "--case", str(number), *flags]
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+        if result.returncode:
+            raise RuntimeError(result.stderr.strip()[-300:])
+        found.append(json.loads(result.stdout.splitlines()[-1]))  # libraries may print too
+    peaks, times = found
+    return [
+        {**origin(), "teacher": case.teacher, "method": case.method.name, "what": what, "tokens": case.tokens,
+         "seconds": f"{own:.3f}", "ratio": f"{ratio:.2f}",
+         "peak_mib": "" if math.isnan(peaks[what][0]) else f"{peaks[what][0]:.0f}"}
+        for what, (own, ratio) in times.items()
+    ]  # fmt: skip
 
 
 def main() -> int:
-    """Measure the cases that have no rows yet, one process after the other."""
+    """Measure the cases that have no rows of this machine yet."""
     parser = argparse.ArgumentParser(description="Measure time and memory of students and of their training.")
-    parser.add_argument("--case", type=int, help="measure one case in this process and print its rows")
+    parser.add_argument("--case", type=int, help="measure one case in this process, and print what was found")
+    parser.add_argument("--memory", action="store_true", help="of one case: peak memory instead of times")
     args = parser.parse_args()
     if args.case is not None:
-        print(json.dumps(measured(cases()[args.case])))
+        print(json.dumps(measured(cases()[args.case], args.memory)))
         return 0
-    done = {(row["teacher"], row["method"], row["tokens"], row["what"] != FORWARD) for row in costs()}
+    machine, failed = origin()["machine"], 0
+    done = {(row["teacher"], row["method"], row["tokens"], row["what"] != CALL) for row in costs()
+            if row["machine"] == machine}  # fmt: skip
     for number, case in enumerate(cases()):
         if (case.teacher, case.method.name, str(case.tokens), case.trains) in done:
             continue
-        command = [sys.executable, __file__, "--case", str(number)]
-        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
-        if result.returncode:
-            print(f"{case.teacher} {case.method.name}: {result.stderr.strip()[-300:]}", file=sys.stderr, flush=True)
+        try:
+            rows = rows_of(number, case)
+        except RuntimeError as problem:
+            print(f"{case.teacher} {case.method.name}: {problem}", file=sys.stderr, flush=True)
+            failed = 1
             continue
-        rows = json.loads(result.stdout.splitlines()[-1])  # libraries may print too
         new = not COSTS.exists()
         with COSTS.open("a", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -185,7 +237,7 @@ def main() -> int:
             writer.writerows(rows)
         for row in rows:
             print(" ".join(str(row[name]) for name in COLUMNS[4:]), flush=True)
-    return 0
+    return failed
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 SEEDS = (0, 1, 2)
 FLOW = "flow alone"  # a preset that only the evidence has: CLEAR's without its distillation losses
+DRAWS = ("middle", "even", "unshifted")  # more such presets: ours with its noise levels drawn in these ways
 UNTRAINED, STAGE0, STAGE1, STAGE2, ALL = "untrained", "stage 0", "stage 1", "stages 1, 2", "all stages"
 TRAININGS = {  # which stages run: matrices, maps, block by block, end to end
     UNTRAINED: (False, False, False, False),
@@ -134,20 +135,21 @@ SETTINGS: dict[str, dict[str, Any]] = {  # sized for two CPU cores; `--scale` mu
     "transfer": {"updates": 150, "learning_rate": 0.01, "loss": "squared", "queries": 256, "held_out": 4,
                  "output_draws": 48},
     "finetune": {"updates": 40, "block_updates": 20, "preset": "ours", "rank": 16, "full_rank": False,
-                 "map_rate": 5e-4, "delta_rate": 5e-4, "ema": 0.0, "accumulation": 1, "warmup": 5, "held_out": 4,
+                 "map_rate": 2e-4, "delta_rate": 2e-4, "ema": 0.0, "accumulation": 1, "warmup": 5, "held_out": 4,
                  "checkpointing": False},
 }  # fmt: skip
 TUNING = SETTINGS["finetune"]["updates"] + SETTINGS["finetune"]["block_updates"]
 EQUAL = SETTINGS["transfer"]["updates"] + TUNING
 PARTS = (0.25, 0.5)
-RATES = (2e-4, 5e-4)  # of changes of weights; each recipe has the better one, see the suite "rates"
+RATES = (1e-4, 2e-4, 5e-4)  # that are tried of every recipe, see the suite "rates"
 OUR_TRANSFER = EQUAL // 2  # updates of stage 1 in our recipe; the others are end to end
 NO_TRANSFER = {"updates": 0, "output_draws": 0}
-END_TO_END = {"updates": EQUAL, "block_updates": 0, "full_rank": True, "map_rate": 2e-4, "delta_rate": 2e-4}
+END_TO_END = {"updates": EQUAL, "block_updates": 0, "full_rank": True}
+RECIPE_RATE = 2e-4  # end to end, for all; see the suite "rates"
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # inputs of Distill Attention, of Fine-tune Student
     "ours": (
         {"updates": OUR_TRANSFER},
-        {**END_TO_END, "updates": EQUAL - OUR_TRANSFER, "map_rate": 1e-3, "delta_rate": 5e-4},
+        {**END_TO_END, "updates": EQUAL - OUR_TRANSFER},
     ),
     "clear": (NO_TRANSFER, {"preset": "clear", **END_TO_END}),
     "flow matching alone": (NO_TRANSFER, {"preset": FLOW, **END_TO_END}),
@@ -158,9 +160,12 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # inputs of Disti
 }
 
 
-def recipe(suite: str, method: Method, name: str, seed: int, factor: float = 1.0, note: str = "") -> Experiment:
+def recipe(
+    suite: str, method: Method, name: str, seed: int, factor: float = 1.0, note: str = "", rate: float = RECIPE_RATE
+) -> Experiment:
     """Return an experiment with a recipe of `RECIPES`; where there are no maps to learn, ours fine-tunes longer."""
     transfer, finetune = RECIPES[name]
+    finetune = {**finetune, "map_rate": rate, "delta_rate": rate}
     if name == "ours" and not method.has_maps:
         finetune = {**finetune, "updates": EQUAL}
     return Experiment(suite, method, ALL, seed, transfer, finetune, note=note or name, factor=factor)
@@ -186,12 +191,17 @@ def recipes() -> list[Experiment]:
 def rates() -> list[Experiment]:
     """Each recipe at several learning rates, so that none is held back by one that suits another."""
     tried = [(clear(4), "ours"), (clear(4), "clear"), (hybrid(4), "ours"), (hybrid(4), "attention surgery")]
-    found = []
-    for method, name in tried:
-        for rate in RATES:
-            each = recipe("rates", method, name, 0, note=f"{name}, rate {rate:g}")
-            found.append(replace(each, finetune={**each.finetune, "delta_rate": rate}))
-    return found
+    return [recipe("rates", method, name, 0, note=f"{name}, rate {rate:g}", rate=rate)
+            for method, name in tried for rate in RATES]  # fmt: skip
+
+
+def noise_levels() -> list[Experiment]:
+    """How noise levels are drawn end to end, everything else equal."""
+    return [
+        Experiment("noise levels", clear(4), ALL, seed, note=draws,
+                   finetune={"preset": draws, "updates": 150, "block_updates": 0})
+        for draws in DRAWS for seed in SEEDS
+    ]  # fmt: skip
 
 
 def curve() -> list[Experiment]:
@@ -261,8 +271,8 @@ def video_budgets() -> list[Experiment]:
 
 
 IMAGE_SUITES = {
-    "losses": value_losses, "recipes": recipes, "data": real_data, "budgets": budgets, "sizes": sizes,
-    "rates": rates, "methods": methods, "curve": curve,
+    "losses": value_losses, "recipes": recipes, "noise levels": noise_levels, "data": real_data, "methods": methods,
+    "budgets": budgets, "sizes": sizes, "curve": curve, "rates": rates,
 }  # fmt: skip
 VIDEO_SUITES = {"video": video, "video losses": video_losses, "video budgets": video_budgets}
 SUITES = {**IMAGE_SUITES, **VIDEO_SUITES}

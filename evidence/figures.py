@@ -55,13 +55,15 @@ def methods_figure(rows: list[Row], suite: str, methods: tuple[Method, ...], tok
 
 def curve_figure(rows: list[Row]) -> None:
     """Draw the error over the updates, our recipe against each paper's own."""
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
     lines: dict[tuple[str, str], dict[int, float]] = {}
     for each in [*SUITES["recipes"](), *SUITES["curve"]()]:
         group = Group(each.suite, each.method.name, ALL, each.note)
         for row in [row for seed, row in group.rows(rows).items() if seed == "0"]:
             recipe = each.note.partition(",")[0]
             lines.setdefault((each.method.name, recipe), {})[num_updates(each)] = float(row["error"])
+    if not lines:
+        return
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
     for axes, method in zip(panels, dict.fromkeys(method for method, _ in lines), strict=False):
         for (name, recipe), points in lines.items():
             if name == method:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiments import FLOW, SETTINGS, TRAININGS, Experiment
+from experiments import DRAWS, FLOW, SETTINGS, TRAININGS, Experiment
 from heads import plan_by_mass
 from torch import Tensor
 
@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".comfyui" / "evidence"
 TEACHERS = ("lake", "clips")  # modules here that hold one; a process has one only, since their scenes share names
 TEXT_TOKENS = 12  # of the demo's captions
-FLOW_ALONE = {"flow": 1.0, "prediction": 0.0, "attention": 0.0, "noise_levels": "unshifted", "last_rate": 1.0}
 TRAIN_SEED, TEST_SEED, NOISE_SEED, DRAWN_SEED = 10_000, 20_000, 1000, 30_000  # of captions, of test noise, of scenes
 
 
@@ -75,8 +74,9 @@ class Laboratory:
             self.model = self.nodes.UNETLoader().load_unet(self.teacher.file, "default")[0]
         self.prompts = self.teacher.draw(self.teacher.prompts, TRAIN_SEED).captions()
         self.test = unseen(self.teacher.draw(40 * self.teacher.tests, TEST_SEED), self.prompts, self.teacher.tests)
-        # the nodes offer presets by name; this one is for a comparison only
-        self.module("training.recipe").PRESETS[FLOW] = FLOW_ALONE
+        presets = self.module("training.recipe").PRESETS  # the nodes offer them by name; these are for comparisons only
+        presets[FLOW] = {**presets["clear"], "prediction": 0.0, "attention": 0.0}
+        presets.update({draws: {**presets["ours"], "noise_levels": draws} for draws in DRAWS})
 
     def module(self, name: str) -> Any:
         """Return a module of the pack as ComfyUI loaded it."""

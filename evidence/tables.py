@@ -60,19 +60,25 @@ def suite_table(rows: list[Row], suite: str) -> str:
 
 
 def costs_table(teacher: str) -> str:
-    """Return what forwards and updates of a teacher's students cost, over the teacher's own forward."""
+    """Return what calls of a teacher's students and updates take, over the teacher's own calls."""
     rows = [row for row in costs() if row["teacher"] == teacher]
     if not rows:
         return "Not measured yet."
     sizes = sorted({row["tokens"] for row in rows}, key=int)
-    columns = [("forward", size) for size in sizes]
-    columns += [(what, sizes[0]) for what in dict.fromkeys(row["what"] for row in rows) if what != "forward"]
-    heads = [f"{what}, {size} tokens a side" if what == "forward" else what for what, size in columns]
+    columns = [("call", size) for size in sizes]
+    updates = sorted({row["what"] for row in rows} - {"call"}, key=lambda what: ("stage 1" not in what, what))
+    columns += [(what, sizes[0]) for what in updates]
+    heads = [f"{what}, {size} tokens wide" if what == "call" else what for what, size in columns]
     lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(columns)]
-    found = {(row["method"], row["what"], row["tokens"]): f"{row['times']} ({row['peak_mib']} MiB)" for row in rows}
+    found = {(row["method"], row["what"], row["tokens"]): _cost(row) for row in rows}
     for method in dict.fromkeys(row["method"] for row in rows):
         lines.append(f"| {method} | " + " | ".join(found.get((method, *column), "") for column in columns) + " |")
-    return "\n".join(lines)
+    machines = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, commit {row['commit']}" for row in rows)
+    return "\n".join([*lines, "", *textwrap.wrap(f"Taken on: {'; '.join(machines)}.", 120)])
+
+
+def _cost(row: Row) -> str:
+    return f"{row['ratio']} ({row['peak_mib']} MiB)" if row["peak_mib"] else row["ratio"]
 
 
 def origins(rows: list[Row]) -> str:

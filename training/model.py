@@ -27,11 +27,12 @@ class Draw:
 
     Args:
         sample: number of the teacher's sample.
-        percent: of sampling, above 0 (almost pure noise) and below 1 (almost clean), on the host's own schedule.
+        percent: of sampling, above 0 (almost pure noise) and below 1 (almost clean), on the host's own schedule unless
+            `unshifted`.
         seed: of the noise.
         negative: with the conditioning of the negative prompt.
-        unshifted: `percent` is of the noise itself, from 1 to 0, where the host does flow matching; its schedule, which
-            may be shifted towards noise, is left aside.
+        unshifted: the noise level is 1 - percent, whatever the host's schedule does; a host without flow matching,
+            whose levels do not go from 1 to 0, keeps its schedule.
     """
 
     sample: int

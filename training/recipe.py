@@ -80,8 +80,8 @@ class FinetuneRecipe:
         attention: weight of the distance to the teacher's attention outputs on every `attention_every`-th
             converted site.
         noise_levels: end to end, drawn around the "middle" of the host's schedule (logit-normal), "even"ly along it, or
-            evenly in the noise itself ("unshifted"), as most training scripts do.
-        last_rate: end to end, the learning rates fall along half a cosine to this part of them; 1 keeps them.
+            evenly in the noise itself ("unshifted"), as CLEAR's distill.py does; a host without flow matching takes
+            "even" instead.
         optimizer: one of OPTIMIZERS.
         ema: decay of the average that is measured and saved instead of the last weights; 0 takes the last.
         clip: largest norm of the gradient.
@@ -105,8 +105,7 @@ class FinetuneRecipe:
     prediction: float = 1.0
     attention: float = 0.25
     attention_every: int = 4
-    noise_levels: str = "even"
-    last_rate: float = 0.01
+    noise_levels: str = "middle"
     optimizer: str = "adamw"
     ema: float = 0.99
     clip: float = 1.0
@@ -127,8 +126,6 @@ class FinetuneRecipe:
         check_choice("trainables", self.trainables, TRAINABLES)
         check_choice("noise_levels", self.noise_levels, NOISE_LEVELS)
         check_choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
-        if not 0 < self.last_rate <= 1:
-            raise ValueError(f"last_rate is above 0 and at most 1, got {self.last_rate!r}; 1 keeps the learning rates")
         if self.ema >= 1:
             raise ValueError(f"ema is below 1, got {self.ema}; 0.99 averages over about a hundred updates")
         if self.optimizer in AVERAGING and self.ema:
@@ -143,16 +140,14 @@ class FinetuneRecipe:
         return {"stage": self.stage, **asdict(self)}
 
 
-# the losses of a run end to end; ours follows the teacher with an anchor on a quarter of the sites
+# losses and noise levels of a run end to end; ours follows the teacher with an anchor on a quarter of the sites
 PRESETS: dict[str, dict[str, Any]] = {
-    "ours": {"flow": 0.0, "prediction": 1.0, "attention": 0.25, "attention_every": 4, "noise_levels": "even",
-             "last_rate": 0.01},
+    "ours": {"flow": 0.0, "prediction": 1.0, "attention": 0.25, "attention_every": 4, "noise_levels": "middle"},
     # CLEAR (arXiv 2412.16112), its distill.py, on all kinds of sites instead of single blocks only
-    "clear": {"flow": 1.0, "prediction": 0.5, "attention": 0.5, "attention_every": 4, "noise_levels": "unshifted",
-              "last_rate": 1.0},
+    "clear": {"flow": 1.0, "prediction": 0.5, "attention": 0.5, "attention_every": 4, "noise_levels": "unshifted"},
     # Attention Surgery (arXiv 2509.24899), its last stage; it does not tell how noise levels were drawn
-    "attention_surgery": {"flow": 1.0, "prediction": 0.0, "attention": 0.0, "noise_levels": "middle", "last_rate": 1.0},
-}  # fmt: skip
+    "attention_surgery": {"flow": 1.0, "prediction": 0.0, "attention": 0.0, "noise_levels": "middle"},
+}
 
 
 def check_whole(name: str, value: object, least: int) -> None:

@@ -118,7 +118,7 @@ class PredictionStage(_Learning):
             for name, part in {"loss": total, **parts}.items():
                 sums[name] = sums.get(name, 0.0) + float(part.detach()) / self._recipe.accumulation
         _check_finite(sums, number)
-        self.learner.step(rate_at(number, self.num_updates, self._recipe.warmup, self._recipe.last_rate))
+        self.learner.step(rate_at(number, self.num_updates, self._recipe.warmup, floor=1.0))
         return sums
 
     def _loss(self, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:

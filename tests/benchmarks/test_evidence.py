@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,51 @@ def test_recipes_take_equal_updates(modules):
                 tried = [each for each in tried if each.note != "attention surgery"]  # which trains maps
             counts = {each.note: experiments.num_updates(each) for each in tried}
             assert max(counts.values()) - min(counts.values()) <= 1, counts
+
+
+def test_rates_and_noise_levels_change_nothing_else(modules):
+    """What a suite compares is all that its experiments differ in, but for the seed."""
+    experiments = modules("experiments")
+    by_recipe: dict[tuple[str, str], list] = {}
+    for each in experiments.rates():
+        by_recipe.setdefault((each.method.name, each.note.partition(",")[0]), []).append(each)
+    assert len(by_recipe) == 4
+    for group in by_recipe.values():
+        rates = [(each.finetune["map_rate"], each.finetune["delta_rate"]) for each in group]
+        assert rates == [(rate, rate) for rate in experiments.RATES]
+        plain = [replace(each, note="", finetune={**each.finetune, "map_rate": 0, "delta_rate": 0}) for each in group]
+        assert plain[1:] == plain[:-1]
+    draws = [each for each in experiments.noise_levels() if each.seed == 0]
+    assert [each.finetune["preset"] for each in draws] == list(experiments.DRAWS)
+    plain = [replace(each, note="", finetune={**each.finetune, "preset": ""}) for each in draws]
+    assert len(plain) == 3 and plain[1:] == plain[:-1]
+
+
+def test_the_table_of_costs(modules, monkeypatch):
+    tables = modules("tables")
+    row = {"machine": "m", "torch": "t", "commit": "c", "teacher": "lake", "seconds": "1.0"}
+    rows = [
+        {**row, "method": "dense", "what": "call", "tokens": "32", "ratio": "1.00", "peak_mib": "7"},
+        {**row, "method": "a", "what": "call", "tokens": "32", "ratio": "0.50", "peak_mib": "3"},
+        {**row, "method": "a", "what": "call", "tokens": "64", "ratio": "0.25", "peak_mib": ""},
+        {**row, "method": "a", "what": "update of stage 1", "tokens": "32", "ratio": "2.00", "peak_mib": "9"},
+        {
+            **row,
+            "method": "other",
+            "teacher": "clips",
+            "what": "call",
+            "tokens": "16",
+            "ratio": "1.00",
+            "peak_mib": "1",
+        },
+    ]
+    monkeypatch.setattr(tables, "costs", lambda: rows)
+    assert tables.costs_table("lake").splitlines()[2:] == [
+        "| dense | 1.00 (7 MiB) |  |  |", "| a | 0.50 (3 MiB) | 0.25 | 2.00 (9 MiB) |", "",
+        "Taken on: m, torch t, commit c.",
+    ]  # fmt: skip
+    rows.clear()
+    assert tables.costs_table("lake") == "Not measured yet."
 
 
 @pytest.mark.parametrize("suite", ["budgets", "video budgets"])

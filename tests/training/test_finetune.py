@@ -16,7 +16,6 @@ from linearize.attention.student_file import load_student, save_student
 from linearize.training.deltas import FullRank, LowRank
 from linearize.training.finetune import Errors, Finetune
 from linearize.training.job import JobFolder
-from linearize.training.learner import Learner
 from linearize.training.loop import OutOfMemory, Progress, Stopped, run_stage
 from linearize.training.losses import residual_loss
 from linearize.training.model import Draw
@@ -445,18 +444,6 @@ def test_noise_levels_are_drawn_as_named():
     assert not any(each.unshifted for each in draws["even"] + draws["middle"])
 
 
-@pytest.mark.parametrize("last", [1.0, 0.01])
-def test_learning_rates_end_to_end_fall_to_the_part_that_is_asked_for(last, monkeypatch):
-    rates = []
-    step = Learner.step
-    monkeypatch.setattr(Learner, "step", lambda self, rate: rates.append(rate) or step(self, rate))
-    found = stage(recipe=replace(QUICK, block_updates=0, updates=60, warmup=4, last_rate=last))
-    for number in range(60):
-        found.update(number)
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[-1] == pytest.approx(last, abs=2e-3) and rates[32] == pytest.approx((1 + last) / 2)
-
-
 @pytest.mark.parametrize("change, words", [
     ({"block_updates": 0, "updates": 0}, "both 0"),
     ({"flow": 0.0, "prediction": 0.0, "attention": 0.0}, "are all 0"),
@@ -466,7 +453,6 @@ def test_learning_rates_end_to_end_fall_to_the_part_that_is_asked_for(last, monk
     ({"rank": 0}, "rank is a whole number of at least 1"),
     ({"trainables": "all"}, "trainables is one of lora, full, maps"),
     ({"noise_levels": "low"}, "noise_levels is one of middle, even, unshifted"),
-    ({"last_rate": 0.0}, "last_rate is above 0 and at most 1"),
     ({"flow": -1.0}, "flow is a number of at least 0"),
     ({"delta_rate": 0.0}, "delta_rate is a number above 0"),
 ], ids=lambda value: str(value)[:30])  # fmt: skip

@@ -97,13 +97,7 @@ def test_updates_lower_the_held_out_error(lab, name, kind):
     model = lab.models[name].model
     before = hash_of(model)
     found, losses = lab.finetune(
-        model,
-        lab.student(name, spec),
-        lab.samples(name),
-        block_updates=10,
-        updates=30,
-        accumulation=2,
-        delta_rate=3e-3,
+        model, lab.student(name, spec), lab.samples(name), block_updates=10, updates=30, accumulation=2
     )
     assert facts(found)["error_after"] < 0.95 * facts(found)["error_before"], lab.shown
     assert len(losses["loss"]) == 40 and facts(found)["updates_done"] == 40
