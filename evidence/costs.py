@@ -7,7 +7,6 @@ all of it.
 """
 
 import argparse
-import csv
 import importlib
 import json
 import math
@@ -38,14 +37,12 @@ from experiments import (
     linear,
 )
 from laboratory import HOME, TEACHERS, Laboratory
-from tables import COSTS, costs
+from rows import COSTS, append, costs, origin
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from memory import ENVIRONMENT, peak_of  # noqa: E402
-
-from run import origin  # noqa: E402
 
 COLUMNS = ("date", "commit", "machine", "torch", "teacher", "method", "what", "tokens", "seconds", "ratio", "peak_mib")
 CALL = "call"
@@ -229,12 +226,7 @@ def main() -> int:
             print(f"{case.teacher} {case.method.name}: {problem}", file=sys.stderr, flush=True)
             failed = 1
             continue
-        new = not COSTS.exists()
-        with COSTS.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(COSTS, COLUMNS, rows)
         for row in rows:
             print(" ".join(str(row[name]) for name in COLUMNS[4:]), flush=True)
     return failed

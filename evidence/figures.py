@@ -15,8 +15,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from claims import Group, Row  # noqa: E402
 from experiments import ALL, METHODS, SUITES, TRAININGS, VIDEO_METHODS, VIDEO_TOKENS, Method, num_updates  # noqa: E402
+from rows import stored  # noqa: E402
 from sheets import SHOWN, write_sheet  # noqa: E402
-from tables import PAGE, page, stored  # noqa: E402
+from tables import PAGE, page  # noqa: E402
 
 FIGURES = Path(__file__).resolve().parent / "figures"
 COLOURS = {

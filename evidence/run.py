@@ -5,12 +5,7 @@ the updates; its rows say so in the column `scale`.
 """
 
 import argparse
-import csv
-import datetime
-import io
 import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +13,6 @@ from typing import Any
 import torch
 from classifier import trained
 from experiments import SUITES, TEACHER, TRAININGS, UNTRAINED, Experiment, Method, num_updates
-from filelock import FileLock
 from laboratory import HOME, TEACHERS, Laboratory
 from measures import (
     LEVELS,
@@ -28,9 +22,8 @@ from measures import (
     relative_error,
     velocities,
 )
-from origin import commit
+from rows import RESULTS, append, origin, stored
 from sheets import SHOWN, STRIPS, save_strip, strip_path
-from tables import RESULTS, stored
 
 COLUMNS = (
     "date", "commit", "machine", "torch", "scale", "suite", "method", "training", "seed", "note", "tokens", "error",
@@ -98,31 +91,6 @@ def key_of(row: dict[str, str]) -> tuple[str, ...]:
     return (*(row[name] for name in ("suite", "method", "training", "seed", "note", "tokens")), row["scale"])
 
 
-def append(row: dict[str, Any]) -> None:
-    """Store a row; what a kill left of a line is taken away first."""
-    with FileLock(HOME / "results.lock"), RESULTS.open("a+b") as file:
-        file.seek(0)
-        text = file.read()
-        file.truncate(text.rfind(b"\n") + 1)
-        lines = io.StringIO(newline="")
-        writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
-        if not text:
-            writer.writeheader()
-        writer.writerow(row)
-        file.write(lines.getvalue().encode())
-
-
-def origin() -> dict[str, str]:
-    """Return date, commit, machine and version, as every row has them."""
-    if torch.cuda.is_available():
-        machine = torch.cuda.get_device_name()
-    else:
-        machine = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    return {
-        "date": datetime.date.today().isoformat(), "commit": commit(), "machine": machine, "torch": torch.__version__,
-    }  # fmt: skip
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Distil students of a teacher and measure them.")
     parser.add_argument("--teacher", default=TEACHERS[0], choices=TEACHERS, help="the image or the video teacher")
@@ -163,9 +131,8 @@ def measure(laboratory: Laboratory, experiments: list[Experiment], seconds: floa
         row = judges[experiment.tokens].row(attention, strip_of(experiment, laboratory.scale))
         row["flops"] = round(laboratory.flops_kept(attention, experiment.tokens), 4)
         row["updates"] = round(num_updates(experiment) * laboratory.scale)
-        append(
-            {**origin(), **described(experiment, laboratory.scale), **row, "outcome": outcome(attention, experiment)}
-        )
+        whole = {**origin(), **described(experiment, laboratory.scale), **row}
+        append(RESULTS, COLUMNS, [{**whole, "outcome": outcome(attention, experiment)}])
         print(f"{number}/{len(experiments)} {' '.join(experiment.key)}: error {row['error']:.4f}, "
               f"PSNR {row['psnr']:.2f}", flush=True)  # fmt: skip
 
@@ -188,7 +155,8 @@ def store_dense(judge: Judge) -> None:
         save_strip(teacher.shown(judge.pictures), STRIPS / f"{teacher.name}.jpg")
     if not any((row["suite"], row["tokens"], row["scale"]) == (name, str(tokens), str(scale)) for row in stored()):
         base = Experiment(name, Method("dense", ()), UNTRAINED, tokens=tokens)
-        append({**origin(), **described(base, scale), **judge.row(None), "flops": 1.0, "updates": 0})
+        row = {**origin(), **described(base, scale), **judge.row(None), "flops": 1.0, "updates": 0}
+        append(RESULTS, COLUMNS, [row])
 
 
 def strip_of(experiment: Experiment, scale: float) -> Path | None:

@@ -36,8 +36,7 @@ def training_draw(seed: int, number: int, samples: Sequence[int], has_negative: 
     pass_number, place = divmod(number, len(samples))
     order = torch.randperm(len(samples), generator=generator(seed, "order", pass_number))
     random = generator(seed, "draw", number)
-    uniform = torch.rand((), generator=random, dtype=torch.float64).item()
-    percent = uniform
+    percent = torch.rand((), generator=random, dtype=torch.float64).item()
     if levels == "middle":
         percent = torch.sigmoid(torch.randn((), generator=random, dtype=torch.float64)).item()
     noise = int(torch.randint(2**62, (), generator=random))

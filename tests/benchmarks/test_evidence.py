@@ -17,6 +17,7 @@ OWN = {
     "measures",
     "classifier",
     "tables",
+    "rows",
     "sheets",
     "clips",
     "scenes",
@@ -240,7 +241,7 @@ def test_a_sheet_shows_the_strips_that_there_are(modules, monkeypatch, tmp_path)
 
 def test_the_page_tells_what_is_stored(modules):
     tables = modules("tables")
-    rows = tables.stored()
+    rows = modules("rows").stored()
     assert rows and tables.page(rows) == tables.PAGE.read_text(encoding="utf-8"), "run evidence/figures.py"
     assert all(0 < float(row["error"]) < 2 for row in rows if row["method"] != "dense")
     pictures = re.findall(r"!\[[^]]+]\(([^)]+)\)", tables.PAGE.read_text(encoding="utf-8"))

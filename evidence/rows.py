@@ -1,0 +1,65 @@
+"""The stored rows: read, appended whole, and where each was taken."""
+
+import csv
+import datetime
+import io
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "demo"))
+
+from origin import commit  # noqa: E402
+
+RESULTS, COSTS = HERE / "results.csv", HERE / "costs.csv"
+LOCKS = HERE.parent / ".comfyui" / "evidence"
+
+
+def stored() -> list[dict[str, str]]:
+    """Return the rows of results.csv."""
+    return _rows_of(RESULTS)
+
+
+def costs() -> list[dict[str, str]]:
+    """Return the rows of costs.csv."""
+    return _rows_of(COSTS)
+
+
+def _rows_of(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Store rows behind those of a file; what a kill left of a line is taken away first."""
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    with FileLock(LOCKS / f"{path.stem}.lock"), path.open("a+b") as file:
+        file.seek(0)
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)
+        lines = io.StringIO(newline="")
+        writer = csv.DictWriter(lines, columns, lineterminator="\n")
+        if not text:
+            writer.writeheader()
+        writer.writerows(rows)
+        file.write(lines.getvalue().encode())
+
+
+def origin() -> dict[str, str]:
+    """Return date, commit, machine and version, as every row has them."""
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    else:
+        machine = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    return {
+        "date": datetime.date.today().isoformat(), "commit": commit(), "machine": machine, "torch": torch.__version__,
+    }  # fmt: skip
