@@ -7,7 +7,6 @@ all of it.
 """
 
 import argparse
-import importlib
 import json
 import math
 import os
@@ -38,6 +37,7 @@ from experiments import (
 )
 from laboratory import HOME, TEACHERS, Laboratory
 from rows import COSTS, append, costs, origin
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -124,24 +124,14 @@ def peak(work: Callable[[], object]) -> float:
 
 def _calls(laboratory: Laboratory, model: Any, case: Case, meter: Meter) -> float:
     """Return the median of some calls of a model with a caption and pure noise, after one that is not counted."""
-    samplers, sample = (importlib.import_module(name) for name in ("comfy.samplers", "comfy.sample"))
-    found: list[float] = []
-
-    class Calls(samplers.Sampler):
-        """Calls the model instead of sampling."""
-
-        def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
-                   disable_pbar=False):  # fmt: skip
-            level = torch.ones(len(noise), device=noise.device)
-            found.extend(meter(lambda: model_wrap(noise, level, **extra_args)) for _ in range(1 + CALLS))
-            return latent_image
-
     empty = laboratory.teacher.empty(case.tokens, 1)["samples"]
     noise = torch.randn(empty.shape, generator=torch.Generator().manual_seed(0))
-    caption = laboratory.conditionings()[0]
-    with torch.inference_mode():
-        levels = torch.tensor([1.0, 0.0])
-        sample.sample_custom(model, noise, 1.0, Calls(), levels, caption, caption, empty, disable_pbar=True)
+
+    def ask(call: Any, noise: Tensor, latent: Tensor) -> list[float]:
+        level = noise.new_ones(len(noise))
+        return [meter(lambda: call(noise, level)) for _ in range(1 + CALLS)]
+
+    found = laboratory.ask(model, laboratory.conditionings()[0], noise, empty, ask)
     return statistics.median(found[1:])
 
 

@@ -6,6 +6,8 @@ Two experiments that share their first stages share that work: each stage is a j
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from degrees import DEGREES, name_of
+
 SEEDS = (0, 1, 2)
 FLOW = "flow alone"  # a preset that only the evidence has: CLEAR's without its distillation losses
 DRAWS = ("middle", "even", "unshifted")  # more such presets: ours with its noise levels drawn in these ways
@@ -73,7 +75,7 @@ class Experiment:
         return self.suite, self.method.name, self.training, str(self.seed), self.note, str(self.tokens)
 
 
-LEARNED = ("hedgehog", "polynomial", "linfusion")
+LEARNED = ("hedgehog", "polynomial", "linfusion", *map(name_of, DEGREES))
 
 
 def clear(radius: int, down_factor: int = 1) -> Method:
@@ -129,6 +131,11 @@ def value_losses() -> list[Experiment]:
         Experiment("losses", hybrid(4), STAGE1, seed, transfer={"loss": loss, "output_draws": 0}, note=loss)
         for loss in ("value", "squared", "score") for seed in SEEDS
     ]  # fmt: skip
+
+
+def degrees() -> list[Experiment]:
+    """Stage 1 by maps of several degrees, with as many features (Attention Surgery, table of map sizes)."""
+    return [Experiment("degrees", hybrid(4, name_of(degree)), STAGE1, seed) for degree in DEGREES for seed in SEEDS]
 
 
 SETTINGS: dict[str, dict[str, Any]] = {  # sized for two CPU cores; `--scale` multiplies the updates
@@ -271,8 +278,8 @@ def video_budgets() -> list[Experiment]:
 
 
 IMAGE_SUITES = {
-    "losses": value_losses, "recipes": recipes, "noise levels": noise_levels, "data": real_data, "methods": methods,
-    "budgets": budgets, "sizes": sizes, "curve": curve, "rates": rates,
+    "losses": value_losses, "degrees": degrees, "recipes": recipes, "noise levels": noise_levels, "data": real_data,
+    "methods": methods, "budgets": budgets, "sizes": sizes, "curve": curve, "rates": rates,
 }  # fmt: skip
 VIDEO_SUITES = {"video": video, "video losses": video_losses, "video budgets": video_budgets}
 SUITES = {**IMAGE_SUITES, **VIDEO_SUITES}

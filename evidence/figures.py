@@ -14,8 +14,18 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 from claims import Group, Row  # noqa: E402
-from experiments import ALL, METHODS, SUITES, TRAININGS, VIDEO_METHODS, VIDEO_TOKENS, Method, num_updates  # noqa: E402
-from rows import stored  # noqa: E402
+from experiments import (  # noqa: E402
+    ALL,
+    METHODS,
+    SUITES,
+    TEACHER,
+    TRAININGS,
+    VIDEO_METHODS,
+    VIDEO_TOKENS,
+    Method,
+    num_updates,
+)
+from rows import costs, stored  # noqa: E402
 from sheets import SHOWN, write_sheet  # noqa: E402
 from tables import PAGE, page  # noqa: E402
 
@@ -27,6 +37,7 @@ COLOURS = {
     "stages 1, 2": "#8e6bd1",
     "all stages": "#2a9d6f",
 }
+SIZES = ("#8fb3ff", "#27408b")  # of costs: the evidence's, twice the side
 SETTINGS: dict[str, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
 
 
@@ -115,6 +126,26 @@ def _training(group: Group) -> tuple[str, ...]:
     return (group.training,) if group.suite == "sizes" else ()
 
 
+def costs_figure() -> None:
+    """Draw what a call of every method takes, over the teacher's, at the size of the evidence and at twice the side."""
+    rows = [row for row in costs() if row["what"] == "call"]
+    machine = rows[-1]["machine"] if rows else ""  # the one that was measured last
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.6))
+    for axes, teacher in zip(panels, dict.fromkeys(TEACHER.values()), strict=True):
+        own = [row for row in rows if (row["teacher"], row["machine"]) == (teacher, machine)]
+        methods = list(dict.fromkeys(row["method"] for row in own))
+        for place, size in enumerate(sorted({int(row["tokens"]) for row in own})):
+            found = {row["method"]: float(row["ratio"]) for row in own if int(row["tokens"]) == size}
+            lines = [methods.index(method) + 0.4 * place - 0.2 for method in found]
+            axes.barh(lines, list(found.values()), 0.4, color=SIZES[place], label=f"{size} tokens wide")
+        axes.axvline(1, color="k", linewidth=0.8)
+        axes.set_yticks(range(len(methods)), methods)
+        axes.invert_yaxis()
+        axes.set(title=teacher, xlabel="time of a call over the teacher's")
+        axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.4, -0.12))
+    save(figure, "costs")
+
+
 def save(figure: Any, name: str) -> None:
     """Write a figure and forget it."""
     FIGURES.mkdir(exist_ok=True)
@@ -131,6 +162,7 @@ def main() -> None:
         methods_figure(rows, "video", VIDEO_METHODS, VIDEO_TOKENS)
         levels_figure(rows)
         curve_figure(rows)
+        costs_figure()
         for suite in SUITES:
             if suite not in ("methods", "video", "curve"):
                 notes_figure(rows, suite)

@@ -8,11 +8,12 @@ import asyncio
 import importlib
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from degrees import add_degrees
 from experiments import DRAWS, FLOW, SETTINGS, TRAININGS, Experiment
 from heads import plan_by_mass
 from torch import Tensor
@@ -24,6 +25,7 @@ from live_server import BASE, COMFYUI, prepare_base  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".comfyui" / "evidence"
 TEACHERS = ("lake", "clips")  # modules here that hold one; a process has one only, since their scenes share names
+Question = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Any]
 TEXT_TOKENS = 12  # of the demo's captions
 TRAIN_SEED, TEST_SEED, NOISE_SEED, DRAWN_SEED = 10_000, 20_000, 1000, 30_000  # of captions, of test noise, of scenes
 
@@ -74,6 +76,7 @@ class Laboratory:
             self.model = self.nodes.UNETLoader().load_unet(self.teacher.file, "default")[0]
         self.prompts = self.teacher.draw(self.teacher.prompts, TRAIN_SEED).captions()
         self.test = unseen(self.teacher.draw(40 * self.teacher.tests, TEST_SEED), self.prompts, self.teacher.tests)
+        add_degrees(self.module("attention.feature_maps"), self.module("attention.specs"))
         presets = self.module("training.recipe").PRESETS  # the nodes offer them by name; these are for comparisons only
         presets[FLOW] = {**presets["clear"], "prediction": 0.0, "attention": 0.0}
         presets.update({draws: {**presets["ours"], "noise_levels": draws} for draws in DRAWS})
@@ -163,6 +166,32 @@ class Laboratory:
         specs = {site: each.spec for site, each in runtime.sites.items()}
         rows = report.site_costs(host, module, specs, layout, runtime.parameters.outputs())
         return sum(row.planned.flops for row in rows) / sum(row.dense.flops for row in rows)
+
+    def ask(self, model: Any, positive: Any, noise: Tensor, latent: Tensor, question: Question) -> Any:
+        """Let a function call a model where a sampler would, and return what it returns.
+
+        Args:
+            model: a model patcher.
+            positive: a caption as KSampler takes it; there is no guidance.
+            noise, latent: (1, 16, ...), the latent as ComfyUI's nodes pass it on.
+            question: called with the model as a function of latents and noise levels (1,), the noise and the latent, in
+                the model's units and on its device.
+        """
+        samplers, sample = (importlib.import_module(name) for name in ("comfy.samplers", "comfy.sample"))
+        answers: list[Any] = []
+
+        class Questioner(samplers.Sampler):
+            """Asks instead of sampling."""
+
+            def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+                       disable_pbar=False):  # fmt: skip
+                answers.append(question(partial(model_wrap, **extra_args), noise, latent_image))
+                return latent_image
+
+        levels = torch.tensor([1.0, 0.0])
+        with torch.inference_mode():
+            sample.sample_custom(model, noise, 1.0, Questioner(), levels, positive, positive, latent, disable_pbar=True)
+        return answers[0]
 
     def conditionings(self) -> list[Any]:
         """Return the test captions as KSampler takes them."""

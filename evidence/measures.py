@@ -1,6 +1,5 @@
 """How far a student is from its teacher: velocities by noise level, pictures, and features of pictures."""
 
-import importlib
 from typing import Any
 
 import torch
@@ -17,28 +16,19 @@ def velocities(laboratory: Any, model: Any, clean: Tensor) -> Tensor:
         model: a model patcher, the teacher's or a student's.
         clean: (B, 16, ...) latents as ComfyUI's nodes pass them on, of the first test captions.
     """
-    samplers, sample = (importlib.import_module(name) for name in ("comfy.samplers", "comfy.sample"))
-    found: list[Tensor] = []
 
-    class Probe(samplers.Sampler):
-        """Asks for the prediction at given levels instead of sampling."""
+    def ask(call: Any, noise: Tensor, latent: Tensor) -> Tensor:
+        seen = []
+        for level in LEVELS:
+            noisy = torch.lerp(latent, noise, level)
+            seen.append((noisy - call(noisy, noise.new_full((len(noise),), level))) / level)
+        return torch.stack(seen, dim=1).float().cpu()
 
-        def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
-                   disable_pbar=False):  # fmt: skip
-            seen = []
-            for level in LEVELS:
-                sigma = torch.full((len(noise),), level, device=noise.device, dtype=noise.dtype)
-                noisy = torch.lerp(latent_image, noise, level)
-                seen.append((noisy - model_wrap(noisy, sigma, **extra_args)) / level)
-            found.append(torch.stack(seen, dim=1).float().cpu())
-            return latent_image
-
-    levels = torch.tensor([1.0, 0.0])
+    found = []
     for number, positive in enumerate(laboratory.conditionings()[: len(clean)]):
         latent = clean[number : number + 1]
         noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(number))
-        with torch.inference_mode():
-            sample.sample_custom(model, noise, 1.0, Probe(), levels, positive, positive, latent, disable_pbar=True)
+        found.append(laboratory.ask(model, positive, noise, latent, ask))
     return torch.cat(found)
 
 

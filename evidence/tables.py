@@ -27,26 +27,36 @@ def suite_table(rows: list[Row], suite: str) -> str:
     sizes = {str(each.tokens) for each in SUITES[suite]()}
     dense = [row for row in rows if row["suite"] == f"dense {TEACHER[suite]}" and row["tokens"] in sizes]
     own = dense + [row for row in rows if row["suite"] == suite]
-    own = [row for row in own if row["scale"] == "1.0"]
     if all(row["method"] == "dense" for row in own):
         return "Not measured yet."
     structure = list(json.loads(own[0]["structure"]))
     heads = ["method", "training", "note", "seeds", *MEASURES, *structure]
     lines = ["| " + " | ".join(heads) + " |", "|---|---|---|" + "---:|" * (len(heads) - 3)]
-    for key in dict.fromkeys((row["suite"], row["method"], row["training"], row["note"], row["tokens"]) for row in own):
-        found = list(Group(*key[:4], int(key[4])).rows(own).values())
+    names = ("suite", "method", "training", "note", "tokens", "scale")
+    keys = {tuple(row[name] for name in names) for row in own}
+    order = {(suite, each.method.name, each.training, each.note, str(each.tokens)): place
+             for place, each in enumerate(SUITES[suite]())}  # fmt: skip
+    for key in sorted(keys, key=lambda key: (order.get(key[:5], -1), key[4:])):  # dense attention is first
+        group = Group(*key[:4], int(key[4]), key[5])
+        found = list(group.rows(own).values())
         means = [f"{statistics.fmean(float(row[name]) for row in found):.{MEASURES[name]}f}" for name in MEASURES]
         means += [f"{statistics.fmean(json.loads(row['structure'])[name] for row in found):.2f}" for name in structure]
-        size = f"{key[4]} tokens a side" if len(sizes) > 1 else ""
-        lines.append("| " + " | ".join([*key[1:3], key[3] or size, str(len(found)), *means]) + " |")
+        size = f"{group.tokens} tokens a side" if len(sizes) > 1 else ""
+        scale = f"{float(group.scale):g} times the updates" if float(group.scale) != 1 else ""
+        note = ", ".join(filter(None, (group.note, size, scale)))
+        lines.append("| " + " | ".join([group.method, group.training, note, str(len(found)), *means]) + " |")
     return "\n".join(lines)
 
 
 def costs_table(teacher: str) -> str:
     """Return what calls of a teacher's students and updates take, over the teacher's own calls."""
     rows = [row for row in costs() if row["teacher"] == teacher]
-    if not rows:
-        return "Not measured yet."
+    machines = dict.fromkeys(row["machine"] for row in rows)
+    tables = [_machine_table([row for row in rows if row["machine"] == machine]) for machine in machines]
+    return "\n\n".join(tables) or "Not measured yet."
+
+
+def _machine_table(rows: list[Row]) -> str:
     sizes = sorted({row["tokens"] for row in rows}, key=int)
     columns = [("call", size) for size in sizes]
     updates = sorted({row["what"] for row in rows} - {"call"}, key=lambda what: ("stage 1" not in what, what))
@@ -56,8 +66,8 @@ def costs_table(teacher: str) -> str:
     found = {(row["method"], row["what"], row["tokens"]): _cost(row) for row in rows}
     for method in dict.fromkeys(row["method"] for row in rows):
         lines.append(f"| {method} | " + " | ".join(found.get((method, *column), "") for column in columns) + " |")
-    machines = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, commit {row['commit']}" for row in rows)
-    return "\n".join([*lines, "", *textwrap.wrap(f"Taken on: {'; '.join(machines)}.", 120)])
+    origin = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, commit {row['commit']}" for row in rows)
+    return "\n".join([*lines, "", *textwrap.wrap(f"Taken on: {'; '.join(origin)}.", 120)])
 
 
 def _cost(row: Row) -> str:

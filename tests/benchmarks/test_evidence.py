@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 OWN = {
+    "degrees",
     "claims",
     "experiments",
     "measures",
@@ -134,6 +135,29 @@ def test_rates_and_noise_levels_change_nothing_else(modules):
     assert len(plain) == 3 and plain[1:] == plain[:-1]
 
 
+def test_maps_of_other_degrees(modules, monkeypatch):
+    """Degree 2 is the pack's own map; part n of another is its part of degree 1 raised to the power n."""
+    from linearize.attention import feature_maps, specs
+
+    monkeypatch.setattr(feature_maps, "MAPS", dict(feature_maps.MAPS))
+    monkeypatch.setattr(specs, "FEATURE_MAPS", specs.FEATURE_MAPS)
+    degrees = modules("degrees")
+    degrees.add_degrees(feature_maps, specs)
+    x, own = torch.randn(2, 3, 7, 16), feature_maps.Polynomial(3, 16)
+    own.reset(torch.Generator().manual_seed(1))
+    found = {}
+    for degree in degrees.DEGREES:
+        name = degrees.name_of(degree)
+        assert specs.spec_from_json({"kind": "hybrid", "rate": 4, "feature_map": name}).feature_map == name
+        each = feature_maps.MAPS[name](3, 16)
+        each.load_state_dict(own.state_dict())
+        found[degree] = each(x)
+    assert torch.equal(found[2], own(x))
+    first = found[1].chunk(4, -1)
+    torch.testing.assert_close(found[4], torch.cat([part**n for n, part in enumerate(first, 1)], -1))
+    assert not torch.allclose(found[1], found[2])
+
+
 def test_the_table_of_costs(modules, monkeypatch):
     tables = modules("tables")
     row = {"machine": "m", "torch": "t", "commit": "c", "teacher": "lake", "seconds": "1.0"}
@@ -156,6 +180,11 @@ def test_the_table_of_costs(modules, monkeypatch):
     assert tables.costs_table("lake").splitlines()[2:] == [
         "| dense | 1.00 (7 MiB) |  |  |", "| a | 0.50 (3 MiB) | 0.25 | 2.00 (9 MiB) |", "",
         "Taken on: m, torch t, commit c.",
+    ]  # fmt: skip
+    rows.append({**rows[0], "machine": "n", "ratio": "1.01"})
+    assert tables.costs_table("lake").splitlines()[7:] == [
+        "| method | call, 32 tokens wide |", "|---|---:|", "| dense | 1.01 (7 MiB) |", "",
+        "Taken on: n, torch t, commit c.",
     ]  # fmt: skip
     rows.clear()
     assert tables.costs_table("lake") == "Not measured yet."
