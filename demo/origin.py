@@ -24,9 +24,13 @@ def origin(seconds: float) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the commit of the checkout, with + if something was changed since; empty without git."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
+    """Return the commit of the checkout, with + if a script or module was changed since; empty without git."""
+    questions = (["describe", "--always"], ["status", "--porcelain", "--untracked-files=no", "--", "*.py"])
     try:
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        found, changed = (
+            subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+            for words in questions
+        )
     except OSError:
         return ""
+    return found + "+" * bool(changed)

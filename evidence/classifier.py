@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 SIDE, FEATURES = 64, 16
 STEPS, BATCH, RATE = 300, 32, 2e-3
+LEAST, TESTS, TEST_SEED = 0.95, 256, 60_000  # right answers to every question, of drawn scenes that it did not see
 
 
 class Classifier(nn.Module):
@@ -44,7 +45,11 @@ class Classifier(nn.Module):
 
 
 def trained(teacher: Any, folder: Path) -> Classifier:
-    """Return the classifier of a teacher's scenes, from its file in a folder or trained now."""
+    """Return the classifier of a teacher's scenes, from its file in a folder or trained now.
+
+    Raises:
+        RuntimeError: it answers too little of a question rightly.
+    """
     file = folder / f"classifier_{teacher.name}.safetensors"
     choices = teacher.draw(999, 0).choices
     with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
@@ -54,8 +59,19 @@ def trained(teacher: Any, folder: Path) -> Classifier:
             model.load_state_dict(load_file(file))
         else:
             train(model, teacher)
+            if accuracy(model, teacher) < LEAST:
+                raise RuntimeError(f"the classifier of {teacher.name} is right in less than {LEAST:.0%} of the scenes")
             save_file(model.state_dict(), file)
     return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: Classifier, teacher: Any) -> float:
+    """Return the share of right answers to the question that it answers worst."""
+    scenes = teacher.draw(TESTS, TEST_SEED)
+    logits = model(teacher.drawn_views(scenes))
+    right = [each.argmax(-1) == scenes.choices[name] for each, name in zip(logits, teacher.asked, strict=True)]
+    return min(float(each.float().mean()) for each in right)
 
 
 def train(model: Classifier, teacher: Any) -> None:

@@ -48,6 +48,7 @@ COLUMNS = ("date", "commit", "machine", "torch", "teacher", "method", "what", "t
 CALL = "call"
 ROUNDS, CALLS = 3, 3  # turns of teacher and student; calls in a turn
 UPDATES, WARM = 7, 2  # of a stage; of these the first are not counted
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COST_SEED = 1_000_000  # of a training that is for nothing else
 DENSE = Method("dense", ())
 Meter = Callable[[Callable[[], object]], float]
@@ -95,7 +96,7 @@ def measured(case: Case, counts_memory: bool) -> dict[str, tuple[float, float]]:
         Seconds and their ratio to a call of the teacher; or a peak in MiB, twice.
     """
     torch.set_num_threads(1)  # of a CPU: what else runs on the machine matters less
-    laboratory = Laboratory(case.teacher, on_cpu=not torch.cuda.is_available())
+    laboratory = Laboratory(case.teacher, device=DEVICE)
     meter = peak if counts_memory else seconds
     if case.trains:
         return _updates(laboratory, case, meter)
@@ -112,14 +113,14 @@ def seconds(work: Callable[[], object]) -> float:
     """Return the seconds that some work takes."""
     start = time.perf_counter()
     work()
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def peak(work: Callable[[], object]) -> float:
     """Return the MiB that some work needs beyond what there is before it; NaN where the platform cannot tell."""
-    return float(peak_of(work, "cuda" if torch.cuda.is_available() else "cpu") or "nan")
+    return float(peak_of(work, DEVICE) or "nan")
 
 
 def _calls(laboratory: Laboratory, model: Any, case: Case, meter: Meter) -> float:
@@ -147,16 +148,21 @@ def _updates(laboratory: Laboratory, case: Case, meter: Meter) -> dict[str, tupl
         "costs", case.method, ALL, seed=COST_SEED, tokens=case.tokens, transfer={"updates": UPDATES, "output_draws": 0},
         finetune={"updates": UPDATES, "block_updates": UPDATES},
     )  # fmt: skip
+    _forget_jobs()  # of a run that was killed: what is found done is not measured
     laboratory.samples("teacher")
     seen = {what: _watch(stage, meter) for what, stage in watched.items()}
     calls = [_calls(laboratory, laboratory.model, case, meter)]
     laboratory.student(experiment)
     calls.append(_calls(laboratory, laboratory.model, case, meter))  # a model in training cannot be asked in between
+    _forget_jobs()
+    means = {what: statistics.median(found[WARM:]) for what, found in seen.items() if found[WARM:]}
+    return {what: (mean, mean / max(statistics.fmean(calls), 1e-9)) for what, mean in means.items()}
+
+
+def _forget_jobs() -> None:
     for job in (HOME / "linearize" / "jobs").glob("*/job.json"):
         if json.loads(job.read_text(encoding="utf-8"))["recipe"]["seed"] == COST_SEED:
             shutil.rmtree(job.parent)
-    means = {what: statistics.median(found[WARM:]) for what, found in seen.items() if found[WARM:]}
-    return {what: (mean, mean / max(statistics.fmean(calls), 1e-9)) for what, mean in means.items()}
 
 
 def _watch(stage: Any, meter: Meter) -> list[float]:
@@ -188,7 +194,7 @@ def rows_of(number: int, case: Case) -> list[dict[str, Any]]:
         found.append(json.loads(result.stdout.splitlines()[-1]))  # libraries may print too
     peaks, times = found
     return [
-        {**origin(), "teacher": case.teacher, "method": case.method.name, "what": what, "tokens": case.tokens,
+        {**origin(DEVICE), "teacher": case.teacher, "method": case.method.name, "what": what, "tokens": case.tokens,
          "seconds": f"{own:.3f}", "ratio": f"{ratio:.2f}",
          "peak_mib": "" if math.isnan(peaks[what][0]) else f"{peaks[what][0]:.0f}"}
         for what, (own, ratio) in times.items()
@@ -204,7 +210,7 @@ def main() -> int:
     if args.case is not None:
         print(json.dumps(measured(cases()[args.case], args.memory)))
         return 0
-    machine, failed = origin()["machine"], 0
+    machine, failed = origin(DEVICE)["machine"], 0
     done = {(row["teacher"], row["method"], row["tokens"], row["what"] != CALL) for row in costs()
             if row["machine"] == machine}  # fmt: skip
     for number, case in enumerate(cases()):

@@ -10,7 +10,8 @@ from degrees import DEGREES, name_of
 
 SEEDS = (0, 1, 2)
 FLOW = "flow alone"  # a preset that only the evidence has: CLEAR's without its distillation losses
-DRAWS = ("middle", "even", "unshifted")  # more such presets: ours with its noise levels drawn in these ways
+NOISE_LEVELS = ("middle", "even", "unshifted")  # how they are drawn end to end, see `FinetuneRecipe`
+DRAWS = {"ours": "middle", "clear": "unshifted", FLOW: "unshifted", "attention_surgery": "middle"}  # by each preset
 UNTRAINED, STAGE0, STAGE1, STAGE2, ALL = "untrained", "stage 0", "stage 1", "stages 1, 2", "all stages"
 TRAININGS = {  # which stages run: matrices, maps, block by block, end to end
     UNTRAINED: (False, False, False, False),
@@ -104,7 +105,7 @@ def hybrid(rate: int, feature_map: str = "polynomial", stabilizer: str = "max") 
 
 PER_HEAD = Method("clear r=4 per head", clear(4).specs, planner="heads")
 METHODS = (
-    clear(2), clear(4), clear(6), clear(4, down_factor=2), PER_HEAD,
+    clear(2), clear(4), clear(6), clear(12), clear(4, down_factor=2), PER_HEAD,
     linear("elu1"), linear("relu"), linear("favor"), linear("hedgehog"), linear("linfusion"), linear("polynomial"),
     hybrid(2), hybrid(4), hybrid(8), hybrid(4, stabilizer="lse"), hybrid(4, "hedgehog"),
 )  # fmt: skip
@@ -117,8 +118,7 @@ def methods() -> list[Experiment]:
     """Every method after every stage; block by block alone for a method of each kind."""
     found = []
     for method in METHODS:
-        trainings = [UNTRAINED, STAGE1 if method.has_maps else STAGE0]
-        trainings += [STAGE0] * method.has_maps + [STAGE2] * (method in STAGED) + [ALL]
+        trainings = [UNTRAINED, STAGE0] + [STAGE1] * method.has_maps + [STAGE2] * (method in STAGED) + [ALL]
         for training in trainings:
             seeds = SEEDS if training in (STAGE1, ALL) else SEEDS[:1]
             found += [Experiment("methods", method, training, seed) for seed in seeds]
@@ -138,6 +138,11 @@ def degrees() -> list[Experiment]:
     return [Experiment("degrees", hybrid(4, name_of(degree)), STAGE1, seed) for degree in DEGREES for seed in SEEDS]
 
 
+def rates_of(rate: float) -> dict[str, float]:
+    """Return the inputs that set the learning rates of Fine-tune Student."""
+    return {"map_rate": rate, "delta_rate": rate}
+
+
 SETTINGS: dict[str, dict[str, Any]] = {  # sized for two CPU cores; `--scale` multiplies the updates
     "transfer": {"updates": 150, "learning_rate": 0.01, "loss": "squared", "queries": 256, "held_out": 4,
                  "output_draws": 48},
@@ -148,16 +153,12 @@ SETTINGS: dict[str, dict[str, Any]] = {  # sized for two CPU cores; `--scale` mu
 TUNING = SETTINGS["finetune"]["updates"] + SETTINGS["finetune"]["block_updates"]
 EQUAL = SETTINGS["transfer"]["updates"] + TUNING
 PARTS = (0.25, 0.5)
-RATES = (1e-4, 2e-4, 5e-4)  # that are tried of every recipe, see the suite "rates"
-OUR_TRANSFER = EQUAL // 2  # updates of stage 1 in our recipe; the others are end to end
+RECIPE_RATE, RATES = 2e-4, (1e-4, 5e-4)  # learning rate end to end, for all recipes; others that are tried of each
+HALVES = {"updates": EQUAL // 2}, {"updates": EQUAL - EQUAL // 2}  # of the updates on stage 1, the others end to end
 NO_TRANSFER = {"updates": 0, "output_draws": 0}
-END_TO_END = {"updates": EQUAL, "block_updates": 0, "full_rank": True}
-RECIPE_RATE = 2e-4  # end to end, for all; see the suite "rates"
+END_TO_END = {"updates": EQUAL, "block_updates": 0, "full_rank": True, **rates_of(RECIPE_RATE)}
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # inputs of Distill Attention, of Fine-tune Student
-    "ours": (
-        {"updates": OUR_TRANSFER},
-        {**END_TO_END, "updates": EQUAL - OUR_TRANSFER},
-    ),
+    "ours": (HALVES[0], {"preset": "ours", **END_TO_END, **HALVES[1]}),
     "clear": (NO_TRANSFER, {"preset": "clear", **END_TO_END}),
     "flow matching alone": (NO_TRANSFER, {"preset": FLOW, **END_TO_END}),
     "attention surgery": (
@@ -165,57 +166,87 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # inputs of Disti
         {"preset": "attention_surgery", **END_TO_END, "updates": TUNING},
     ),
 }
+COMPARED = (
+    (clear(4), ("ours", "clear", "flow matching alone")),
+    (hybrid(4), ("ours", "attention surgery", "flow matching alone")),
+)
 
 
 def recipe(
-    suite: str, method: Method, name: str, seed: int, factor: float = 1.0, note: str = "", rate: float = RECIPE_RATE
+    suite: str,
+    method: Method,
+    name: str,
+    seed: int,
+    *,
+    change: str = "",
+    factor: float = 1.0,
+    transfer: dict[str, Any] | None = None,
+    finetune: dict[str, Any] | None = None,
 ) -> Experiment:
-    """Return an experiment with a recipe of `RECIPES`; where there are no maps to learn, ours fine-tunes longer."""
-    transfer, finetune = RECIPES[name]
-    finetune = {**finetune, "map_rate": rate, "delta_rate": rate}
+    """Return an experiment with a recipe of `RECIPES`; where there are no maps to learn, ours fine-tunes longer.
+
+    Args:
+        suite, method, seed: of the experiment.
+        name: of the recipe.
+        change: what is changed of it, in words.
+        factor: on its updates.
+        transfer, finetune: inputs that are changed.
+    """
+    own_transfer, own_finetune = RECIPES[name]
     if name == "ours" and not method.has_maps:
-        finetune = {**finetune, "updates": EQUAL}
-    return Experiment(suite, method, ALL, seed, transfer, finetune, note=note or name, factor=factor)
+        own_finetune = {**own_finetune, "updates": EQUAL}
+    return Experiment(
+        suite, method, ALL, seed, {**own_transfer, **(transfer or {})}, {**own_finetune, **(finetune or {})},
+        note=f"{name}, {change}" if change else name, factor=factor,
+    )  # fmt: skip
 
 
-def num_updates(experiment: Experiment) -> int:
-    """Return the updates of all stages together; the passes of stage 0 take none."""
+def num_updates(experiment: Experiment, scale: float = 1.0) -> int:
+    """Return the updates of all stages together, each times `scale`; the passes of stage 0 take none."""
     _, maps, blocks, end = TRAININGS[experiment.training]
     transfer = {**SETTINGS["transfer"], **experiment.transfer}
     finetune = {**SETTINGS["finetune"], **experiment.finetune}
     counts = [transfer["updates"] * (maps and experiment.method.has_maps)]
     counts += [finetune["block_updates"] * blocks, finetune["updates"] * end]
-    return sum(round(count * experiment.factor) for count in counts)
+    return sum(round(count * (scale * experiment.factor)) for count in counts)
 
 
 def recipes() -> list[Experiment]:
     """Ours against each paper's own recipe at equal updates; flow matching alone against distillation."""
-    tried = [(clear(4), name) for name in ("ours", "clear", "flow matching alone")]
-    tried += [(hybrid(4), name) for name in ("ours", "attention surgery", "flow matching alone")]
-    return [recipe("recipes", method, name, seed) for seed in SEEDS for method, name in tried]
+    return [recipe("recipes", method, name, seed) for seed in SEEDS for method, names in COMPARED for name in names]
 
 
-def rates() -> list[Experiment]:
-    """Each recipe at several learning rates, so that none is held back by one that suits another."""
-    tried = [(clear(4), "ours"), (clear(4), "clear"), (hybrid(4), "ours"), (hybrid(4), "attention surgery")]
-    return [recipe("rates", method, name, 0, note=f"{name}, rate {rate:g}", rate=rate)
-            for method, name in tried for rate in RATES]  # fmt: skip
+def settings() -> list[Experiment]:
+    """Each recipe with one thing changed, so that none is held back by a setting that suits another."""
+    found = []
+    for method, names in COMPARED:
+        for name in names:
+            preset = RECIPES[name][1]["preset"]
+            draws = [each for each in NOISE_LEVELS if each != DRAWS[preset]]
+            changes = [(f"rate {rate:g}", {}, rates_of(rate)) for rate in RATES]
+            changes += [(f"{each} noise levels", {}, {"preset": f"{preset}, {each}"}) for each in draws]
+            if name == "ours":
+                changes += [("no matrices", {"output_draws": 0}, {})]
+            if name == "attention surgery":
+                changes += [("half on stage 1", *HALVES)]
+            found += [recipe("settings", method, name, 0, change=change, transfer=transfer, finetune=finetune)
+                      for change, transfer, finetune in changes]  # fmt: skip
+    return found
 
 
 def noise_levels() -> list[Experiment]:
     """How noise levels are drawn end to end, everything else equal."""
     return [
         Experiment("noise levels", clear(4), ALL, seed, note=draws,
-                   finetune={"preset": draws, "updates": 150, "block_updates": 0})
-        for draws in DRAWS for seed in SEEDS
+                   finetune={"preset": f"ours, {draws}", "updates": 150, "block_updates": 0})
+        for draws in NOISE_LEVELS for seed in SEEDS
     ]  # fmt: skip
 
 
 def curve() -> list[Experiment]:
     """Ours against each paper's own recipe at fewer updates."""
-    tried = [(clear(4), "ours"), (clear(4), "clear"), (hybrid(4), "ours"), (hybrid(4), "attention surgery")]
-    return [recipe("curve", method, name, 0, part, f"{name}, {part:.0%} of the updates")
-            for part in PARTS for method, name in tried]  # fmt: skip
+    return [recipe("curve", method, name, 0, change=f"{part:.0%} of the updates", factor=part)
+            for part in PARTS for method, names in COMPARED for name in names[:2]]  # fmt: skip
 
 
 def real_data() -> list[Experiment]:
@@ -227,7 +258,7 @@ def real_data() -> list[Experiment]:
 
 
 def budgets() -> list[Experiment]:
-    """The optimal mixture against the same kind everywhere, at equal cost (Attention Surgery, heterogeneous rates)."""
+    """The optimal mixture against the same kind everywhere, under one limit (Attention Surgery, mixed rates)."""
     return [
         Experiment("budgets", Method(f"{planner} {budget:.0%}", CANDIDATES, budget, planner), ALL, seed,
                    transfer={"output_draws": 0})
@@ -279,7 +310,7 @@ def video_budgets() -> list[Experiment]:
 
 IMAGE_SUITES = {
     "losses": value_losses, "degrees": degrees, "recipes": recipes, "noise levels": noise_levels, "data": real_data,
-    "methods": methods, "budgets": budgets, "sizes": sizes, "curve": curve, "rates": rates,
+    "methods": methods, "budgets": budgets, "sizes": sizes, "curve": curve, "settings": settings,
 }  # fmt: skip
 VIDEO_SUITES = {"video": video, "video losses": video_losses, "video budgets": video_budgets}
 SUITES = {**IMAGE_SUITES, **VIDEO_SUITES}

@@ -25,9 +25,9 @@ from experiments import (  # noqa: E402
     Method,
     num_updates,
 )
-from rows import costs, stored  # noqa: E402
+from rows import costs, digest, stored  # noqa: E402
 from sheets import SHOWN, write_sheet  # noqa: E402
-from tables import PAGE, page  # noqa: E402
+from tables import BARS, PAGE, by_scale, page  # noqa: E402
 
 FIGURES = Path(__file__).resolve().parent / "figures"
 COLOURS = {
@@ -150,25 +150,24 @@ def save(figure: Any, name: str) -> None:
     """Write a figure and forget it."""
     FIGURES.mkdir(exist_ok=True)
     figure.tight_layout()
-    figure.savefig(FIGURES / f"{name}.png", dpi=110, metadata={"Software": None})
+    figure.savefig(FIGURES / f"{name}.png", dpi=110, metadata={"Software": None, "Rows": digest()})
     plt.close(figure)
 
 
 def main() -> None:
     """Write every figure and the page."""
-    rows = stored()
+    rows = by_scale(stored())["1"]
     with plt.rc_context(SETTINGS):
         methods_figure(rows, "methods", METHODS, 32)
         methods_figure(rows, "video", VIDEO_METHODS, VIDEO_TOKENS)
         levels_figure(rows)
         curve_figure(rows)
         costs_figure()
-        for suite in SUITES:
-            if suite not in ("methods", "video", "curve"):
-                notes_figure(rows, suite)
+        for suite in BARS:
+            notes_figure(rows, suite)
     for suite in SHOWN:
         write_sheet(suite, FIGURES / f"{suite}_sheet.jpg")
-    PAGE.write_text(page(rows), encoding="utf-8")
+    PAGE.write_text(page(stored()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from degrees import add_degrees
-from experiments import DRAWS, FLOW, SETTINGS, TRAININGS, Experiment
+from experiments import DRAWS, FLOW, NOISE_LEVELS, SETTINGS, TRAININGS, Experiment
 from heads import plan_by_mass
 from torch import Tensor
 
@@ -65,12 +65,12 @@ class Laboratory:
 
     Args:
         teacher: one of TEACHERS.
-        on_cpu: leave accelerators alone.
+        device: "cpu" leaves accelerators alone; "cuda" takes one.
         scale: by which the updates of `SETTINGS` are multiplied.
     """
 
-    def __init__(self, teacher: str = "lake", *, on_cpu: bool, scale: float = 1.0) -> None:
-        self.nodes, self.scale = boot(on_cpu), scale
+    def __init__(self, teacher: str = "lake", *, device: str, scale: float = 1.0) -> None:
+        self.nodes, self.device, self.scale = boot(device == "cpu"), device, scale
         self.teacher = getattr(importlib.import_module(teacher), teacher.capitalize())(self.nodes)
         with torch.inference_mode():
             self.model = self.nodes.UNETLoader().load_unet(self.teacher.file, "default")[0]
@@ -79,7 +79,9 @@ class Laboratory:
         add_degrees(self.module("attention.feature_maps"), self.module("attention.specs"))
         presets = self.module("training.recipe").PRESETS  # the nodes offer them by name; these are for comparisons only
         presets[FLOW] = {**presets["clear"], "prediction": 0.0, "attention": 0.0}
-        presets.update({draws: {**presets["ours"], "noise_levels": draws} for draws in DRAWS})
+        presets.update({
+            f"{name}, {draws}": {**presets[name], "noise_levels": draws} for name in DRAWS for draws in NOISE_LEVELS
+        })  # fmt: skip
 
     def module(self, name: str) -> Any:
         """Return a module of the pack as ComfyUI loaded it."""

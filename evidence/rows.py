@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import hashlib
 import io
 import os
 import platform
@@ -32,6 +33,11 @@ def costs() -> list[dict[str, str]]:
     return _rows_of(COSTS)
 
 
+def digest() -> str:
+    """Return what changes with any stored row; a figure carries that of the rows that it was drawn from."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (RESULTS, COSTS))).hexdigest()[:16]
+
+
 def _rows_of(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
@@ -54,12 +60,10 @@ def append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
         file.write(lines.getvalue().encode())
 
 
-def origin() -> dict[str, str]:
-    """Return date, commit, machine and version, as every row has them."""
-    if torch.cuda.is_available():
-        machine = torch.cuda.get_device_name()
-    else:
-        machine = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+def origin(device: str) -> dict[str, str]:
+    """Return date, commit, machine and version, as every row has them, of what ran on "cpu" or "cuda"."""
+    own = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     return {
-        "date": datetime.date.today().isoformat(), "commit": commit(), "machine": machine, "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(), "commit": commit(),
+        "machine": torch.cuda.get_device_name() if device == "cuda" else own, "torch": torch.__version__,
     }  # fmt: skip

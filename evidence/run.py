@@ -6,6 +6,7 @@ the updates; its rows say so in the column `scale`.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -108,14 +109,26 @@ def main() -> int:
     missing = [each for each in wanted if (*each.key, str(args.scale)) not in done]
     print(f"{len(wanted)} experiments, {len(missing)} to do", flush=True)
     if missing:
-        laboratory = Laboratory(args.teacher, on_cpu=args.device == "cpu", scale=args.scale)
-        measure(laboratory, sorted(missing, key=lambda each: each.seed), 60 * args.minutes or float("inf"))
+        laboratory = Laboratory(args.teacher, device=args.device, scale=args.scale)
+        limit = 60 * args.minutes or float("inf")
+        failed = measure(laboratory, sorted(missing, key=lambda each: each.seed), limit)
+        print("\n".join(failed), file=sys.stderr)
+        return int(bool(failed))
     return 0
 
 
-def measure(laboratory: Laboratory, experiments: list[Experiment], seconds: float) -> None:
-    """Do experiments and store a row of each; start none after some seconds."""
-    judges, start = {}, time.monotonic()
+def measure(laboratory: Laboratory, experiments: list[Experiment], seconds: float) -> list[str]:
+    """Do experiments and store a row of each; start none after some seconds.
+
+    Args:
+        laboratory: where the teacher is.
+        experiments: in order.
+        seconds: from now.
+
+    Returns:
+        What failed, and why.
+    """
+    judges, failed, start = {}, [], time.monotonic()
     for number, experiment in enumerate(experiments, start=1):
         if time.monotonic() - start > seconds:
             print("the time is up; run again for the rest")
@@ -126,15 +139,16 @@ def measure(laboratory: Laboratory, experiments: list[Experiment], seconds: floa
         try:
             attention = laboratory.student(experiment)
         except ValueError as problem:  # the others can still be done
-            print(f"{number}/{len(experiments)} {' '.join(experiment.key)}: {problem}", flush=True)
+            failed.append(f"{' '.join(experiment.key)}: {problem}")
             continue
         row = judges[experiment.tokens].row(attention, strip_of(experiment, laboratory.scale))
         row["flops"] = round(laboratory.flops_kept(attention, experiment.tokens), 4)
-        row["updates"] = round(num_updates(experiment) * laboratory.scale)
-        whole = {**origin(), **described(experiment, laboratory.scale), **row}
+        row["updates"] = num_updates(experiment, laboratory.scale)
+        whole = {**origin(laboratory.device), **described(experiment, laboratory.scale), **row}
         append(RESULTS, COLUMNS, [{**whole, "outcome": outcome(attention, experiment)}])
         print(f"{number}/{len(experiments)} {' '.join(experiment.key)}: error {row['error']:.4f}, "
               f"PSNR {row['psnr']:.2f}", flush=True)  # fmt: skip
+    return failed
 
 
 def outcome(attention: Any, experiment: Experiment) -> str:
@@ -155,7 +169,13 @@ def store_dense(judge: Judge) -> None:
         save_strip(teacher.shown(judge.pictures), STRIPS / f"{teacher.name}.jpg")
     if not any((row["suite"], row["tokens"], row["scale"]) == (name, str(tokens), str(scale)) for row in stored()):
         base = Experiment(name, Method("dense", ()), UNTRAINED, tokens=tokens)
-        row = {**origin(), **described(base, scale), **judge.row(None), "flops": 1.0, "updates": 0}
+        row = {
+            **origin(judge.laboratory.device),
+            **described(base, scale),
+            **judge.row(None),
+            "flops": 1.0,
+            "updates": 0,
+        }
         append(RESULTS, COLUMNS, [row])
 
 

@@ -1,4 +1,4 @@
-"""The tables of evidence/README.md, made of the stored rows; no number enters the page by hand."""
+"""The tables of evidence/README.md, made of the stored rows."""
 
 import json
 import re
@@ -6,46 +6,99 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from claims import CLAIMS, Group, Row
-from experiments import SUITES, TEACHER
+from claims import CLAIMS, PICTURES, Group, Row
+from experiments import SUITES, TEACHER, UNTRAINED
 from rows import costs
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "README.md"
-MEASURES = {"error": 4, "psnr": 1, "ssim": 3, "frechet": 0, "flops": 3, "updates": 0}  # digits
+MEASURES = {"psnr": 1, "ssim": 3, "frechet": 0, "flops": 3, "updates": 0}  # digits
+
+BARS = {  # suites whose figure has a bar per line of the table, and what it shows
+    "losses": "Error by loss of stage 1",
+    "degrees": "Error by degree of the features",
+    "recipes": "Error of recipes at equal updates",
+    "settings": "Error of recipes with one thing changed",
+    "noise levels": "Error by draws of noise levels",
+    "data": "Error by whose pictures were trained on",
+    "budgets": "Error of mixtures and of one kind under budgets",
+    "sizes": "Error at a larger size than that of the training",
+    "video losses": "Error by loss of stage 1, on the video teacher",
+    "video budgets": "Error of mixtures and of one kind under budgets, on the video teacher",
+}
 
 
 def claims_table(rows: list[Row]) -> str:
-    """Return the claims with their verdicts."""
-    lines = ["| claim | source | here |", "|---|---|---|"]
-    lines += [f"| {claim.text} | {claim.source} | {claim.verdict(rows)} |" for claim in CLAIMS]
-    return "\n".join(lines)
+    """Return the claims with their verdicts by velocities and by pictures, for every scale that was run."""
+    parts = []
+    for scale, own in by_scale(rows).items():
+        lines = ["| claim | source | by error | by PSNR |", "|---|---|---|---|"]
+        lines += [
+            f"| {claim.text} | {claim.source} | {claim.verdict(own)} | {claim.verdict(own, PICTURES)} |"
+            for claim in CLAIMS
+        ]
+        parts += [f"With {scale} times the updates:"] * (scale != "1") + ["\n".join(lines)]
+    return "\n\n".join(parts)
+
+
+def by_scale(rows: list[Row]) -> dict[str, list[Row]]:
+    """Return rows by their factor on the updates, in the order of the rows."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(f"{float(row['scale']):g}", []).append(row)
+    return found
 
 
 def suite_table(rows: list[Row], suite: str) -> str:
     """Return all measures of a suite, means over seeds; the teacher's own in the first line."""
-    sizes = {str(each.tokens) for each in SUITES[suite]()}
-    dense = [row for row in rows if row["suite"] == f"dense {TEACHER[suite]}" and row["tokens"] in sizes]
-    own = dense + [row for row in rows if row["suite"] == suite]
-    if all(row["method"] == "dense" for row in own):
-        return "Not measured yet."
-    structure = list(json.loads(own[0]["structure"]))
-    heads = ["method", "training", "note", "seeds", *MEASURES, *structure]
-    lines = ["| " + " | ".join(heads) + " |", "|---|---|---|" + "---:|" * (len(heads) - 3)]
-    names = ("suite", "method", "training", "note", "tokens", "scale")
-    keys = {tuple(row[name] for name in names) for row in own}
-    order = {(suite, each.method.name, each.training, each.note, str(each.tokens)): place
-             for place, each in enumerate(SUITES[suite]())}  # fmt: skip
-    for key in sorted(keys, key=lambda key: (order.get(key[:5], -1), key[4:])):  # dense attention is first
-        group = Group(*key[:4], int(key[4]), key[5])
-        found = list(group.rows(own).values())
-        means = [f"{statistics.fmean(float(row[name]) for row in found):.{MEASURES[name]}f}" for name in MEASURES]
-        means += [f"{statistics.fmean(json.loads(row['structure'])[name] for row in found):.2f}" for name in structure]
-        size = f"{group.tokens} tokens a side" if len(sizes) > 1 else ""
-        scale = f"{float(group.scale):g} times the updates" if float(group.scale) != 1 else ""
-        note = ", ".join(filter(None, (group.note, size, scale)))
-        lines.append("| " + " | ".join([group.method, group.training, note, str(len(found)), *means]) + " |")
-    return "\n".join(lines)
+    order = dict.fromkeys(
+        Group(suite, each.method.name, each.training, each.note, each.tokens) for each in SUITES[suite]()
+    )
+    sizes = list(dict.fromkeys(group.tokens for group in order))
+    dense = [Group(f"dense {TEACHER[suite]}", "dense", UNTRAINED, tokens=size) for size in sizes]
+    lines: list[str] = []
+    for scale, own in by_scale(rows).items():
+        if not any(group.rows(own) for group in order):
+            continue
+        for group in [*dense, *order]:
+            found = list(group.rows(own).values())
+            if not found:
+                continue
+            size = f"{group.tokens} tokens a side" if len(sizes) > 1 else ""
+            times = f"{scale} times the updates" if scale != "1" else ""
+            lines = lines or _head(list(json.loads(found[0]["structure"])))
+            lines.append(_line(group, found, [size, times]))
+    return "\n".join(lines) or "Not measured yet."
+
+
+def _head(structure: list[str]) -> list[str]:
+    heads = ["method", "training", "note", "seeds", "error", "σ ≥ 0.2", *MEASURES, *structure]
+    return ["| " + " | ".join(heads) + " |", "|---|---|---|" + "---:|" * (len(heads) - 3)]
+
+
+def _line(group: Group, found: list[Row], notes: list[str]) -> str:
+    """Return a line of a suite's table.
+
+    Args:
+        group: what the line tells of.
+        found: its rows, one or more.
+        notes: put behind the group's own.
+    """
+    outcomes = dict.fromkeys(row["outcome"] for row in found)
+    note = ", ".join(filter(None, (group.note, *notes, *outcomes)))
+    names = ["the teacher", "", note] if group.method == "dense" else [group.method, group.training, note]
+    means = [statistics.fmean(float(row[name]) for row in found) for name in ("error", *MEASURES)]
+    without = statistics.fmean(statistics.fmean(levels_above(row)) for row in found)
+    values = [f"{means[0]:.4f}", f"{without:.4f}"]
+    values += [f"{mean:.{digits}f}" for mean, digits in zip(means[1:], MEASURES.values(), strict=True)]
+    for name in json.loads(found[0]["structure"]):
+        values.append(f"{statistics.fmean(json.loads(row['structure'])[name] for row in found):.2f}")
+    return "| " + " | ".join([*names, str(len(found)), *values]) + " |"
+
+
+def levels_above(row: Row, least: float = 0.2) -> list[float]:
+    """Return the errors of a row at noise levels of at least `least`."""
+    return [error for level, error in json.loads(row["errors_by_level"]).items() if float(level) >= least]
 
 
 def costs_table(teacher: str) -> str:
@@ -87,6 +140,9 @@ def page(rows: list[Row]) -> str:
     text = PAGE.read_text(encoding="utf-8")
     parts = {"claims": claims_table(rows), "origin": origins(rows)}
     parts |= {suite: suite_table(rows, suite) for suite in SUITES}
+    for suite, shown in BARS.items():
+        if any(row["suite"] == suite for row in rows):
+            parts[suite] = f"![{shown}](figures/{suite.replace(' ', '_')}.png)\n\n{parts[suite]}"
     parts |= {f"costs of {teacher}": costs_table(teacher) for teacher in dict.fromkeys(TEACHER.values())}
     for name, table in parts.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)

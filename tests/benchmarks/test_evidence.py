@@ -5,6 +5,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,10 @@ from PIL import Image
 
 OWN = {
     "degrees",
+    "heads",
+    "laboratory",
+    "live_server",
+    "origin",
     "claims",
     "experiments",
     "measures",
@@ -43,7 +48,7 @@ def modules():
 def row(suite, method, training, note, seed, error):
     names = ("suite", "method", "training", "note", "seed", "error")
     values = dict(zip(names, (suite, method, training, note, str(seed), str(error)), strict=True))
-    return {**values, "tokens": "32", "scale": "1.0", "outcome": ""}
+    return {**values, "psnr": str(20 - 10 * float(error)), "tokens": "32", "scale": "1.0", "outcome": ""}
 
 
 def test_frechet_distance_of_gaussians(modules):
@@ -76,22 +81,61 @@ def test_verdicts(modules):
     assert windows.verdict(rows) == "not measured"
     rows += [row("s", "b", "all stages", "", seed, error) for seed, error in enumerate((0.1, 0.2, 0.5))]
     assert windows.verdict(rows) == "mixed: 0.4000 > 0.2667, 2 of 3 seeds"
+    assert windows.verdict(rows, claims.PICTURES) == "mixed: 16.0 < 17.3, 2 of 3 seeds", "more PSNR is better"
     twice = claims.Claim("x", "y", windows.groups, 2.0)
-    assert twice.verdict(rows).startswith("not reproduced")
+    assert twice.verdict(rows) == "not reproduced: 0.4000 > 0.2667 (error 1.50 times, wanted 2), 2 of 3 seeds"
     tolerant = claims.Claim("x", "y", windows.groups[::-1], 1 / 1.6)
-    assert tolerant.verdict(rows) == "mixed: 0.2667 vs 0.4000, 1 of 3 seeds"
+    assert tolerant.verdict(rows) == "mixed: 0.2667 < 0.4000 (error 0.67 times, wanted 0.62), 1 of 3 seeds"
     assert claims.Claim("x", "y", windows.groups[::-1], 1 / 1.4).verdict(rows).startswith("not reproduced")
+    assert claims.Claim("x", "y", windows.groups[::-1]).verdict(rows).startswith("not reproduced: 0.2667 < 0.4000, 1")
     rows.append(row("s", "b", "all stages", "", 2, 0.05))
     assert windows.verdict(rows) == "reproduced: 0.4000 > 0.1167, 3 of 3 seeds", "the newest row of a seed counts"
     rows[-1]["outcome"] = "given back"
-    assert windows.verdict(rows).endswith("in 1 of these runs fine-tuning stopped early or made it worse")
-    rows[-1]["scale"] = "10.0"
-    assert "2 of 3 seeds" in windows.verdict(rows), "rows of another scale do not count"
+    assert windows.verdict(rows).endswith("3 of 3 seeds; 1 of these runs did not go as the recipe says")
     start = claims.Claim("x", "y", (claims.Group("s", "a", "untrained"), claims.Group("s", "b")))
-    assert start.verdict([*rows, row("s", "a", "untrained", "", 0, 0.3)]).startswith("mixed: 0.3000 > 0.2667, 2 of 3")
+    only = [each for each in rows if each["method"] == "b"] + [row("s", "a", "untrained", "", 0, 0.15)]
+    assert start.verdict(only).startswith("mixed: 0.1500 > 0.1167, 2 of 3"), "one untrained row stands for all seeds"
     assert windows.verdict([row("s", "a", "all stages", "", 0, 1), row("s", "b", "all stages", "", 1, 1)]) == (
         "not measured with a common seed"
     )
+
+
+def test_the_best_of_several_settings(modules):
+    claims = modules("claims")
+    best = claims.Best((claims.Group("s", "a"), claims.Group("s", "a", note="x"), claims.Group("s", "a", note="y")))
+    rows = [row("s", "a", "all stages", "", seed, 0.3) for seed in range(2)]
+    assert best.rows(rows) == {}, "one setting alone is not the best of several"
+    rows += [row("s", "a", "all stages", "x", 0, 0.4), row("s", "a", "all stages", "y", 0, 0.2)]
+    assert best.rows(rows) == {"0": rows[-1]}
+    assert best.rows(rows[1:]) == {}, "the recipe itself has to be among them"
+
+
+def test_rows_of_another_scale_have_a_table_of_their_own(modules):
+    tables = modules("tables")
+    rows = [row("methods", "clear r=2", "all stages", "", 0, 0.3) | {"scale": "1.0"}]
+    rows += [{**rows[0], "scale": "10.0", "error": "0.1"}]
+    assert [list(by) for by in tables.by_scale(rows).values()] == [rows[:1], rows[1:]]
+    more = {"ssim": "1", "frechet": "1", "flops": "1", "updates": "1", "structure": "{}", "outcome": "given back",
+            "errors_by_level": '{"0.2": 0.5, "0.8": 0.1, "0.05": 9}'}  # fmt: skip
+    lines = tables.suite_table([each | more for each in rows], "methods").splitlines()[2:]
+    assert lines == [
+        "| clear r=2 | all stages | given back | 1 | 0.3000 | 0.3000 | 17.0 | 1.000 | 1 | 1.000 | 1 |",
+        "| clear r=2 | all stages | 10 times the updates, given back | 1 | 0.1000 | 0.3000 | 17.0 | 1.000 | 1 | 1.000 |"
+        " 1 |",
+    ]
+    assert "With 10 times the updates:" in tables.claims_table(rows)
+
+
+def test_rows_are_appended_whole(modules, monkeypatch, tmp_path):
+    """What a kill left of a line is taken away, and the header stands once."""
+    rows = modules("rows")
+    monkeypatch.setattr(rows, "LOCKS", tmp_path / "locks")
+    file = tmp_path / "rows.csv"
+    rows.append(file, ("a", "b"), [{"a": 1, "b": "x, y"}])
+    file.write_bytes(file.read_bytes() + b"2,half of a li")
+    rows.append(file, ("a", "b"), [{"a": 2, "b": ""}, {"a": 3, "b": "z"}])
+    assert file.read_text(encoding="utf-8") == 'a,b\n1,"x, y"\n2,\n3,z\n'
+    assert rows._rows_of(file)[0] == {"a": "1", "b": "x, y"} and rows._rows_of(tmp_path / "none.csv") == []
 
 
 def test_every_claim_asks_for_experiments_that_are_run(modules):
@@ -100,37 +144,85 @@ def test_every_claim_asks_for_experiments_that_are_run(modules):
     keys = [each.key for each in every]
     assert len(set(keys)) == len(keys) > 100
     known = {(each.suite, each.method.name, each.training, each.note, each.tokens) for each in every}
-    groups = [group for claim in claims.CLAIMS for group in claim.groups]
+    groups = [one for claim in claims.CLAIMS for group in claim.groups for one in getattr(group, "groups", (group,))]
     assert len(groups) > 40 and set(experiments.TEACHER) == set(experiments.SUITES)
     for group in groups:
         assert (group.suite, group.method, group.training, group.note, group.tokens) in known, group
 
 
-def test_recipes_take_equal_updates(modules):
-    experiments = modules("experiments")
-    for part in (1.0, *experiments.PARTS):
-        for method in (experiments.clear(4), experiments.hybrid(4)):
-            tried = [experiments.recipe("x", method, name, 0, part) for name in experiments.RECIPES]
-            if not method.has_maps:
-                tried = [each for each in tried if each.note != "attention surgery"]  # which trains maps
-            counts = {each.note: experiments.num_updates(each) for each in tried}
-            assert max(counts.values()) - min(counts.values()) <= 1, counts
+class Nodes:
+    """Stands in for a laboratory's nodes: keeps what they are given."""
+
+    def __init__(self):
+        self.given = {}
+
+    def node(self, node_id):
+        def call(**inputs):
+            self.given[node_id] = inputs
+            return (SimpleNamespace(sites={"a": ()}, chosen=lambda choice: choice),)
+
+        return call
 
 
-def test_rates_and_noise_levels_change_nothing_else(modules):
-    """What a suite compares is all that its experiments differ in, but for the seed."""
+def inputs_of(modules, experiment, scale=1.0):
+    """Return what the nodes are given for an experiment, by node id."""
+    nodes, own = Nodes(), modules("laboratory").Laboratory
+    laboratory = own.__new__(own)
+    laboratory.teacher, laboratory.model, laboratory.scale = SimpleNamespace(host="flux"), None, scale
+    laboratory.module = lambda name: importlib.import_module(f"linearize.{name}")
+    laboratory.samples, laboratory.node = lambda source: source, nodes.node
+    laboratory.student(experiment)
+    return nodes.given
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_recipes_take_equal_updates(modules, scale):
+    """In what the nodes are told, for every recipe, with and without a change; `num_updates` says the same."""
     experiments = modules("experiments")
-    by_recipe: dict[tuple[str, str], list] = {}
-    for each in experiments.rates():
-        by_recipe.setdefault((each.method.name, each.note.partition(",")[0]), []).append(each)
-    assert len(by_recipe) == 4
-    for group in by_recipe.values():
-        rates = [(each.finetune["map_rate"], each.finetune["delta_rate"]) for each in group]
-        assert rates == [(rate, rate) for rate in experiments.RATES]
-        plain = [replace(each, note="", finetune={**each.finetune, "map_rate": 0, "delta_rate": 0}) for each in group]
-        assert plain[1:] == plain[:-1]
+    tried = experiments.recipes() + experiments.settings() + experiments.curve()
+    assert len(tried) > 40
+    for each in tried:
+        given = inputs_of(modules, each, scale)
+        told = given["LinearizeTransfer"]["updates"]
+        told += given["LinearizeFinetune"]["updates"] + given["LinearizeFinetune"]["block_updates"]
+        assert told == experiments.num_updates(each, scale)
+        assert abs(told - experiments.EQUAL * each.factor * scale) <= 1, each.key
+
+
+def test_a_training_runs_the_stages_of_its_name(modules):
+    experiments = modules("experiments")
+    for training, (matrices, maps, blocks, end) in experiments.TRAININGS.items():
+        given = inputs_of(modules, experiments.Experiment("x", experiments.hybrid(4), training, 2))
+        if training == experiments.UNTRAINED:
+            assert given == {}
+            continue
+        transfer, finetune = given["LinearizeTransfer"], given.get("LinearizeFinetune")
+        assert (transfer["output_draws"] > 0, transfer["updates"] > 0) == (matrices, maps) and transfer["seed"] == 2
+        assert (finetune is not None) == (blocks or end)
+        if finetune:
+            assert (finetune["block_updates"] > 0, finetune["updates"] > 0, finetune["seed"]) == (blocks, end, 2)
+
+
+def test_settings_and_noise_levels_change_one_thing(modules):
+    """What is compared is all that experiments differ in, but for the seed."""
+    experiments = modules("experiments")
+    own = {each.method.name + each.note: each for each in experiments.recipes() if each.seed == 0}
+    for each in experiments.settings():
+        recipe, _, change = each.note.partition(", ")
+        base = own[each.method.name + recipe]
+        differing = {name for name, value in each.finetune.items() if base.finetune[name] != value}
+        wanted = {"rate": {"map_rate", "delta_rate"}, "no": set(), "half": {"updates"}}
+        assert differing == wanted.get(change.split()[0], {"preset"}), each.note
+        if "preset" in differing:
+            assert each.finetune["preset"] == f"{base.finetune['preset']}, {change.split()[0]}"
+            assert change.split()[0] != experiments.DRAWS[base.finetune["preset"]]
+        differing = {name for name, value in each.transfer.items() if base.transfer.get(name) != value}
+        assert differing == {"no": {"output_draws"}, "half": {"updates"}}.get(change.split()[0], set()), each.note
+    presets = importlib.import_module("linearize.training.recipe").PRESETS
+    for name, draws in experiments.DRAWS.items():
+        assert name == experiments.FLOW or presets[name]["noise_levels"] == draws
     draws = [each for each in experiments.noise_levels() if each.seed == 0]
-    assert [each.finetune["preset"] for each in draws] == list(experiments.DRAWS)
+    assert [each.finetune["preset"] for each in draws] == [f"ours, {each}" for each in experiments.NOISE_LEVELS]
     plain = [replace(each, note="", finetune={**each.finetune, "preset": ""}) for each in draws]
     assert len(plain) == 3 and plain[1:] == plain[:-1]
 
@@ -218,15 +310,18 @@ def test_budgets_can_be_reached_and_the_planners_differ(modules, suite):
         assert homogeneous.share <= optimal.share <= budget
 
 
-def test_specs_of_methods_are_specs(modules):
-    from linearize.attention.specs import spec_from_json
+def test_stage_1_runs_where_there_is_something_to_learn(modules):
+    from linearize.attention.specs import ClearSpec, spec_from_json
+    from linearize.attention.student import new_maps
 
     experiments = modules("experiments")
     for method in experiments.METHODS + experiments.VIDEO_METHODS:
-        learned = [getattr(spec_from_json(spec), "feature_map", "") in experiments.LEARNED for spec in method.specs]
-        pooled = [getattr(spec_from_json(spec), "down_factor", 1) > 1 for spec in method.specs]
-        assert method.has_maps == any(learned + pooled), "stage 1 runs exactly where there is something to learn"
-        assert [spec_from_json(spec).kind for spec in method.specs]
+        for spec in map(spec_from_json, method.specs):
+            if isinstance(spec, ClearSpec):
+                learns = spec.down_factor > 1
+            else:
+                learns = any(True for phi in new_maps(spec, 2, 16) for _ in phi.parameters())
+            assert method.has_maps == learns, method.name
 
 
 def test_the_video_teacher_reads_its_own_frames(modules, monkeypatch):
@@ -269,9 +364,25 @@ def test_a_sheet_shows_the_strips_that_there_are(modules, monkeypatch, tmp_path)
 
 
 def test_the_page_tells_what_is_stored(modules):
-    tables = modules("tables")
-    rows = modules("rows").stored()
-    assert rows and tables.page(rows) == tables.PAGE.read_text(encoding="utf-8"), "run evidence/figures.py"
-    assert all(0 < float(row["error"]) < 2 for row in rows if row["method"] != "dense")
-    pictures = re.findall(r"!\[[^]]+]\(([^)]+)\)", tables.PAGE.read_text(encoding="utf-8"))
-    assert len(pictures) >= 2 and all((EVIDENCE / picture).is_file() for picture in pictures)
+    tables, experiments, rows = modules("tables"), modules("experiments"), modules("rows")
+    stored, text = rows.stored(), tables.PAGE.read_text(encoding="utf-8")
+    assert stored and tables.page(stored) == text, "run evidence/figures.py"
+    assert all(0 < float(row["error"]) < 2 for row in stored if row["method"] != "dense")
+    for suite in experiments.SUITES:
+        assert f"<!-- {suite} -->" in text
+    own = experiments.SETTINGS
+    told = (f"{own['transfer']['updates']} updates of stage 1, {own['finetune']['block_updates']} block by block and "
+            f"{own['finetune']['updates']} end to end")  # fmt: skip
+    assert told in " ".join(text.split())
+
+
+def test_every_figure_is_on_the_page_and_shows_the_stored_rows(modules):
+    text, digest = modules("tables").PAGE.read_text(encoding="utf-8"), modules("rows").digest()
+    linked = set(re.findall(r"!\[[^]]+]\(figures/([^)]+)\)", text))
+    assert linked == {path.name for path in (EVIDENCE / "figures").iterdir()}
+    measured = {row["suite"] for row in modules("rows").stored()} & set(modules("experiments").SUITES)
+    suites = {suite.replace(" ", "_") for suite in measured}
+    assert suites <= {name.removesuffix(".png") for name in linked}, "a figure per table"
+    for name in linked:
+        if name.endswith(".png"):
+            assert Image.open(EVIDENCE / "figures" / name).text["Rows"] == digest, "run evidence/figures.py"
