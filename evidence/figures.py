@@ -150,7 +150,7 @@ def save(figure: Any, name: str) -> None:
     """Write a figure and forget it."""
     FIGURES.mkdir(exist_ok=True)
     figure.tight_layout()
-    figure.savefig(FIGURES / f"{name}.png", dpi=110, metadata={"Software": None, "Rows": digest()})
+    figure.savefig(FIGURES / f"{name}.png", dpi=110, metadata={"Software": None, "Rows": digest(name)})
     plt.close(figure)
 
 

@@ -47,6 +47,7 @@ def _outside(laboratory: Any) -> tuple[dict[tuple[str, int], list[float]], dict[
             masks.extend(mask.to(call.query.device) for mask in found)
         scale = call.scale or call.query.shape[-1] ** -0.5
         scores = torch.einsum("bhid,bhjd->hij", call.query.float(), call.key.float()) * scale
+        assert len(call.query) == 1, "the sums over heads take no batch"
         weights = scores.softmax(-1)
         for head, each in enumerate(weights):
             outside = torch.stack([each.masked_fill(mask, 0).sum(-1).mean() for mask in masks]).cpu()

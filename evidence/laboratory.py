@@ -117,7 +117,11 @@ class Laboratory:
         return own if source == "teacher" else self._drawn(own)
 
     def student(self, experiment: Experiment) -> Any:
-        """Return what goes into Apply Linearized Attention."""
+        """Return what goes into Apply Linearized Attention: a plan, or a student trained now or found done.
+
+        Raises:
+            ValueError: the nodes refuse it, or another process works on one of its jobs.
+        """
         matrices, maps, blocks, end = TRAININGS[experiment.training]
         specs = [self.module("attention.specs").spec_from_json(spec) for spec in experiment.method.specs]
         if experiment.method.planner == "heads":

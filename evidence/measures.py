@@ -10,7 +10,7 @@ VELOCITY_PICTURES = 4
 
 
 def velocities(laboratory: Any, model: Any, clean: Tensor) -> Tensor:
-    """Return (picture, level, ...) the velocities that a model predicts from noised pictures, fp32.
+    """Return the velocities that a model predicts from noised pictures, (picture, level, 16, ...), fp32 on the CPU.
 
     Args:
         model: a model patcher, the teacher's or a student's.
@@ -33,7 +33,10 @@ def velocities(laboratory: Any, model: Any, clean: Tensor) -> Tensor:
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> tuple[float, list[float]]:
-    """Return the energy of what a student's velocities miss over the teacher's: over all, and level by level."""
+    """Return the energy of what a student's velocities miss over the teacher's: over all, and level by level.
+
+    Shapes: both (picture, level, 16, ...), as `velocities` returns them.
+    """
     dims = [dim for dim in range(student.ndim) if dim != 1]
     missed, whole = (student - teacher).square().sum(dims), teacher.square().sum(dims)
     return float(missed.sum() / whole.sum()), (missed / whole).tolist()

@@ -4,6 +4,7 @@ import csv
 import datetime
 import hashlib
 import io
+import json
 import os
 import platform
 import sys
@@ -21,6 +22,7 @@ from origin import commit  # noqa: E402
 
 RESULTS, COSTS = HERE / "results.csv", HERE / "costs.csv"
 LOCKS = HERE.parent / ".comfyui" / "evidence"
+SHOWN_SUITES = {"curve": ("recipes", "curve"), "levels": ("methods",)}  # by figures that have no suite's name
 
 
 def stored() -> list[dict[str, str]]:
@@ -33,9 +35,11 @@ def costs() -> list[dict[str, str]]:
     return _rows_of(COSTS)
 
 
-def digest() -> str:
-    """Return what changes with any stored row; a figure carries that of the rows that it was drawn from."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in (RESULTS, COSTS))).hexdigest()[:16]
+def digest(figure: str) -> str:
+    """Return what changes with any row that a figure shows; each figure carries that of the rows it was drawn from."""
+    suites = SHOWN_SUITES.get(figure, (figure.replace("_", " "),))
+    shown = costs() if figure == "costs" else [row for row in stored() if row["suite"] in suites]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
 def _rows_of(path: Path) -> list[dict[str, str]]:

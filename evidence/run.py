@@ -1,7 +1,8 @@
 """Distil students and measure them: `.venv/bin/python evidence/run.py`. Rows go to results.csv; what is there stays.
 
 It may be stopped at any time: rows are stored one by one, and the next run does what is missing. `--scale` multiplies
-the updates; its rows say so in the column `scale`.
+the updates; its rows say so in the column `scale`. Rows are known by name: after a change of settings in
+`experiments.py` or of a preset, those that it concerns have to be taken out by hand.
 """
 
 import argparse
@@ -54,10 +55,10 @@ class Judge:
             self.reference = self.classifier.features(drawn)
 
     def row(self, attention: Any, strip: Path | None = None) -> dict[str, Any]:
-        """Return what is measured of a plan or a student; None is the teacher itself.
+        """Return what is measured, by column of results.csv: all but what `measure` adds.
 
         Args:
-            attention: a plan or a student.
+            attention: a plan or a student; None is the teacher itself.
             strip: where some of the pictures are kept.
         """
         laboratory, model = self.laboratory, self.laboratory.model

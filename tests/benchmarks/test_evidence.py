@@ -18,6 +18,7 @@ OWN = {
     "laboratory",
     "live_server",
     "origin",
+    "run",
     "claims",
     "experiments",
     "measures",
@@ -126,6 +127,32 @@ def test_rows_of_another_scale_have_a_table_of_their_own(modules):
     assert "With 10 times the updates:" in tables.claims_table(rows)
 
 
+def test_an_experiment_that_fails_keeps_no_other_from_its_row(modules, monkeypatch):
+    run, experiments = modules("run"), modules("experiments")
+    assert run.__file__ == str(EVIDENCE / "run.py")
+    stored = []
+    monkeypatch.setattr(run, "append", lambda path, columns, rows: stored.extend((path, columns, row) for row in rows))
+    monkeypatch.setattr(run, "store_dense", lambda judge: None)
+    judged = {"error": 0.5, "psnr": 20.0}
+    monkeypatch.setattr(run, "Judge", lambda laboratory, tokens: SimpleNamespace(row=lambda *given: dict(judged)))
+    names = ("x", "y", "z")
+    wanted = [experiments.Experiment("s", experiments.Method(name, ()), experiments.UNTRAINED) for name in names]
+
+    def student(experiment):
+        if experiment.method.name == "y":
+            raise ValueError("no such thing")
+
+    laboratory = SimpleNamespace(student=student, scale=10.0, device="cpu", flops_kept=lambda *given: 0.25)
+    assert run.measure(laboratory, wanted, 0) == [] == stored, "the time was up before the first"
+    assert run.measure(laboratory, wanted, 60) == ["s y untrained 0  32: no such thing"]
+    assert [row["method"] for _, _, row in stored] == ["x", "z"]
+    path, columns, row = stored[0]
+    assert path == modules("rows").RESULTS and set(row) <= set(columns) and row["flops"] == 0.25
+    assert run.key_of({name: str(value) for name, value in row.items()}) == (*wanted[0].key, "10.0"), (
+        "it counts as done"
+    )
+
+
 def test_rows_are_appended_whole(modules, monkeypatch, tmp_path):
     """What a kill left of a line is taken away, and the header stands once."""
     rows = modules("rows")
@@ -180,7 +207,7 @@ def test_recipes_take_equal_updates(modules, scale):
     """In what the nodes are told, for every recipe, with and without a change; `num_updates` says the same."""
     experiments = modules("experiments")
     tried = experiments.recipes() + experiments.settings() + experiments.curve()
-    assert len(tried) > 40
+    assert len(tried) > 35
     for each in tried:
         given = inputs_of(modules, each, scale)
         told = given["LinearizeTransfer"]["updates"]
@@ -377,12 +404,11 @@ def test_the_page_tells_what_is_stored(modules):
 
 
 def test_every_figure_is_on_the_page_and_shows_the_stored_rows(modules):
-    text, digest = modules("tables").PAGE.read_text(encoding="utf-8"), modules("rows").digest()
+    text, digest = modules("tables").PAGE.read_text(encoding="utf-8"), modules("rows").digest
     linked = set(re.findall(r"!\[[^]]+]\(figures/([^)]+)\)", text))
     assert linked == {path.name for path in (EVIDENCE / "figures").iterdir()}
     measured = {row["suite"] for row in modules("rows").stored()} & set(modules("experiments").SUITES)
     suites = {suite.replace(" ", "_") for suite in measured}
     assert suites <= {name.removesuffix(".png") for name in linked}, "a figure per table"
-    for name in linked:
-        if name.endswith(".png"):
-            assert Image.open(EVIDENCE / "figures" / name).text["Rows"] == digest, "run evidence/figures.py"
+    for path in (EVIDENCE / "figures").glob("*.png"):
+        assert Image.open(path).text["Rows"] == digest(path.stem), "run evidence/figures.py"
