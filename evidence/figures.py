@@ -61,7 +61,7 @@ def methods_figure(rows: list[Row], suite: str, methods: tuple[Method, ...], tok
     axes.grid(axis="y", alpha=0.3)
     axes.set_xticks(range(len(methods)), [method.name for method in methods], rotation=40, ha="right")
     axes.set_ylabel("relative velocity error")
-    axes.legend(frameon=False, ncols=5)
+    axes.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1))
     save(figure, suite)
 
 

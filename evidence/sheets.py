@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments import SUITES
+from experiments import SUITES, TRAININGS
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -32,7 +32,7 @@ def write_sheet(suite: str, path: Path) -> None:
     """Write the strips of a suite: a row per method, a column per training, the teacher above; nothing without any."""
     teacher = STRIPS / f"{SHOWN[suite]}.jpg"
     every = SUITES[suite]()
-    trainings = list(dict.fromkeys(each.training for each in every))
+    trainings = [training for training in TRAININGS if any(each.training == training for each in every)]
     rows = {
         name: [strip_path(suite, name, training) for training in trainings]
         for name in dict.fromkeys(each.method.name for each in every)

@@ -383,7 +383,7 @@ def test_a_sheet_shows_the_strips_that_there_are(modules, monkeypatch, tmp_path)
     sheets.write_sheet("methods", tmp_path / "sheet.jpg")
     pixels = np.asarray(Image.open(tmp_path / "sheet.jpg").convert("L"))
     width, height = 2 * sheets.HEIGHT, sheets.HEIGHT + sheets.TITLE
-    trainings = list(dict.fromkeys(each.training for each in experiments.SUITES["methods"]()))
+    trainings = list(experiments.TRAININGS)
     assert pixels.shape == (2 * height, len(trainings) * (width + 4))
     x = trainings.index("all stages") * (width + 4)
     assert pixels[height + sheets.TITLE + 9 : 2 * height - 9, x + 9 : x + width - 9].max() < 20
