@@ -217,7 +217,7 @@ def recipes() -> list[Experiment]:
 
 
 def settings() -> list[Experiment]:
-    """Each recipe with one thing changed, so that none is held back by a setting that suits another."""
+    """Each recipe with one thing changed (of ours two besides), so that none is held back by what suits another."""
     found = []
     for method, names in COMPARED:
         for name in names:
@@ -226,7 +226,8 @@ def settings() -> list[Experiment]:
                 ("even noise levels", {}, {"preset": f"{RECIPES[name][1]['preset']}, even"}),
             ]
             if name == "ours":
-                changes += [("no matrices", {"output_draws": 0}, {})]
+                none, even = {"output_draws": 0}, changes[1][2]
+                changes += [("no matrices", none, {}), ("no matrices, even noise levels", none, even)]
             if name == "attention surgery":
                 changes += [("half on stage 1", *HALVES)]
             found += [recipe("settings", method, name, 0, change=change, transfer=transfer, finetune=finetune)

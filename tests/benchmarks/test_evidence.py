@@ -237,14 +237,15 @@ def test_settings_and_noise_levels_change_one_thing(modules):
     for each in experiments.settings():
         recipe, _, change = each.note.partition(", ")
         base = own[each.method.name + recipe]
+        changes = {part.split()[0] for part in change.split(", ")}
         differing = {name for name, value in each.finetune.items() if base.finetune[name] != value}
-        wanted = {"rate": {"map_rate", "delta_rate"}, "no": set(), "half": {"updates"}}
-        assert differing == wanted.get(change.split()[0], {"preset"}), each.note
+        wanted = {"rate": {"map_rate", "delta_rate"}, "even": {"preset"}, "half": {"updates"}, "no": set()}
+        assert differing == set().union(*(wanted[change] for change in changes)), each.note
         if "preset" in differing:
-            assert each.finetune["preset"] == f"{base.finetune['preset']}, {change.split()[0]}"
-            assert change.split()[0] != experiments.DRAWS[base.finetune["preset"]]
+            assert each.finetune["preset"] == f"{base.finetune['preset']}, even"
         differing = {name for name, value in each.transfer.items() if base.transfer.get(name) != value}
-        assert differing == {"no": {"output_draws"}, "half": {"updates"}}.get(change.split()[0], set()), each.note
+        wanted = {"no": {"output_draws"}, "half": {"updates"}}
+        assert differing == set().union(*(wanted.get(change, set()) for change in changes)), each.note
     presets = importlib.import_module("linearize.training.recipe").PRESETS
     for name, draws in experiments.DRAWS.items():
         assert name == experiments.FLOW or presets[name]["noise_levels"] == draws
