@@ -31,7 +31,7 @@ class Measure:
         return 10 ** (-value / 10) if self.is_decibel else value
 
 
-VELOCITY, PICTURES = Measure("error", ".4f"), Measure("psnr", ".1f", is_decibel=True)
+VELOCITY, PICTURES = Measure("error", ".4f"), Measure("psnr", ".2f", is_decibel=True)
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Group:
     note: str = ""
     tokens: int = 32
 
-    def rows(self, rows: Sequence[Row]) -> dict[str, Row]:
-        """Return the group's rows by seed, the newest of each, of rows of one scale."""
+    def rows(self, rows: Sequence[Row], measure: Measure | None = None) -> dict[str, Row]:
+        """Return the group's rows by seed, the newest of each, of rows of one scale, whatever is measured."""
         want = (self.suite, self.method, self.training, self.note, str(self.tokens))
         names = ("suite", "method", "training", "note", "tokens")
         return {row["seed"]: row for row in rows if tuple(row[name] for name in names) == want}
@@ -58,20 +58,22 @@ class Group:
 
 @dataclass(frozen=True)
 class Best:
-    """The best of several groups, for each seed that the first of them has and any other.
+    """The best of several groups, by what is measured, for each seed that all of them have.
 
     Args:
-        groups: one recipe with several settings, its own first.
+        groups: one recipe with several settings.
     """
 
     groups: tuple[Group, ...]
     training: str = "all stages"
 
-    def rows(self, rows: Sequence[Row]) -> dict[str, Row]:
-        """Return the row with the least error by seed; nothing until the first and one more are measured."""
-        first, *others = (group.rows(rows) for group in self.groups)
-        tried = {seed: [first[seed], *(each[seed] for each in others if seed in each)] for seed in first}
-        return {seed: min(found, key=lambda row: float(row["error"])) for seed, found in tried.items() if found[1:]}
+    def rows(self, rows: Sequence[Row], measure: Measure = VELOCITY) -> dict[str, Row]:
+        """Return the row with the least error by seed."""
+        found = [group.rows(rows) for group in self.groups]
+        return {
+            seed: min((each[seed] for each in found), key=lambda row: measure.error(float(row[measure.column])))
+            for seed in sorted(set.intersection(*map(set, found)))
+        }
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Claim:
         Notes:
             Reproduced means that every seed agrees. What nothing is trained of has one row, which stands for all seeds.
         """
-        found = [group.rows(rows) for group in self.groups]
+        found = [group.rows(rows, measure) for group in self.groups]
         if not all(found):
             return "not measured"
         trained = [set(each) for group, each in zip(self.groups, found, strict=True) if group.training != UNTRAINED]
@@ -142,7 +144,7 @@ def _video(method: str, training: str = "all stages") -> Group:
 def _best(method: str, name: str) -> Best:
     """Return a recipe at the best of the settings that were tried of it."""
     notes = (each.note for each in settings() if each.method.name == method and each.note.startswith(f"{name}, "))
-    return Best((Group("recipes", method, note=name), *(Group("settings", method, note=note) for note in notes)))
+    return Best(tuple(Group("settings", method, note=note) for note in notes))
 
 
 HYBRID, WINDOWS, LINEAR = "hybrid R=4 polynomial max", "clear r=4", "linear polynomial"
@@ -174,7 +176,8 @@ CLAIMS = (
     ),
     Claim(
         "distilling site by site before fine-tuning is better than fine-tuning alone, at equal updates", SURGERY,
-        (Group("recipes", HYBRID, note="flow matching alone"), Group("recipes", HYBRID, note="attention surgery")),
+        tuple(Group("settings", HYBRID, note=note)
+              for note in ("flow matching alone, middle noise levels", "attention surgery, unchanged")),
     ),
     Claim(
         "the same, each at the best of the settings that were tried of it", SURGERY,

@@ -11,7 +11,7 @@ from degrees import DEGREES, name_of
 SEEDS = (0, 1, 2)
 FLOW = "flow alone"  # a preset that only the evidence has: CLEAR's without its distillation losses
 NOISE_LEVELS = ("middle", "even", "unshifted")  # how they are drawn end to end, see `FinetuneRecipe`
-DRAWS = {"ours": "middle", "clear": "unshifted", FLOW: "unshifted", "attention_surgery": "middle"}  # by each preset
+PRESETS = ("ours", "clear", FLOW, "attention_surgery")  # that are also there with other noise levels
 UNTRAINED, STAGE0, STAGE1, STAGE2, ALL = "untrained", "stage 0", "stage 1", "stages 1, 2", "all stages"
 TRAININGS = {  # which stages run: matrices, maps, block by block, end to end
     UNTRAINED: (False, False, False, False),
@@ -217,19 +217,22 @@ def recipes() -> list[Experiment]:
 
 
 def settings() -> list[Experiment]:
-    """Each recipe with one thing changed (of ours two besides), so that none is held back by what suits another."""
+    """Each recipe as it is and with something changed, so that none is held back by what suits another."""
     found = []
     for method, names in COMPARED:
         for name in names:
             changes = [
+                ("unchanged", {}, {}),
                 (f"rate {OTHER_RATE:g}", {}, rates_of(OTHER_RATE)),
                 ("even noise levels", {}, {"preset": f"{RECIPES[name][1]['preset']}, even"}),
             ]
             if name == "ours":
-                none, even = {"output_draws": 0}, changes[1][2]
+                none, even = {"output_draws": 0}, changes[2][2]
                 changes += [("no matrices", none, {}), ("no matrices, even noise levels", none, even)]
             if name == "attention surgery":
                 changes += [("half on stage 1", *HALVES)]
+            if name == "flow matching alone" and method.has_maps:  # attention surgery's without its first stage
+                changes += [("middle noise levels", {}, {"preset": f"{FLOW}, middle"})]
             found += [recipe("settings", method, name, 0, change=change, transfer=transfer, finetune=finetune)
                       for change, transfer, finetune in changes]  # fmt: skip
     return found

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from degrees import add_degrees
-from experiments import DRAWS, FLOW, NOISE_LEVELS, SETTINGS, TRAININGS, Experiment
+from experiments import FLOW, NOISE_LEVELS, PRESETS, SETTINGS, TRAININGS, Experiment
 from heads import plan_by_mass
 from torch import Tensor
 
@@ -80,7 +80,7 @@ class Laboratory:
         presets = self.module("training.recipe").PRESETS  # the nodes offer them by name; these are for comparisons only
         presets[FLOW] = {**presets["clear"], "prediction": 0.0, "attention": 0.0}
         presets.update({
-            f"{name}, {draws}": {**presets[name], "noise_levels": draws} for name in DRAWS for draws in NOISE_LEVELS
+            f"{name}, {draws}": {**presets[name], "noise_levels": draws} for name in PRESETS for draws in NOISE_LEVELS
         })  # fmt: skip
 
     def module(self, name: str) -> Any:

@@ -4,6 +4,7 @@ import json
 import re
 import statistics
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 from claims import CLAIMS, PICTURES, Group, Row
@@ -84,8 +85,9 @@ def _line(group: Group, found: list[Row], notes: list[str]) -> str:
         found: its rows, one or more.
         notes: put behind the group's own.
     """
-    outcomes = dict.fromkeys(row["outcome"] for row in found)
-    note = ", ".join(filter(None, (group.note, *notes, *outcomes)))
+    outcomes = Counter(row["outcome"] for row in found if row["outcome"])
+    odd = [f"{count} of {len(found)} {outcome}" for outcome, count in outcomes.items()]
+    note = ", ".join(filter(None, (group.note, *notes, *odd)))
     names = ["the teacher", "", note] if group.method == "dense" else [group.method, group.training, note]
     means = [statistics.fmean(float(row[name]) for row in found) for name in ("error", *MEASURES)]
     without = statistics.fmean(statistics.fmean(levels_above(row)) for row in found)
@@ -136,7 +138,11 @@ def origins(rows: list[Row]) -> str:
 
 
 def page(rows: list[Row]) -> str:
-    """Return README.md with its tables renewed; text outside the marks stays."""
+    """Return README.md with its tables renewed; text outside the marks stays.
+
+    Raises:
+        ValueError: a table has lost its marks.
+    """
     text = PAGE.read_text(encoding="utf-8")
     parts = {"claims": claims_table(rows), "origin": origins(rows)}
     parts |= {suite: suite_table(rows, suite) for suite in SUITES}
@@ -146,5 +152,7 @@ def page(rows: list[Row]) -> str:
     parts |= {f"costs of {teacher}": costs_table(teacher) for teacher in dict.fromkeys(TEACHER.values())}
     for name, table in parts.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = mark.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
+        text, count = mark.subn(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
+        if count != 1:
+            raise ValueError(f"{PAGE.name} has {count} places for the table {name!r}, not one")
     return text
