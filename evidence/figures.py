@@ -78,7 +78,7 @@ def curve_figure(rows: list[Row]) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
     for axes, method in zip(panels, dict.fromkeys(method for method, _ in lines), strict=False):
         for (name, recipe), points in lines.items():
-            if name == method:
+            if name == method and len(points) > 1:
                 updates = sorted(points)
                 axes.plot(updates, [points[each] for each in updates], "o-", label=recipe)
         axes.set(title=method, xlabel="updates", yscale="log")
