@@ -201,14 +201,26 @@ def recipe(
     )  # fmt: skip
 
 
+def inputs_of(experiment: Experiment, scale: float = 1.0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what Distill Attention and Fine-tune Student are given for an experiment, its updates times `scale`.
+
+    A stage that its training leaves out, or that has nothing to learn, has 0 updates.
+    """
+    matrices, maps, blocks, end = TRAININGS[experiment.training]
+    transfer = {**SETTINGS["transfer"], **experiment.transfer, "seed": experiment.seed}
+    finetune = {**SETTINGS["finetune"], **experiment.finetune, "seed": experiment.seed}
+    transfer["output_draws"] *= matrices
+    factor = scale * experiment.factor
+    for settings, name, runs in ((transfer, "updates", maps and experiment.method.has_maps),
+                                 (finetune, "block_updates", blocks), (finetune, "updates", end)):  # fmt: skip
+        settings[name] = round(settings[name] * factor) if runs else 0
+    return transfer, finetune
+
+
 def num_updates(experiment: Experiment, scale: float = 1.0) -> int:
     """Return the updates of all stages together, each times `scale`; the passes of stage 0 take none."""
-    _, maps, blocks, end = TRAININGS[experiment.training]
-    transfer = {**SETTINGS["transfer"], **experiment.transfer}
-    finetune = {**SETTINGS["finetune"], **experiment.finetune}
-    counts = [transfer["updates"] * (maps and experiment.method.has_maps)]
-    counts += [finetune["block_updates"] * blocks, finetune["updates"] * end]
-    return sum(round(count * (scale * experiment.factor)) for count in counts)
+    transfer, finetune = inputs_of(experiment, scale)
+    return transfer["updates"] + finetune["block_updates"] + finetune["updates"]
 
 
 def recipes() -> list[Experiment]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from degrees import add_degrees
-from experiments import FLOW, NOISE_LEVELS, PRESETS, SETTINGS, TRAININGS, Experiment
+from experiments import FLOW, NOISE_LEVELS, PRESETS, TRAININGS, Experiment, inputs_of
 from heads import plan_by_mass
 from torch import Tensor
 
@@ -122,7 +122,6 @@ class Laboratory:
         Raises:
             ValueError: the nodes refuse it, or another process works on one of its jobs.
         """
-        matrices, maps, blocks, end = TRAININGS[experiment.training]
         specs = [self.module("attention.specs").spec_from_json(spec) for spec in experiment.method.specs]
         if experiment.method.planner == "heads":
             plans = [plan_by_mass(self, specs[0].radius)]
@@ -130,19 +129,13 @@ class Laboratory:
             plans = [self.module("attention.plans").Plan(self.teacher.host, spec) for spec in specs]
         if experiment.training == "untrained" and not experiment.method.budget:
             return plans[0]
-        factor = self.scale * experiment.factor
-        settings = {**SETTINGS["transfer"], **experiment.transfer, "seed": experiment.seed}
-        settings["updates"] = round(settings["updates"] * factor) if maps and experiment.method.has_maps else 0
-        settings["output_draws"] = settings["output_draws"] if matrices else 0
+        transfer, finetune = inputs_of(experiment, self.scale)
         samples = self.samples(experiment.samples)
         named = {f"plan{number}": plan for number, plan in enumerate(plans)}
-        found = self.node("LinearizeTransfer")(model=self.model, samples=samples, plans=named, **settings)[0]
+        found = self.node("LinearizeTransfer")(model=self.model, samples=samples, plans=named, **transfer)[0]
         found = found.chosen(self._choice(found, experiment))
-        if blocks or end:
-            settings = {**SETTINGS["finetune"], **experiment.finetune, "seed": experiment.seed}
-            for name, runs in (("block_updates", blocks), ("updates", end)):
-                settings[name] = round(settings[name] * factor) if runs else 0
-            found = self.node("LinearizeFinetune")(model=self.model, samples=samples, student=found, **settings)[0]
+        if any(TRAININGS[experiment.training][2:]):
+            found = self.node("LinearizeFinetune")(model=self.model, samples=samples, student=found, **finetune)[0]
         return found
 
     def _choice(self, candidates: Any, experiment: Experiment) -> dict[str, int]:

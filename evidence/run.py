@@ -113,7 +113,8 @@ def main() -> int:
         laboratory = Laboratory(args.teacher, device=args.device, scale=args.scale)
         limit = 60 * args.minutes or float("inf")
         failed = measure(laboratory, sorted(missing, key=lambda each: each.seed), limit)
-        print("\n".join(failed), file=sys.stderr)
+        for each in failed:
+            print(each, file=sys.stderr)
         return int(bool(failed))
     return 0
 
