@@ -3,7 +3,7 @@
 Decisions depend on shapes and the noise level only. Nothing runs here; `attention/runtime.py` acts on them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,12 @@ from torch import Tensor
 from .backends import AUTO, Call, choose_backend
 from .hosts import Host
 from .layout import Reason, TokenLayout
+from .site_hooks import current_block
 from .specs import SiteSpec
+
+Percents = tuple[float, float]
+Half = tuple[int, ...]  # the parts of the guidance in one forward: 0 is the prompt, 1 the negative prompt
+SIGMA_TOLERANCE = 1e-5  # noise levels are float32; what is computed from them rounds differently
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +28,16 @@ class SiteSettings:
     Args:
         spec: kind and parameters.
         backend: `auto` or a name.
-        sigma_range: (highest, lowest) noise level at which the spec runs, in the host's own units; None is always.
+        percents: (start, end) of the part of sampling in which the spec runs, from 0 to 1; None is always.
         min_tokens: calls with fewer tokens stay dense.
-        trained: the site's weights were distilled for the spec, so it ignores `sigma_range` and `min_tokens`, and a
+        trained: the site's weights were distilled for the spec, so it ignores `percents` and `min_tokens`, and a
             fall-back to dense is named as such.
         origin: the file those weights are from, for the record.
     """
 
     spec: SiteSpec
     backend: str = AUTO
-    sigma_range: tuple[float, float] | None = None
+    percents: Percents | None = None
     min_tokens: int = 0
     trained: bool = False
     origin: str = ""
@@ -40,21 +45,28 @@ class SiteSettings:
 
 @dataclass(frozen=True, slots=True)
 class CallFacts:
-    """What is known of one forward: its layout (or why there is none) and its noise level, if a setting needs it.
+    """What is known of one forward.
 
     Args:
+        layout: its tokens, or why they cannot be told.
+        outside: the parts of sampling that it lies outside of.
+        half: the parts of the guidance that it holds; empty where the host application does not say.
         masks: by identity, the masks seen so far and whether they hide nothing; reading a mask waits for the device,
             and the blocks of one forward share theirs.
     """
 
     layout: TokenLayout | Reason
-    sigma: float | None
+    outside: frozenset[Percents] = frozenset()
+    half: Half = ()
     masks: dict[int, tuple[Tensor, bool]] = field(default_factory=dict, compare=False)
 
     def site_of(self, host: Host, options: Mapping[str, Any], num_tokens: int) -> str | None:
         """Return the site that issues a call of so many tokens, or None for calls that belong to no site."""
         site = host.site_of(options)
-        if site is None or isinstance(self.layout, Reason):
+        if site is None:
+            return None
+        site = current_block() or site  # another node may run several blocks under the name of one
+        if isinstance(self.layout, Reason):
             return site
         return host.site_among(site, self.layout, num_tokens)
 
@@ -76,20 +88,23 @@ def left_to_host(settings: SiteSettings, facts: CallFacts, num_tokens: int) -> R
     """Return the user's own setting that keeps this call dense, if one does."""
     if settings.trained:
         return None
-    if settings.sigma_range is not None and facts.sigma is not None:
-        highest, lowest = settings.sigma_range
-        if not lowest <= facts.sigma <= highest:
-            return Reason("sigma", "outside start_percent to end_percent")
+    if settings.percents in facts.outside:
+        return Reason("sigma", "outside start_percent to end_percent")
     if num_tokens < settings.min_tokens:
         return Reason("min_tokens", f"{num_tokens} tokens, below min_tokens = {settings.min_tokens}")
     return None
+
+
+def is_within(sigma: float, highest: float, lowest: float) -> bool:
+    """Return whether a noise level lies between two others, the bounds themselves included."""
+    return lowest * (1 - SIGMA_TOLERANCE) <= sigma <= highest * (1 + SIGMA_TOLERANCE)
 
 
 def decide(
     settings: SiteSettings,
     facts: CallFacts,
     shape: tuple[int, int, int, int],
-    inputs: tuple[Tensor, Tensor, Tensor],
+    inputs: Sequence[Tensor],
     mask: Tensor | None,
     skip_reshape: bool,
 ) -> tuple[Any, Call, tuple[Reason, ...]] | Reason:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .layout import Reason, TokenLayout
+from .plans import describe_sites
 
 log = logging.getLogger("linearize")
 
@@ -32,7 +33,8 @@ class RunRecord:
         declined: calls per site and reason that ran on the host's attention although the plan said otherwise.
         skipped: calls per site and reason that the user's own settings left to the host.
         passed_over: why a backend that `auto` would have preferred was not taken.
-        first: what another node put in front of this one's override; it takes the calls it wants.
+        below: what a later node put in place of this one's override; it runs the calls that stay dense.
+        planned: the sites whose spec is not dense.
         sampled: whether a sampling run began with this record.
         non_finite: sites whose output held an infinity or a NaN.
         layouts: the distinct token layouts seen.
@@ -42,7 +44,8 @@ class RunRecord:
     declined: Counter[tuple[str, Reason]] = field(default_factory=Counter)
     skipped: Counter[tuple[str, Reason]] = field(default_factory=Counter)
     passed_over: set[Reason] = field(default_factory=set)
-    first: str = ""
+    below: str = ""
+    planned: tuple[str, ...] = ()
     sampled: bool = False
     non_finite: tuple[str, ...] = ()
     layouts: set[TokenLayout] = field(default_factory=set)
@@ -86,9 +89,21 @@ class RunRecord:
         return dict(Counter((ran.kind, ran.backend) for ran in self.ran))
 
     @property
+    def never_called(self) -> tuple[str, ...]:
+        """Sites of the plan that issued no attention call, in its order."""
+        called = {ran.site for ran in self.ran}
+        return tuple(site for site in self.planned if site not in called)
+
+    @property
     def share_linearized(self) -> float:
-        """Share of attention calls that did not run as dense attention, 0 to 1."""
-        total = sum(self.ran.values())
+        """Share of attention calls that did not run as dense attention, 0 to 1.
+
+        A site that was never called counts as one that ran dense, as often as the busiest site was called.
+        """
+        calls: Counter[str] = Counter()
+        for ran, count in self.ran.items():
+            calls[ran.site] += count
+        total = sum(calls.values()) + len(self.never_called) * max(calls.values(), default=0)
         return sum(n for ran, n in self.ran.items() if ran.kind != "dense") / total if total else 0.0
 
     @property
@@ -101,28 +116,38 @@ class RunRecord:
         if not self.sampled:
             return "this copy of the model was not sampled; connect the model that goes into the sampler"
         if not self.ran:
-            culprit = f"{self.first} takes every call" if self.first else "the model's attention has been replaced"
-            return f"no attention call reached this node: {culprit}"
+            return "no attention call reached this node: the model's attention has been replaced"
         lines = []
         for (kind, backend), sites in sorted(self.sites_by_kind.items()):
-            lines.append(f"{kind} ({backend}): {sites} {'site' if sites == 1 else 'sites'}")
+            lines.append(f"{kind} ({backend}): {_count(sites, 'site')}")
         lines.append(f"{self.share_linearized:.0%} linearized, {self.share_computed:.1%} of attention FLOPs")
+        if self.never_called:
+            sites = f"{len(self.never_called)} of {_count(len(self.planned), 'site')} of the plan"
+            which = describe_sites(self.never_called)
+            lines.append(f"never called, {sites}: {which}; another node may run them its own way, or skip them")
         for label, counts in (("dense by setting", self.skipped), ("fell back to dense", self.declined)):
             reasons: Counter[str] = Counter()
             for (_, reason), calls in counts.items():
                 reasons[reason.text] += calls
-            lines += [f"{label}, {_calls(calls)}: {text}" for text, calls in reasons.most_common()]
+            lines += [f"{label}, {_count(calls, 'call')}: {text}" for text, calls in reasons.most_common()]
         # that there is no GPU is no news to who has none
         lines += sorted(reason.text for reason in self.passed_over if reason.code != "device")
-        if self.first:
-            lines.append(f"{self.first} runs before this node and takes the calls it wants")
+        if self.below:
+            lines.append(f"{self.below} comes after this node; it runs the calls that stay dense")
         if self.non_finite:
             lines.append(f"infinite or NaN output at {', '.join(self.non_finite)}")
         return "\n".join(lines)
 
 
-def _calls(count: int) -> str:
-    return f"{count} call" if count == 1 else f"{count} calls"
+@dataclass(slots=True)
+class LastRun:
+    """The record of the last run of a model's clones, if there was one."""
+
+    record: RunRecord | None = None
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class Once:

@@ -1,39 +1,37 @@
-"""The attention override: what runs at each attention call of a sampling run.
+"""The plan of one model at work: what runs at each attention call of a sampling run.
 
-`Runtime` holds the plan and settings of one model, `begin_call` notes the token layout once per forward, and
-`AttentionOverride` decides call by call. The override never raises into a sampling run: whatever it cannot do goes to
-the override that was there before, or to the host's own attention, with the reason logged once and counted. (With
-LINEARIZE_STRICT=1, for tests, an unexpected reason raises instead.)
-
-Nothing here imports ComfyUI; `nodes/patching.py` installs it.
+`Runtime` holds the plan and settings of one model, `begin_call` notes the token layout once per forward, and `run_site`
+acts call by call; `override.py` calls both. Nothing here raises into a sampling run: what cannot be done is left to the
+attention that was there before, with the reason logged once and counted. (With LINEARIZE_STRICT=1, for tests, an
+unexpected reason raises instead.)
 """
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends import AUTO, Call, choose_backend
 from .cost import attention_cost
-from .decisions import CallFacts, SiteSettings, decide, left_to_host, why_failed
-from .hosts import Host, ModelCall
+from .decisions import CallFacts, Half, Percents, SiteSettings, decide, is_within, left_to_host, why_failed
+from .hosts import Host, ModelCall, Site
 from .layout import Reason, TokenLayout
 from .memory import LongLived
 from .output_map import map_outputs
-from .record import Ran, RunRecord, once
-from .site_call import SiteCall, bhnd_shape, to_bhnd
-from .site_hooks import current_site, forget_sites
+from .record import LastRun, Ran, RunRecord, once
+from .site_call import SiteCall, to_bhnd
+from .site_hooks import forget_running, hooks_of
 from .specs import DenseSpec
 from .student import StudentParameters
 
 RUNTIME_KEY = "linearize_runtime"
 CALL_KEY = "linearize_call"
-OVERRIDE_KEY = "optimized_attention_override"
+HALF_KEY = "cond_or_uncond"  # in the transformer options: which parts of the guidance a forward holds
 
 _expected: ContextVar[frozenset[str]] = ContextVar("expected declines", default=frozenset())
 
@@ -52,6 +50,26 @@ def expect_declines(*codes: str) -> Iterator[None]:
         _expected.reset(token)
 
 
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A diffusion model as its loader made it: other nodes may run its blocks inside one of their own later.
+
+    Args:
+        module: the model.
+        site: its first site, whose sizes stand for all.
+        hook: hooks its modules; returns a function that takes the hooks away.
+    """
+
+    module: Any
+    site: Site
+    hook: Callable[[], Callable[[], None]]
+
+    @classmethod
+    def of(cls, host: Host, module: Any) -> "KnownModel":
+        """Return what is known of a model of this host."""
+        return cls(module, host.sites(module)[0], hooks_of(module, host.site_modules(module), host.site_blocks(module)))
+
+
 @dataclass(slots=True)
 class Runtime:
     """Plan, settings and state of one patched model. Clones of the model get their own through `copy`.
@@ -61,9 +79,13 @@ class Runtime:
         sites: settings per site id; sites that are not named stay dense.
         memory: what outlives a call.
         parameters: what was learned for the sites; shared between clones, never written.
-        record: counts of the run in progress, or of the last one.
         status: told the summary when a run ends.
         observe: shown what every site of the host was given and what came out, whoever computed it; for distillation.
+        core: the host application's own attention.
+        percent_to_sigma: turns a share of sampling into a noise level; the model's own, set anew when a run starts.
+        record: counts of the run in progress, or of the last one.
+        copies: the last run of a clone, for nodes that ask for the last run of the model that was cloned.
+        override: ours over another node's, kept between forwards.
 
     A site whose output was infinite or NaN in one run uses backend torch from then on, where the choice is `auto`.
     """
@@ -74,14 +96,23 @@ class Runtime:
     parameters: StudentParameters = field(default_factory=StudentParameters)
     status: Callable[[str], None] | None = None
     observe: Callable[[SiteCall], None] | None = None
+    core: Callable[..., Tensor] | None = None
+    percent_to_sigma: Callable[[float], float] | None = None
     record: RunRecord = field(default_factory=RunRecord)
+    copies: LastRun = field(default_factory=LastRun)
+    override: Any = None
+    _told: tuple[LastRun, ...] = ()
+    _known: KnownModel | None = None
+    _unhook: Callable[[], None] | None = None
+    _masked: dict[str, set[Half]] = field(default_factory=dict)
     _finite: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
     _distrusted: frozenset[str] = frozenset()
 
     def copy(self) -> "Runtime":
-        """Return a runtime with the same settings and no shared state."""
+        """Return a runtime with the same settings and no shared state; its runs are told to this one."""
         memory = LongLived(self.memory.pause, self.memory.max_bytes)
-        return replace(self, memory=memory, record=RunRecord(), _finite={}, _distrusted=frozenset())
+        own = {"memory": memory, "record": RunRecord(), "copies": LastRun(), "override": None, "_unhook": None}
+        return replace(self, **own, _told=(*self._told, self.copies), _masked={}, _finite={}, _distrusted=frozenset())
 
     def __deepcopy__(self, _: dict[int, Any]) -> "Runtime":
         return self.copy()
@@ -102,59 +133,105 @@ class Runtime:
                 each(text)
 
         sites = {**earlier.sites, **self.sites}
-        return replace(self.copy(), sites=sites, parameters=parameters, status=status)
+        return replace(self.copy(), sites=sites, parameters=parameters, status=status, _told=())
 
-    def start_run(self) -> None:
+    def meet(self, module: Any) -> None:
+        """Note the modules of the model that this runtime is put on, before other nodes move them."""
+        self._known = KnownModel.of(self.host, module)
+
+    def start_run(self, percent_to_sigma: Callable[[float], float] | None = None) -> None:
         """Forget the last run, but for the sites that gave infinities or NaN."""
         self._distrusted |= set(self.record.non_finite)
-        self.record = RunRecord(sampled=True)
+        planned = (site for site, settings in self.sites.items() if not isinstance(settings.spec, DenseSpec))
+        self.record = RunRecord(sampled=True, planned=tuple(planned))
+        self.percent_to_sigma = percent_to_sigma or self.percent_to_sigma
+        self._masked.clear()
         self._finite.clear()
 
     def finish_run(self) -> None:
-        """Read the flags, free what was kept for the run, tell the node."""
+        """Read the flags, free what was kept for the run, tell the node, and the models that this is a clone of."""
         bad = {site for (site, _), finite in self._finite.items() if not bool(finite)}
         self.record.non_finite = tuple(site for site in self.sites if site in bad)
         self._finite.clear()
         self.memory.clear()
+        self._take_hooks_away()
+        for each in self._told:
+            each.record = self.record
         if self.status is not None:
             try:
                 self.status(self.record.summary())
             except Exception as error:  # a closed connection must not cost the finished latent
                 once.warning(f"Linearize: the status could not be shown: {error}")
 
+    def last_run(self) -> str:
+        """Return what the last run of this model did, or else that of a clone, which samplers may make themselves."""
+        if self.record.sampled or self.copies.record is None:
+            return self.record.summary()
+        return f"{self.copies.record.summary()}\n(a copy of this model was sampled)"
+
     @torch.compiler.disable  # a compiled model would keep the layout and noise level of its first call
     def begin_call(self, call: ModelCall, options: dict[str, Any]) -> dict[str, Any]:
-        """Return a copy of the transformer options in which the override finds this forward's layout.
+        """Return a copy of the transformer options in which the override finds this forward's facts.
 
         Raises:
             ValueError: a node asked for one backend, by name, that cannot run this forward.
         """
-        forget_sites()
-        layout, sigma = self.host.layout(call), None
-        if any(settings.sigma_range for settings in self.sites.values()) and options.get("sigmas") is not None:
-            sigma = float(options["sigmas"].max())
-        if isinstance(layout, TokenLayout):
-            self._refuse_wishes(call, layout, sigma)
-        return {**options, CALL_KEY: CallFacts(layout, sigma)}
+        # some models run what wraps them inside the core's recording of allocations
+        with self.memory.pause():
+            forget_running()
+            self._hook(call.module)
+            facts = CallFacts(self.host.layout(call), self._outside(options), tuple(options.get(HALF_KEY) or ()))
+            if isinstance(facts.layout, TokenLayout):
+                self._check_named_backends(call, facts, facts.layout)
+        return {**options, CALL_KEY: facts}
 
-    def _refuse_wishes(self, call: ModelCall, layout: TokenLayout, sigma: float | None) -> None:
-        """Stop before a forward computes anything where a wished backend cannot run, rather than ignore the wish."""
-        facts, latent = CallFacts(layout, sigma), call.argument(0, "x")
+    def _hook(self, module: Any) -> None:
+        """Have the model's modules tell what runs, until the run ends."""
+        if self._known is None or self._known.module is not module:
+            self._take_hooks_away()
+            self.meet(module)
+        if self._known is not None and self._unhook is None:
+            self._unhook = self._known.hook()
+
+    def _take_hooks_away(self) -> None:
+        if self._unhook is not None:
+            self._unhook()
+            self._unhook = None
+
+    def _outside(self, options: Mapping[str, Any]) -> frozenset[Percents]:
+        """Return the parts of sampling, of those that a site was given, that this forward lies outside of."""
+        parts = {settings.percents for settings in self.sites.values() if settings.percents is not None}
+        if not parts or self.percent_to_sigma is None or options.get("sigmas") is None:
+            return frozenset()
+        sigma = float(options["sigmas"].max())
+        return frozenset(part for part in parts if not is_within(sigma, *map(self.percent_to_sigma, part)))
+
+    def _check_named_backends(self, call: ModelCall, facts: CallFacts, layout: TokenLayout) -> None:
+        """Raise, before a forward computes anything, if a backend that the user named cannot run it."""
+        latent = call.argument(0, "x")
         latent = latent[0] if isinstance(latent, list) else latent  # of a video and its sound
-        # on a GPU `auto` is asked too: a backend tests itself now, not while the host records a block's allocations
+        # on a GPU `auto` is asked too: a backend tests itself now, where allocations are not recorded
         on_gpu = isinstance(latent, Tensor) and latent.is_cuda
-        wishes = {each for each in self.sites.values() if on_gpu or each.backend != AUTO}
-        if not wishes:
-            return
-        sizes = self.host.sites(call.module)[0]
-        for wish in wishes:
-            if left_to_host(wish, facts, layout.num_tokens) is not None:
+        for settings in {each for each in self.sites.values() if on_gpu or each.backend != AUTO}:
+            if self._known is None or left_to_host(settings, facts, layout.num_tokens) is not None:
                 continue
-            shape = (latent.shape[0], sizes.num_heads, layout.num_tokens, sizes.head_dim)
-            call_facts = Call(wish.spec, layout, shape, call.dtype or latent.dtype, latent.device)
-            backend, reasons = choose_backend(call_facts, wish.backend)
-            if backend is None and wish.backend != AUTO and not isinstance(wish.spec, DenseSpec):
-                raise ValueError(f"backend {wish.backend} cannot run here: {reasons[0].text}; choose backend {AUTO}")
+            shape = (latent.shape[0], self._known.site.num_heads, layout.num_tokens, self._known.site.head_dim)
+            call_facts = Call(settings.spec, layout, shape, call.dtype or latent.dtype, latent.device)
+            backend, reasons = choose_backend(call_facts, settings.backend)
+            if backend is None and settings.backend != AUTO and not isinstance(settings.spec, DenseSpec):
+                raise ValueError(
+                    f"backend {settings.backend} cannot run here: {reasons[0].text}; choose backend {AUTO}"
+                )
+
+    def recording_paused(self, site: str) -> contextlib.AbstractContextManager[Any]:
+        """Return the core's pause of recording for a site of the plan, whichever attention runs there.
+
+        A recording that held the allocations of one step would not fit the next, where another attention may run.
+        """
+        settings = self.sites.get(site)
+        if settings is None or isinstance(settings.spec, DenseSpec):
+            return contextlib.nullcontext()
+        return self.memory.pause()
 
     def trusted(self, site: str, settings: SiteSettings) -> SiteSettings:
         """Return the settings, with backend torch where `auto` gave infinities or NaN at this site before."""
@@ -162,69 +239,23 @@ class Runtime:
             return settings
         return replace(settings, backend="torch")
 
+    def masked_in_another_half(self, site: str, half: Half) -> Reason | None:
+        """Return that a mask kept this site dense for the other half of the guidance, which has to run alike."""
+        if len(half) != 1 or not self._masked.get(site, set()) - {half}:
+            return None
+        return Reason(
+            "mask", "an attention mask keeps the other half of the guidance dense, and both have to run alike"
+        )
+
+    def note_mask(self, site: str, half: Half) -> None:
+        """Remember that a mask kept this site dense for a half of the guidance."""
+        self._masked.setdefault(site, set()).add(half)
+
     def note_output(self, site: str, output: Tensor) -> None:
         """Accumulate on the device whether outputs were finite; read once, when the run ends."""
         key = (site, output.device)
-        with self.memory.pause():
-            finite = torch.isfinite(output.detach()).all()
-            self._finite[key] = finite & self._finite[key] if key in self._finite else finite
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionOverride:
-    """The callable in the host's override slot. It holds no state but the override that was there before."""
-
-    linearize_override: ClassVar[bool] = True  # recognised by name: the pack may be imported under two names
-    previous: Callable[..., Tensor] | None = None
-
-    @torch.compiler.disable  # decisions and counts are made anew at each call, never traced
-    def __call__(
-        self,
-        func: Callable[..., Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: int,
-        mask: Tensor | None = None,
-        attn_precision: torch.dtype | None = None,
-        skip_reshape: bool = False,
-        skip_output_reshape: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Run one attention call: the plan's spec where possible, else what ran before. Same contract as `func`."""
-        options = kwargs.get("transformer_options") or {}
-        runtime, facts = options.get(RUNTIME_KEY), options.get(CALL_KEY)
-        num_keys, num_queries = (tensor.shape[2 if skip_reshape else 1] for tensor in (k, q))
-        flags = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
-
-        def host_attention() -> Tensor:
-            options = {"mask": mask, "attn_precision": attn_precision, **flags, **kwargs}
-            if CALL_KEY in (kwargs.get("transformer_options") or {}):
-                # an earlier override of ours further down the chain must not decide the same call again
-                options["transformer_options"] = {
-                    k: v for k, v in kwargs["transformer_options"].items() if k != CALL_KEY
-                }
-            if self.previous is not None:
-                return self.previous(func, q, k, v, heads, **options)
-            return func(q, k, v, heads, **options)
-
-        # a hooked module never issues cross-attention: with fewer queries it splits its own
-        if runtime is None or facts is None or (num_keys != num_queries and current_site() is None):
-            return host_attention()
-        site = facts.site_of(runtime.host, options, num_queries)
-        if site is None or (site not in runtime.sites and runtime.observe is None):
-            return host_attention()
-        facts, shape = facts.at(runtime.host, site), bhnd_shape(q, heads, skip_reshape)
-        output = run_site(runtime, site, facts, shape, (q, k, v), mask, skip_reshape, kwargs)
-        if output is None:
-            output = host_attention()
-        elif not skip_output_reshape:
-            output = output.transpose(1, 2).reshape(shape[0], shape[2], shape[1] * shape[3])
-        if runtime.observe is not None:
-            query, key, value = (to_bhnd(tensor, shape[1], shape[3], skip_reshape) for tensor in (q, k, v))
-            result = to_bhnd(output, shape[1], shape[3], skip_output_reshape)
-            runtime.observe(SiteCall(site, facts.layout, query, key, value, result, mask, kwargs.get("scale")))
-        return output
+        finite = torch.isfinite(output.detach()).all()
+        self._finite[key] = finite & self._finite[key] if key in self._finite else finite
 
 
 def run_site(
@@ -232,16 +263,20 @@ def run_site(
     site: str,
     facts: CallFacts,
     shape: tuple[int, int, int, int],
-    inputs: tuple[Tensor, Tensor, Tensor],
-    mask: Tensor | None,
-    skip_reshape: bool,
-    kwargs: Mapping[str, Any],
+    inputs: Sequence[Tensor],
+    options: Mapping[str, Any],
 ) -> Tensor | None:
-    """Return what the plan makes of one call, (B, H, N, D), or None where the host's attention has to run; count it."""
+    """Return what the plan makes of one call, (B, H, N, D), or None where the host's attention has to run; count it.
+
+    Args:
+        shape: (B, H, N, D) of the queries.
+        inputs: queries, keys and values as the host gives them.
+        options: the call's other arguments by name: `mask`, `skip_reshape`, `scale` if there is one.
+    """
     if site not in runtime.sites:
         return None
     settings = runtime.sites[site]
-    dense_pairs = shape[1] * shape[2] * inputs[1].shape[2 if skip_reshape else 1]
+    dense_pairs = shape[1] * shape[2] * inputs[1].shape[2 if options["skip_reshape"] else 1]
     if isinstance(settings.spec, DenseSpec):
         runtime.record.count_host(site, "dense", dense_pairs, None, chosen=True)
         return None
@@ -249,8 +284,12 @@ def run_site(
     if choice is not None:
         runtime.record.count_host(site, settings.spec.kind, dense_pairs, choice, chosen=True)
         return None
-    result = run_planned(runtime, site, settings, facts, shape, inputs, mask, skip_reshape, kwargs)
+    result = runtime.masked_in_another_half(site, facts.half) or run_planned(
+        runtime, site, settings, facts, shape, inputs, options
+    )
     if isinstance(result, Reason):
+        if result.code == "mask":
+            runtime.note_mask(site, facts.half)
         decline(runtime, site, settings, dense_pairs, result)
         return None
     output, backend, call, has_matrices = result
@@ -267,10 +306,8 @@ def run_planned(
     settings: SiteSettings,
     facts: CallFacts,
     shape: tuple[int, int, int, int],
-    inputs: tuple[Tensor, Tensor, Tensor],
-    mask: Tensor | None,
-    skip_reshape: bool,
-    kwargs: Mapping[str, Any],
+    inputs: Sequence[Tensor],
+    options: Mapping[str, Any],
 ) -> tuple[Tensor, Any, Call, bool] | Reason:
     """Return the output, its backend and call, and whether matrices follow; or why the call has to stay dense.
 
@@ -278,15 +315,15 @@ def run_planned(
     """
     wish, failure = runtime.trusted(site, settings), None
     while True:
-        decision = decide(wish, facts, shape, inputs, mask, skip_reshape)
+        decision = decide(wish, facts, shape, inputs, options["mask"], options["skip_reshape"])
         if isinstance(decision, Reason):
             return failure or decision
         backend, call, passed_over = decision
         runtime.record.note_passed_over(passed_over)
         failure = None
         try:
-            query, key, value = (to_bhnd(tensor, shape[1], shape[3], skip_reshape) for tensor in inputs)
-            learned, scale = runtime.parameters.learned(site, query.device), kwargs.get("scale")
+            query, key, value = (to_bhnd(t, shape[1], shape[3], options["skip_reshape"]) for t in inputs)
+            learned, scale = runtime.parameters.learned(site, query.device), options.get("scale")
             output = backend.run(query, key, value, call, scale=scale, learned=learned, memory=runtime.memory)
             if learned.output is not None:
                 output = map_outputs(output, call.layout, learned.output)
@@ -308,39 +345,3 @@ def decline(runtime: Runtime, site: str, settings: SiteSettings, dense_pairs: in
         reason = Reason(reason.code, f"trained weights on dense attention: {reason.text}")
     runtime.record.count_host(site, settings.spec.kind, dense_pairs, reason, chosen=False)
     once.warning(f"Linearize: dense attention where the plan says {settings.spec.kind}: {reason.text}")
-
-
-def find_options(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | str, dict[str, Any]] | None:
-    """Return where a model call carries its transformer options (position or name), and the options."""
-    candidates: list[tuple[int | str, Any]] = [*kwargs.items(), *enumerate(args)]
-    for place, value in candidates:
-        if isinstance(value, dict) and RUNTIME_KEY in value:
-            return place, value
-    return None
-
-
-def describe_override(override: Any) -> str:
-    """Return a name for another node's override, for people: its function or class and the package it is from."""
-    kind = override if hasattr(override, "__qualname__") else type(override)
-    package = str(kind.__module__).replace("\\", "/").rsplit("/", 1)[-1]
-    return f"another override ({kind.__qualname__.split('.')[0]} of {package})"
-
-
-def model_call_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Note the layout of a forward for the override; the host application calls this around its diffusion model."""
-    found = find_options(args, kwargs)
-    if found is None:
-        return executor(*args, **kwargs)
-    place, options = found
-    current = options.get(OVERRIDE_KEY)
-    if current is not None and not getattr(current, "linearize_override", False):
-        options[RUNTIME_KEY].record.first = describe_override(current)
-    # apply_model belongs to the model around the diffusion model, and casts the latent later
-    module = getattr(executor.class_obj, "diffusion_model", executor.class_obj)
-    dtype = getattr(executor.class_obj, "get_dtype_inference", lambda: None)()
-    noted = options[RUNTIME_KEY].begin_call(ModelCall(module, args, kwargs, dtype), options)
-    if isinstance(place, int):
-        args = (*args[:place], noted, *args[place + 1 :])
-    else:
-        kwargs = {**kwargs, place: noted}
-    return executor(*args, **kwargs)

@@ -18,10 +18,10 @@ from linearize.attention import (
 )
 from linearize.attention.hosts.flux import FluxHost
 from linearize.attention.memory import LongLived
+from linearize.attention.override import AttentionOverride
 from linearize.attention.runtime import (
     CALL_KEY,
     RUNTIME_KEY,
-    AttentionOverride,
     CallFacts,
     Runtime,
     SiteSettings,
@@ -210,7 +210,7 @@ def declined_calls() -> dict[str, Callable[[], object]]:
 
     mask = torch.zeros(16, 16)
     mask[0, 1] = float("-inf")  # a mask that hides nothing would not be declined
-    options = {"block_type": "double", "block_index": 0, RUNTIME_KEY: runtime, CALL_KEY: CallFacts(layout, None)}
+    options = {"block_type": "double", "block_index": 0, RUNTIME_KEY: runtime, CALL_KEY: CallFacts(layout)}
     other = {**options, "block_type": "refiner"}
     willing = Runtime(FluxHost(), {"double.0": SiteSettings(ClearSpec(2))}, LongLived())
     always = {**options, RUNTIME_KEY: willing}

@@ -77,12 +77,12 @@ class LinearizeCLEAR(io.ComfyNode):
     ) -> io.NodeOutput:
         """Return the patched model and its plan."""
         host, module = patching.host_of(model)
-        sigma_range = patching.sigma_range(model, start_percent, end_percent)
+        part = patching.part_of_sampling(start_percent, end_percent)
         chosen = select_sites(sites, [site.id for site in host.sites(module)])
         spec = ClearSpec(radius, temporal_radius, down_factor, proportional)
         source = clear_source(weights, spec, host, module)
         origin = model_files.identity(source.weights.file.path) if source.weights else ""
-        settings = SiteSettings(source.spec, backend, sigma_range, min_tokens, bool(source.weights), origin)
+        settings = SiteSettings(source.spec, backend, part, min_tokens, bool(source.weights), origin)
         notes = (*source.notes, *patching.replaced_notes(model, chosen))
         patched, runtime = patching.patch_model(
             model,

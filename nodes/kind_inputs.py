@@ -188,9 +188,9 @@ def run_kind(
         ValueError: no host knows the model, `sites` names none, or the part of sampling is empty.
     """
     host, module = patching.host_of(model)
-    sigma_range = patching.sigma_range(model, start_percent, end_percent)
+    part = patching.part_of_sampling(start_percent, end_percent)
     chosen = select_sites(sites, [site.id for site in host.sites(module)])
-    settings = SiteSettings(spec, backend, sigma_range, min_tokens)
+    settings = SiteSettings(spec, backend, part, min_tokens)
     notes = (*untrained_notes([spec]), *patching.replaced_notes(model, chosen))
     status = patching.show_on_node(node_id, notes)
     patched, runtime = patching.patch_model(model, dict.fromkeys(chosen, settings), status)

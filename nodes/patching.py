@@ -37,8 +37,8 @@ def replaced_notes(model: Any, sites: Iterable[str]) -> list[str]:
     return [f"trained weights of {describe_sites(lost)} that an earlier node put in were taken out"] if lost else []
 
 
-def sigma_range(model: Any, start_percent: float, end_percent: float) -> tuple[float, float] | None:
-    """Return the (highest, lowest) noise level of a part of sampling, None for all of it.
+def part_of_sampling(start_percent: float, end_percent: float) -> tuple[float, float] | None:
+    """Return (start, end) of a part of sampling, None for all of it; noise levels are known when sampling begins.
 
     Raises:
         ValueError: the part is empty.
@@ -47,10 +47,7 @@ def sigma_range(model: Any, start_percent: float, end_percent: float) -> tuple[f
         raise ValueError(
             f"start_percent must be below end_percent, got {start_percent} and {end_percent}; 0 and 1 mean all steps"
         )
-    if (start_percent, end_percent) == (0.0, 1.0):
-        return None
-    sampling = model.get_model_object("model_sampling")
-    return float(sampling.percent_to_sigma(start_percent)), float(sampling.percent_to_sigma(end_percent))
+    return None if (start_percent, end_percent) == (0.0, 1.0) else (start_percent, end_percent)
 
 
 def patch_model(
@@ -192,7 +189,7 @@ def show_on_node(node_id: str | None, notes: Sequence[str] = ()) -> Callable[[st
 def _on_pre_run(patcher: Any) -> None:
     runtime = runtime_of(patcher)
     if runtime is not None:
-        runtime.start_run()
+        runtime.start_run(patcher.get_model_object("model_sampling").percent_to_sigma)
 
 
 def _on_cleanup(patcher: Any) -> None:

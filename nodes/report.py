@@ -67,10 +67,10 @@ class LinearizeReport(io.ComfyNode):
         rows = site_costs(host, module, specs, layout, runtime.parameters.outputs() if runtime else ())
         size = f"{width} x {height}" + (f" x {frames}" if frames > 1 else "")
         text = describe_costs(host.title, size, layout, rows)
-        if any(each.sigma_range and not each.trained for each in settings.values()):
+        if any(each.percents and not each.trained for each in settings.values()):
             text += "\nin the part of sampling from start_percent to end_percent; dense in the rest"
         if after is not None:
-            text += "\n\nin the last sampling:\n" + (runtime.record.summary() if runtime else "no Linearize node ran")
+            text += "\n\nin the last sampling:\n" + (runtime.last_run() if runtime else "no Linearize node ran")
         patching.show_on_node(cls.hidden.unique_id)(text)  # the interface shows ui.text of its own nodes only
         picture = draw_plan(f"{host.title}, {size}", rows)
         return io.NodeOutput(

@@ -2,11 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from types import NoneType
 from typing import Any
 
-import comfy.memory_management
+import comfy.ldm.modules.attention
 import comfy.model_management
+import comfy.model_prefetch
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -14,10 +16,11 @@ from torch import Tensor
 from ..attention.fingerprint import fingerprint
 from ..attention.hosts import Host, find_host
 from ..attention.memory import LongLived
-from ..attention.runtime import OVERRIDE_KEY, RUNTIME_KEY, AttentionOverride, Runtime, model_call_wrapper
-from .comfy_injection import site_injection
+from ..attention.override import OVERRIDE_KEY, AttentionOverride, model_call_wrapper
+from ..attention.runtime import RUNTIME_KEY, Runtime
 
 KEY = "linearize"
+_is_paused: ContextVar[bool] = ContextVar("the core's recording is paused", default=False)
 
 
 def host_of(model: Any) -> tuple[Host, Any]:
@@ -79,17 +82,18 @@ def weight_types(model: Any) -> list[str]:
 
 
 def install_runtime(patched: Any, runtime: Runtime, module: Any) -> None:
-    """Put a runtime and all that finds it on a clone: the override, the wrapper of the forward, hooks on modules."""
+    """Put a runtime and all that finds it on a clone: the override, and the wrapper of the forward."""
     host = runtime.host
+    runtime.core = core_attention
+    runtime.percent_to_sigma = patched.get_model_object("model_sampling").percent_to_sigma
+    runtime.meet(module)
     options = patched.model_options.setdefault("transformer_options", {})
     options[RUNTIME_KEY] = runtime
     current = options.get(OVERRIDE_KEY)
     if not getattr(current, "linearize_override", False):
-        options[OVERRIDE_KEY] = AttentionOverride(previous=current)
+        options[OVERRIDE_KEY] = AttentionOverride(current, core_attention)
     patched.remove_wrappers_with_key(host.wrapped, KEY)
     patched.add_wrapper_with_key(host.wrapped, KEY, model_call_wrapper)
-    if host.site_modules(module):
-        patched.set_injections(KEY, [site_injection(host)])
 
 
 def watched(model: Any) -> tuple[Any, Runtime]:
@@ -130,7 +134,26 @@ def _load_whole(executor: Any, *args: Any, **kwargs: Any) -> Any:
     return executor(*args, **{**kwargs, "force_full_load": True})
 
 
-def pause_recording() -> contextlib.AbstractContextManager[Any]:
-    """Return the host's pause for allocations that outlive a block; a no-op where it records none."""
-    pause = getattr(comfy.memory_management, "pause_malloc_graph", contextlib.nullcontext)
-    return pause()
+def core_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Return what ComfyUI's attention does, chosen when it is called: a flag or another node may change it."""
+    return comfy.ldm.modules.attention.optimized_attention(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def pause_recording() -> Iterator[None]:
+    """Enter ComfyUI's pause for allocations that a recorded block must not hold; a no-op where it records none.
+
+    Pauses do not count: the first that ends would end them all, so an inner one is none.
+
+    Source: comfy.model_prefetch of ComfyUI 0.38; 0.30 and 0.33 have no recording.
+    """
+    pause = getattr(comfy.model_prefetch, "pause_malloc_graph", contextlib.nullcontext)
+    if _is_paused.get():
+        yield
+        return
+    token = _is_paused.set(True)
+    try:
+        with pause():
+            yield
+    finally:
+        _is_paused.reset(token)

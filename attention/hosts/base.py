@@ -112,6 +112,18 @@ class Host(Protocol):
         """
         return {}
 
+    def site_blocks(self, module: Any) -> dict[str, str]:
+        """Return, by site, the dotted path of its block, for architectures whose transformer options name the block.
+
+        Other nodes may run several blocks inside one, and the options then name that one for all of them. Empty where
+        a block has several sites.
+        """
+        if self.site_modules(module):
+            return {}
+        named = zip(self.sites(module), self.norm_parameters(module), strict=True)
+        blocks = {site.id: ".".join(norm.split(".")[:2]) for site, norm in named}
+        return blocks if len(set(blocks.values())) == len(blocks) else {}
+
     def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
         """Return, by site, the paths of the modules with its projections and their norms, of text and image alike.
 

@@ -15,17 +15,15 @@ from linearize.attention import backends as backends_module
 from linearize.attention.hosts import ModelCall, Site
 from linearize.attention.layout import Reason
 from linearize.attention.memory import LongLived
+from linearize.attention.override import AttentionOverride, find_options, model_call_wrapper
 from linearize.attention.runtime import (
     CALL_KEY,
     RUNTIME_KEY,
-    AttentionOverride,
     CallFacts,
     Runtime,
     SiteSettings,
     UnexpectedDecline,
     expect_declines,
-    find_options,
-    model_call_wrapper,
 )
 
 LAYOUT = TokenLayout.of((Segment("text", 3), grid_segment("main", 1, 5, 6)))
@@ -36,6 +34,10 @@ HOST = SimpleNamespace(
     site_of=lambda options: options.get("site"),
     site_among=lambda site, layout, num_tokens: site,
     site_layout=lambda site, layout: layout,
+    layout=lambda call: LAYOUT,
+    sites=lambda module: (Site("a", HEADS, HEAD_DIM),),
+    site_modules=lambda module: {},
+    site_blocks=lambda module: {},
 )
 
 
@@ -56,8 +58,8 @@ def host_attention(q, k, v, heads, mask=None, skip_reshape=False, skip_output_re
     return output if skip_output_reshape else output.transpose(1, 2).flatten(2)
 
 
-def call(state, q, k, v, *args, override=None, layout=LAYOUT, sigma=None, site="a", **kwargs):
-    options = {"site": site, RUNTIME_KEY: state, CALL_KEY: CallFacts(layout, sigma)}
+def call(state, q, k, v, *args, override=None, layout=LAYOUT, site="a", **kwargs):
+    options = {"site": site, RUNTIME_KEY: state, CALL_KEY: CallFacts(layout)}
     return (override or AttentionOverride())(
         host_attention, q, k, v, HEADS, *args, transformer_options=options, **kwargs
     )
@@ -111,7 +113,7 @@ def test_a_mask_goes_to_the_host_unchanged(positional):
 def test_a_mask_that_hides_nothing_is_none(mask, monkeypatch):
     state, read = runtime(), []
     truth = call(state, *qkv(), skip_reshape=True)
-    facts, hides = CallFacts(LAYOUT, None), torch.Tensor.all
+    facts, hides = CallFacts(LAYOUT), torch.Tensor.all
     monkeypatch.setattr(torch.Tensor, "all", lambda self: (read.append(self.shape == mask.shape), hides(self))[1])
     options = {"site": "a", RUNTIME_KEY: state, CALL_KEY: facts}
     for _ in range(3):
@@ -174,16 +176,44 @@ def test_sites_that_are_not_planned_and_dense_ones_go_to_what_was_there_before()
         assert CALL_KEY not in kwargs["transformer_options"] and "site" in kwargs["transformer_options"]
 
 
-@pytest.mark.parametrize(("sigma", "kind"), [(0.9, "dense"), (0.8, "clear"), (0.5, "clear"), (0.2, "dense")])
-def test_part_of_sampling_in_noise_levels(sigma, kind):
-    state = runtime(sigma_range=(0.8, 0.3))
-    call(state, *qkv(), skip_reshape=True, sigma=sigma)
+def forward(state, options=()):
+    """Return the options of one forward of a sampling run."""
+    return state.begin_call(ModelCall(None, (), {}), {RUNTIME_KEY: state, "site": "a", **dict(options)})
+
+
+ROUNDED = torch.tensor(0.7, dtype=torch.float32)  # 0.699999988
+
+
+@pytest.mark.parametrize(
+    ("sigma", "kind"),
+    [(0.9, "dense"), (0.8, "clear"), (0.5, "clear"), (0.3, "clear"), (0.2, "dense"), (ROUNDED + 0.1, "clear")],
+)
+@pytest.mark.parametrize("moved", [0.0, 1e-7, -1e-7])
+def test_part_of_sampling_in_noise_levels(sigma, kind, moved):
+    """The bounds are inside, however the noise level on them is rounded."""
+    state = runtime(percents=(0.2, 0.7))
+    state.start_run(lambda percent: 1 - percent)
+    options = forward(state, {"sigmas": torch.tensor([0.0, float(sigma) + moved])})
+    AttentionOverride()(host_attention, *qkv(), HEADS, skip_reshape=True, transformer_options=options)
     assert {r.kind for r in state.record.ran} == {kind} and not state.record.declined
 
 
+def test_a_part_of_sampling_is_that_of_the_run_not_of_the_node():
+    """A node behind ours may set another schedule; a runtime that was told none runs at every noise level."""
+    state, kinds = runtime(percents=(0.5, 1.0)), []
+    for schedule in (None, lambda percent: 1 - percent, lambda percent: 10 * (1 - percent)):
+        state.start_run(schedule)
+        options = forward(state, {"sigmas": torch.tensor([0.9])})
+        AttentionOverride()(host_attention, *qkv(), HEADS, skip_reshape=True, transformer_options=options)
+        kinds.append({ran.kind for ran in state.record.ran})
+    assert kinds == [{"clear"}, {"dense"}, {"clear"}]
+
+
 def test_trained_sites_ignore_part_of_sampling_and_min_tokens():
-    state = runtime(sigma_range=(0.8, 0.3), min_tokens=1000, trained=True)
-    call(state, *qkv(), skip_reshape=True, sigma=0.99)
+    state = runtime(percents=(0.2, 0.7), min_tokens=1000, trained=True)
+    state.start_run(lambda percent: 1 - percent)
+    options = forward(state, {"sigmas": torch.tensor([0.99])})
+    AttentionOverride()(host_attention, *qkv(), HEADS, skip_reshape=True, transformer_options=options)
     assert {r.kind for r in state.record.ran} == {"clear"}
 
 
@@ -350,7 +380,6 @@ def test_merging_keeps_both_statuses_and_the_later_settings():
 
 def test_options_are_found_by_position_or_name_and_never_changed():
     state = runtime()
-    state.host = SimpleNamespace(layout=lambda call: LAYOUT)
     options = {RUNTIME_KEY: state, "sigmas": torch.tensor([0.5])}
     assert find_options((1, {}, options), {}) == (2, options)
     assert find_options((1,), {"transformer_options": options}) == ("transformer_options", options)
@@ -363,23 +392,25 @@ def test_options_are_found_by_position_or_name_and_never_changed():
     for args, kwargs in (((1, options), {}), ((1,), {"transformer_options": options})):
         passed_args, passed_kwargs = model_call_wrapper(executor, *args, **kwargs)
         passed = passed_args[1] if len(passed_args) > 1 else passed_kwargs["transformer_options"]
-        assert passed[CALL_KEY] == CallFacts(LAYOUT, None) and CALL_KEY not in options
+        assert passed[CALL_KEY] == CallFacts(LAYOUT) and CALL_KEY not in options
     assert model_call_wrapper(executor, 5) == ((5,), {})
 
 
 def test_the_noise_level_is_read_only_where_a_setting_needs_it():
-    host = SimpleNamespace(layout=lambda call: LAYOUT)
-    options = {"sigmas": torch.tensor([0.25, 0.5])}
-    plain = Runtime(host, {"a": SiteSettings(ClearSpec(2))}, LongLived())
-    timed = Runtime(host, {"a": SiteSettings(ClearSpec(2), sigma_range=(1.0, 0.0))}, LongLived())
-    found = [state.begin_call(ModelCall(None, (), {}), options)[CALL_KEY].sigma for state in (plain, timed)]
-    assert found == [None, 0.5]
+    """Reading it waits for the device."""
+
+    class Unread:
+        def max(self):
+            raise AssertionError("the noise level was read")
+
+    state = runtime()
+    state.start_run(lambda percent: 1 - percent)
+    assert forward(state, {"sigmas": Unread()})[CALL_KEY].outside == frozenset()
 
 
 def test_a_wish_is_judged_by_the_dtype_that_the_model_computes_in():
     """Around the diffusion model the latent is still fp32, whatever the model is."""
-    host = SimpleNamespace(layout=lambda call: LAYOUT, sites=lambda module: (Site("a", HEADS, HEAD_DIM),))
-    state = Runtime(host, {"a": SiteSettings(ClearSpec(2), backend="reference")}, LongLived())
+    state = Runtime(HOST, {"a": SiteSettings(ClearSpec(2), backend="reference")}, LongLived())
     options, latent = {RUNTIME_KEY: state}, torch.zeros(1, 4, 5, 6)
 
     def executor(*args, **kwargs):

@@ -11,8 +11,9 @@ sys.path.append(str(Path(__file__).parent))  # families.py and the files that it
 
 from families import seeded  # noqa: E402
 
-from linearize.attention.runtime import CALL_KEY, RUNTIME_KEY, model_call_wrapper  # noqa: E402
-from linearize.attention.site_hooks import current_site, hook_sites  # noqa: E402
+from linearize.attention.override import model_call_wrapper  # noqa: E402
+from linearize.attention.runtime import CALL_KEY, RUNTIME_KEY  # noqa: E402
+from linearize.attention.site_hooks import current_site  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +35,7 @@ def tiny(comfy):
 def watch(tiny):
     """A function that runs one forward and returns its output and attention calls, with the layout told for each.
 
-    The wrapper and the hooks are those of `nodes/patching.py`; a family whose host wraps "apply_model" calls the
+    The wrapper is that of `nodes/patching.py`, and hooks the modules; a family whose host wraps "apply_model" calls the
     wrapper that it finds in its transformer options.
     """
 
@@ -55,18 +56,18 @@ def watch(tiny):
             calls.append(SimpleNamespace(site=site, q=q, k=k, output=heads_first, layout=layout))
             return output
 
+        spy.linearize_override = True  # or ours would be put over it
         transformer_options = {
             "optimized_attention_override": spy,
             RUNTIME_KEY: runtime,
             "wrappers": {host.wrapped: {"linearize": [model_call_wrapper]}},
             **options,
         }
-        remove = hook_sites(model, host.site_modules(model))
         try:
             with torch.no_grad():
                 return family.forward(model, inputs, transformer_options), calls
         finally:
-            remove()
+            runtime.finish_run()  # takes the hooks away
 
     return run
 

@@ -15,7 +15,8 @@ from linearize.attention.cost import clear_pairs
 from linearize.attention.hosts import HOSTS, find_host
 from linearize.attention.layout import Reason, TokenLayout
 from linearize.attention.memory import LongLived
-from linearize.attention.runtime import AttentionOverride, Runtime, SiteSettings, expect_declines
+from linearize.attention.override import AttentionOverride
+from linearize.attention.runtime import Runtime, SiteSettings, expect_declines
 from linearize.attention.specs import ClearSpec
 
 FAMILIES = collect()

@@ -7,7 +7,8 @@ from families import collect
 
 from linearize.attention.hosts.flux import FluxHost
 from linearize.attention.memory import LongLived
-from linearize.attention.runtime import AttentionOverride, Runtime, SiteSettings, expect_declines
+from linearize.attention.override import AttentionOverride
+from linearize.attention.runtime import Runtime, SiteSettings, expect_declines
 from linearize.attention.specs import ClearSpec
 
 FLUX = next(family for family in collect() if family.name == "flux")

@@ -9,8 +9,8 @@ from families import collect, seeded
 
 from linearize.attention.hosts import HOSTS
 from linearize.attention.memory import LongLived
-from linearize.attention.runtime import OVERRIDE_KEY, RUNTIME_KEY, AttentionOverride, Runtime, model_call_wrapper
-from linearize.attention.site_hooks import hook_sites
+from linearize.attention.override import OVERRIDE_KEY, AttentionOverride, model_call_wrapper
+from linearize.attention.runtime import RUNTIME_KEY, Runtime
 from linearize.attention.specs import LinearSpec
 from linearize.attention.student import StudentParameters, new_maps
 from linearize.training.deltas import attach, new_deltas, projections
@@ -40,10 +40,7 @@ class Training:
         for path, delta in deltas.items():
             delta.up.data = torch.randn(delta.up.shape, generator=generator(path)) * 0.02
         self.roles.install({site.id: SPEC for site in sites}, maps)
-        self.remove = (
-            attach(self.model, deltas, self.roles.switch),
-            hook_sites(self.model, self.host.site_modules(self.model)),
-        )
+        attach(self.model, deltas, self.roles.switch)
         self.parameters = [*maps.parameters(), *(each for delta in deltas.values() for each in delta.parameters())]
 
     def loss(self):

@@ -1,6 +1,6 @@
 """CLEAR beside the other things people wire: each case checks the picture and, from the run record, what ran."""
 
-import contextlib
+import functools
 import importlib
 
 import pytest
@@ -18,20 +18,67 @@ def node_of(module, name):
     return lambda **inputs: getattr(cls(), cls.FUNCTION)(**inputs)[0]
 
 
-def test_a_node_that_replaces_our_override_is_named(studio):
-    """KJNodes' way: overwrite the slot, chain nothing."""
+def replacing(model, override):
+    """Return a clone on which a later node overwrote the slot and chains nothing."""
+    replaced = model.clone()
+    replaced.model_options["transformer_options"][OVERRIDE] = override
+    return replaced
+
+
+@pytest.mark.parametrize("kind", ["function", "partial", "object", "core"])
+def test_a_later_node_that_replaces_our_override_is_put_below_it(studio, everywhere, kind):
+    """KJNodes' way, and that of the core's Model Attention Backend: it keeps what stays dense, and is named."""
+    calls = []
+
+    def replacement(func, q, *args, **kwargs):
+        calls.append(kwargs["transformer_options"]["block_type"])
+        return func(q, *args, **kwargs)
+
+    class Replacement:
+        def __call__(self, *args, **kwargs):
+            return replacement(*args, **kwargs)
+
+    def set_model_optimized_attention():
+        return lambda func, *args, **kwargs: replacement(func, *args, **kwargs)
+
+    made = {
+        "function": (replacement, "another override (test_a_later_node_that_replaces_our_override_is_put_below_it of "),
+        "partial": (functools.partial(replacement), "another override (test_a_later_node"),
+        "object": (Replacement(), "another override (test_a_later_node"),
+        "core": (set_model_optimized_attention(), "Model Attention Backend"),
+    }
+    override, name = made[kind]
+    if kind == "core":
+        override.__qualname__ = "ModelPatcher.set_model_optimized_attention.<locals>.optimized_attention_override"
+    patched = studio.clear(studio.model, radius=2)
+    replaced = replacing(patched, override)
+    assert torch.equal(studio.sample(replaced), studio.sample(patched))
+    assert studio.ran(replaced) == everywhere and not calls
+    summary = studio.record(replaced).summary()
+    assert f"\n{name}" in summary and "comes after this node; it runs the calls that stay dense" in summary
+    assert replaced.model_options["transformer_options"][OVERRIDE] is override, "the options that came in were changed"
+    part = replacing(studio.clear(studio.model, radius=2, sites="single"), override)
+    studio.sample(part)
+    assert set(calls) == {"double"}
+
+
+def test_a_replaced_override_and_a_compiled_model(studio):
+    """One override of ours stands over theirs for all forwards: a new one each time would be compiled each time."""
 
     def replacement(func, *args, **kwargs):
         return func(*args, **kwargs)
 
-    patched = studio.clear(studio.model, radius=2)
-    replaced = patched.clone()
-    replaced.model_options["transformer_options"][OVERRIDE] = replacement
-    assert torch.equal(studio.sample(replaced), studio.sample(studio.model))
-    summary = studio.record(replaced).summary()
-    assert (
-        summary.startswith("no attention call reached this node: another override (") and "takes every call" in summary
-    )
+    seen = []
+
+    def look(executor, *args, **kwargs):
+        options = next(each for each in (*args, *kwargs.values()) if isinstance(each, dict) and OVERRIDE in each)
+        seen.append(options[OVERRIDE])
+        return executor(*args, **kwargs)
+
+    patched = replacing(studio.clear(studio.model, radius=2), replacement)
+    patched.add_wrapper_with_key("diffusion_model", "z", look)  # inside ours
+    studio.sample(patched, steps=3)
+    assert len(seen) == 3 and len({id(each) for each in seen}) == 1 and seen[0].previous is replacement
 
 
 def test_an_override_that_was_there_keeps_what_we_decline(studio):
@@ -55,8 +102,8 @@ def test_an_override_that_was_there_keeps_what_we_decline(studio):
     assert calls == [True] * 4
 
 
-def test_a_core_node_that_puts_itself_on_top_each_step(studio):
-    """As the sparse attention node of newer cores: installed anew at every step, it takes calls and chains the rest."""
+def test_a_core_node_that_puts_itself_on_top_each_step(studio, everywhere):
+    """As the sparse attention node of newer cores, installed anew at every step: the plan's sites stay ours."""
     import comfy.patcher_extension
 
     taken = []
@@ -79,68 +126,132 @@ def test_a_core_node_that_puts_itself_on_top_each_step(studio):
     patched = studio.clear(studio.model, radius=2).clone()
     event = comfy.patcher_extension.CallbacksMP.ON_PREPARE_STATE
     patched.add_callback_with_key(event, "block_sparse_attention", install)
-    studio.sample(patched, steps=2)
-    assert taken
-    assert {r.site for r in studio.record(patched).ran} == {"double.0", "double.1"}
-    assert "runs before this node and takes the calls it wants" in studio.record(patched).summary()
-
-
-def test_single_owner_containers_of_newer_cores(studio, monkeypatch):
-    """Newer cores hand q, k, v over in containers that the callee may empty, but unwrap them for a plain override."""
-
-    class Container:
-        def __init__(self, tensor):
-            self.tensor = tensor
-
-        def take(self):
-            tensor, self.tensor = self.tensor, None
-            return tensor
-
-    seen = []
-
-    def newer_core(override):
-        def call(func, q, k, v, heads, **kwargs):
-            owned = [Container(t) for t in (q, k, v)]
-            seen.append(hasattr(override, "container_function"))
-            if seen[-1]:
-                return override.container_function(func, *owned, heads, **kwargs)
-            return override(func, *(each.take() for each in owned), heads, **kwargs)
-
-        call.linearize_override = True
-        return call
-
-    patched = studio.clear(studio.model, radius=2)
-    expected = studio.sample(patched)
-    options = patched.model_options["transformer_options"]
-    monkeypatch.setitem(options, OVERRIDE, newer_core(options[OVERRIDE]))
-    assert torch.equal(studio.sample(patched), expected)
-    assert seen and not any(seen)
-
-
-def test_allocations_during_a_recorded_block_are_paused(studio, everywhere, monkeypatch):
-    """A core that records allocations per block and aborts on one that outlives it unless the recording is paused."""
-    import comfy.memory_management
-
-    depth, kept = [0], []
-
-    @contextlib.contextmanager
-    def pause_malloc_graph():
-        depth[0] += 1
-        yield
-        depth[0] -= 1
-
-    monkeypatch.setattr(comfy.memory_management, "pause_malloc_graph", pause_malloc_graph, raising=False)
-    patched = studio.clear(studio.model, radius=2)
-    memory = studio.patching.runtime_of(patched).memory
-    get = type(memory).get
-
-    def watched(self, key, make, num_bytes):
-        return get(self, key, lambda: (kept.append(depth[0]), make())[1], num_bytes)
-
-    monkeypatch.setattr(type(memory), "get", watched)
-    studio.sample(patched, steps=1)
+    expected = studio.sample(studio.clear(studio.model, radius=2), steps=2)
+    assert torch.equal(studio.sample(patched, steps=2), expected) and not taken
     assert studio.ran(patched) == everywhere
-    assert kept and all(kept), "something that outlives a call was allocated while the block was recorded"
+    part = studio.clear(studio.model, radius=2, sites="double").clone()
+    part.add_callback_with_key(event, "block_sparse_attention", install)
+    studio.sample(part, steps=2)
+    assert len(taken) == 2 * 2
+    assert {r.site for r in studio.record(part).ran} == {"double.0", "double.1"}
+
+
+class Container:
+    """One tensor with a single owner, as newer cores hand q, k and v over."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def peek(self):
+        assert self.tensor is not None, "the container was emptied before"
+        return self.tensor
+
+    def take(self):
+        tensor, self.tensor = self.peek(), None
+        return tensor
+
+
+def with_containers(monkeypatch, kept):
+    """Have the core's attention behave as ComfyUI 0.32: the model's calls come in containers.
+
+    Args:
+        kept: for each call, what stood in its containers when it was over.
+    """
+    import comfy.ldm.flux.math as flux_math
+    import comfy.ldm.modules.attention as core
+
+    plain = flux_math.optimized_attention
+
+    def attention(q, k, v, heads, **kwargs):
+        override = (kwargs.get("transformer_options") or {}).get(OVERRIDE)
+        if isinstance(q, Container):  # what an override gave on
+            return plain(q.take(), k.take(), v.take(), heads, **kwargs)
+        if override is None or "_inside_attn_wrapper" in kwargs:
+            return plain(q, k, v, heads, **kwargs)
+        owned = tuple(Container(tensor) for tensor in (q, k, v))
+        if hasattr(override, "container_function"):
+            output = override.container_function(*owned, heads, **kwargs, _inside_attn_wrapper=True)
+        else:
+            inside = {**kwargs, "_inside_attn_wrapper": True}
+            output = override(plain, *(each.take() for each in owned), heads, **inside)
+        kept.append([each.tensor for each in owned])
+        return output
+
+    monkeypatch.setattr(flux_math, "optimized_attention", attention)
+    monkeypatch.setattr(core, "optimized_attention", attention)
+
+
+@pytest.mark.parametrize("sites", ["all", "single"])
+def test_single_owner_containers_of_newer_cores(studio, monkeypatch, sites):
+    """Containers are empty after the call, whoever ran it, so that the tensors are freed as early as the core does."""
+    patched = studio.clear(studio.model, radius=2, sites=sites)
+    expected, before, kept = studio.sample(patched), studio.record(patched).ran, []
+    with_containers(monkeypatch, kept)
+    assert torch.equal(studio.sample(patched), expected) and studio.record(patched).ran == before
+    assert len(kept) == 2 * 4 and all(each == [None] * 3 for each in kept)
+
+
+@pytest.mark.parametrize("takes_containers", [True, False])
+def test_an_override_below_ours_gets_containers_where_it_takes_them(studio, monkeypatch, takes_containers):
+    import comfy.ldm.modules.attention as core
+
+    got = []
+
+    def other(func, q, k, v, heads, **kwargs):
+        got.append(type(q))
+        return func(q, k, v, heads, **kwargs)
+
+    def container_function(q, k, v, heads, **kwargs):
+        got.append(type(q))
+        return core.optimized_attention(q, k, v, heads, **kwargs)
+
+    if takes_containers:
+        other.container_function = container_function
+    patched = replacing(studio.clear(studio.model, radius=2, sites="double"), other)
+    expected, got[:] = studio.sample(patched), []
+    with_containers(monkeypatch, [])
+    assert torch.equal(studio.sample(patched), expected)
+    assert got == [Container if takes_containers else torch.Tensor] * 4
+
+
+def test_containers_and_a_mask_that_ends_in_dense_attention(studio, monkeypatch):
+    kept, positive = [], studio.condition()
+    positive[0][1].update(attention_mask=torch.full((1, 108, 108), -1.0), attention_mask_img_shape=(8, 12))
+    patched = studio.clear(studio.model, radius=2)
+    expected = studio.sample(studio.model, positive=positive)
+    with_containers(monkeypatch, kept)
+    with studio.runtime.expect_declines("mask"):
+        assert torch.equal(studio.sample(patched, positive=positive), expected)
+    assert len(kept) == 2 * 4 and all(each == [None] * 3 for each in kept)
+
+
+@pytest.mark.parametrize("containers", [False, True])
+def test_dense_and_declined_calls_keep_the_attention_that_a_checkpoint_names(studio, monkeypatch, containers):
+    """Newer cores use a layer's `preferred_attention` only where no override stands; ours has to keep it."""
+    import comfy.ldm.flux.math as flux_math
+
+    plain, used = flux_math.optimized_attention, []
+
+    def preferred(q, k, v, heads, **kwargs):
+        q, k, v = (each.take() if isinstance(each, Container) else each for each in (q, k, v))
+        used.append(kwargs["transformer_options"]["block_type"])
+        return plain(q, k, v, heads, **kwargs) * 0.5
+
+    class Named(torch.nn.Module):
+        function = staticmethod(preferred)
+
+    model = studio.model.clone(disable_dynamic=True, force_deepcopy=True)
+    for block in (*model.model.diffusion_model.double_blocks, model.model.diffusion_model.single_blocks[1]):
+        block.comfy_attention = Named()
+    patched = studio.clear(model, radius=2, sites="double.0, single.0")
+    if containers:
+        with_containers(monkeypatch, [])
+    studio.sample(patched, steps=3)
+    assert used == ["double", "single"] * 3, "double.1 and single.1 have an attention of their own, single.0 has none"
+    used.clear()
+    earlier = studio.clear(replacing(model, lambda func, *args, **kwargs: func(*args, **kwargs)), sites="double.0")
+    studio.sample(earlier, steps=1)
+    assert used == [], "the core gives an override precedence over it"
 
 
 def test_easy_cache_skips_steps(studio, everywhere):

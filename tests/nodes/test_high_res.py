@@ -164,7 +164,7 @@ def test_other_kinds_settings_and_the_source_stay(studio, high_res, comfy):
     assert studio.patching.runtime_of(patched) is not studio.patching.runtime_of(first)
     assert set(studio.patching.runtime_of(patched).sites) == set(before)
     for site, settings in studio.patching.runtime_of(patched).sites.items():
-        assert (settings.min_tokens, settings.sigma_range) == (7, before[site].sigma_range)
+        assert (settings.min_tokens, settings.percents) == (7, (0.0, 0.9))
     assert studio.patching.runtime_of(studio.clear(studio.model)).sites["single.0"].spec.proportional is False
     scale = comfy.module("attention.high_res").with_proportional_scale
     specs = comfy.module("attention.specs")

@@ -264,21 +264,3 @@ def test_a_context_that_changes_size_between_calls(studio, everywhere):
         dense = studio.sample(studio.model, size=size, positive=positive)
         assert (studio.sample(patched, size=size, positive=positive) - dense).abs().max() < 1e-5
         assert studio.ran(patched) == everywhere
-
-
-def test_long_lived_allocations_enter_the_hosts_pause(studio, monkeypatch):
-    import contextlib
-
-    import comfy.memory_management
-
-    entered = []
-
-    @contextlib.contextmanager
-    def pause_malloc_graph():
-        entered.append(True)
-        yield
-
-    monkeypatch.setattr(comfy.memory_management, "pause_malloc_graph", pause_malloc_graph, raising=False)
-    patched = studio.clear(studio.model, radius=2)
-    studio.sample(patched, steps=1)
-    assert len(entered) >= 4 + 1, "four flags and at least one list of keys outlive a call"

@@ -7,7 +7,8 @@ from torch import nn
 from linearize.attention.hosts.base import ModelCall
 from linearize.attention.hosts.flux import FluxHost
 from linearize.attention.memory import LongLived
-from linearize.attention.runtime import OVERRIDE_KEY, RUNTIME_KEY, AttentionOverride, Runtime
+from linearize.attention.override import OVERRIDE_KEY, AttentionOverride
+from linearize.attention.runtime import RUNTIME_KEY, Runtime
 from linearize.training.roles import Roles
 
 HEADS, SIZE, TEXT, CHANNELS = 2, 8, 3, 4
