@@ -48,9 +48,9 @@ def make_studio(comfy, name, text_width, default_size, pooled_width=32):
         with torch.inference_mode():
             return comfy.node("LinearizeCLEAR")(model=model, **inputs)[0]
 
-    def sample(model, *, size=default_size, cfg=1.0, positive=None, steps=2, seed=3):
+    def sample(model, *, size=default_size, cfg=1.0, positive=None, negative=None, steps=2, seed=3):
         empty = {"samples": torch.zeros(1, 16, *size)}
-        positive, negative = positive or condition(), condition("b")
+        positive, negative = positive or condition(), negative or condition("b")
         with torch.inference_mode():
             (out,) = comfy.nodes.KSampler().sample(
                 model, seed, steps, cfg, "euler", "simple", positive, negative, empty, 1.0

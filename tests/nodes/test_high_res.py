@@ -163,7 +163,7 @@ def test_other_kinds_settings_and_the_source_stay(studio, high_res, comfy):
     assert studio.patching.runtime_of(first).sites == before
     assert studio.patching.runtime_of(patched) is not studio.patching.runtime_of(first)
     assert set(studio.patching.runtime_of(patched).sites) == set(before)
-    for site, settings in studio.patching.runtime_of(patched).sites.items():
+    for settings in studio.patching.runtime_of(patched).sites.values():
         assert (settings.min_tokens, settings.percents) == (7, (0.0, 0.9))
     assert studio.patching.runtime_of(studio.clear(studio.model)).sites["single.0"].spec.proportional is False
     scale = comfy.module("attention.high_res").with_proportional_scale

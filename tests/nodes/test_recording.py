@@ -67,7 +67,7 @@ def recorder(comfy, monkeypatch):
 
 
 def sample_recorded(studio, recorder, patched, blocks, **options):
-    """Sample with each block recorded, and a clone's wrapper innermost, so that blocks are found as they run."""
+    """Sample with each of `blocks` recorded."""
     handles = [handle for block in blocks for handle in recorder.watch(block)]
     try:
         with recorder:
@@ -117,6 +117,17 @@ def test_nothing_outlives_a_recorded_block_where_modules_tell_the_site(wan, reco
     found = sample_recorded(wan, recorder, patched, [module] if whole else module.blocks)
     assert torch.equal(found, expected)
     assert recorder.left == [] and recorder.pauses > 0
+
+
+def test_a_forward_is_prepared_outside_of_the_recording(wan, recorder, monkeypatch):
+    """Backends test themselves then, and compile, which allocates what stays."""
+    patched = wan.clear(wan.model, radius=2, backend="torch")
+    host, seen = type(wan.patching.runtime_of(patched).host), []
+    chosen, layout = wan.runtime.choose_backend, host.layout
+    monkeypatch.setattr(host, "layout", lambda *given: (seen.append(recorder.paused), layout(*given))[1])
+    monkeypatch.setattr(wan.runtime, "choose_backend", lambda *of: (seen.append(recorder.paused), chosen(*of))[1])
+    sample_recorded(wan, recorder, patched, [patched.model.diffusion_model], steps=1)
+    assert len(seen) == 2 and all(seen)
 
 
 @pytest.mark.parametrize("share", ["dense", "windows"])
