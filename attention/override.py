@@ -19,6 +19,7 @@ from .site_call import SiteCall, bhnd_shape, to_bhnd
 from .site_hooks import current_site, preferred_attention
 
 OVERRIDE_KEY = "optimized_attention_override"
+INSIDE_KEY = "_inside_attn_wrapper"  # the core's mark of a call that asked the override already
 NODES = {"set_model_optimized_attention": "Model Attention Backend"}  # by function, the core's node that calls it
 
 
@@ -74,7 +75,7 @@ class AttentionOverride:
         def host_attention(options: Mapping[str, Any]) -> Tensor:
             if self.previous is not None:
                 return self.previous(func, q, k, v, heads, **options)
-            return (preferred_attention() or func)(q, k, v, heads, **options)
+            return (preferred_attention() or func)(q, k, v, heads, **{**options, INSIDE_KEY: True})
 
         return run_call((Held(q), Held(k), Held(v)), heads, named(args, kwargs), host_attention)
 
@@ -86,7 +87,7 @@ class AttentionOverride:
 
         def host_attention(options: Mapping[str, Any]) -> Tensor:
             if self.previous is None:
-                return (preferred_attention() or self._core())(q, k, v, heads, **options)
+                return (preferred_attention() or self._core())(q, k, v, heads, **{**options, INSIDE_KEY: True})
             if hasattr(self.previous, "container_function"):
                 return self.previous.container_function(q, k, v, heads, **options)
             return self.previous(self._core(), q.take(), k.take(), v.take(), heads, **options)
@@ -197,4 +198,6 @@ def model_call_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         args = (*args[:place], noted, *args[place + 1 :])
     else:
         kwargs = {**kwargs, place: noted}
-    return executor(*args, **kwargs)
+    output = executor(*args, **kwargs)
+    runtime.record.forwards += 1
+    return output

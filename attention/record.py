@@ -35,6 +35,7 @@ class RunRecord:
         passed_over: why a backend that `auto` would have preferred was not taken.
         below: what a later node put in place of this one's override; it runs the calls that stay dense.
         planned: the sites whose spec is not dense.
+        forwards: those that came to their end.
         sampled: whether a sampling run began with this record.
         non_finite: sites whose output held an infinity or a NaN.
         layouts: the distinct token layouts seen.
@@ -46,6 +47,7 @@ class RunRecord:
     passed_over: set[Reason] = field(default_factory=set)
     below: str = ""
     planned: tuple[str, ...] = ()
+    forwards: int = 0
     sampled: bool = False
     non_finite: tuple[str, ...] = ()
     layouts: set[TokenLayout] = field(default_factory=set)
@@ -90,9 +92,9 @@ class RunRecord:
 
     @property
     def never_called(self) -> tuple[str, ...]:
-        """Sites of the plan that issued no attention call, in its order."""
+        """Sites of the plan that issued no attention call, in its order; a run that was stopped at once tells none."""
         called = {ran.site for ran in self.ran}
-        return tuple(site for site in self.planned if site not in called)
+        return tuple(site for site in self.planned if site not in called and self.forwards)
 
     @property
     def share_linearized(self) -> float:

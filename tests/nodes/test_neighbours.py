@@ -97,6 +97,23 @@ def test_planned_sites_that_were_never_called_are_named(family, request):
     assert family.record(patched).never_called == () and family.record(patched).share_linearized == 1.0
 
 
+def test_a_run_that_is_stopped_in_its_first_forward_misses_nothing(family):
+    import comfy.model_management as management
+
+    def stop(*_):
+        raise management.InterruptProcessingException
+
+    patched = family.clear(family.model, radius=2)
+    module = patched.model.diffusion_model
+    handle = (module.single_blocks if hasattr(module, "single_blocks") else module.blocks)[1].register_forward_pre_hook(
+        stop
+    )
+    with pytest.raises(management.InterruptProcessingException):
+        family.sample(patched)
+    handle.remove()
+    assert family.record(patched).ran and family.record(patched).never_called == ()
+
+
 def test_sites_that_the_plan_leaves_dense_are_not_missed(family):
     first, *_, last = site_ids(family)
     patched = family.clear(family.model, radius=2, sites=first)
