@@ -1,11 +1,14 @@
 """MiniMax H3, video with sound.
 
-Sequence: text, first and last frame or reference blocks, sound (two channels), main grid (frames, rows, columns). All
-but the grid are global tokens, so the sound sees what it saw before. The refiner of the text is never touched.
+Sequence: text, guides (a frame or a clip of the video's size, with or without sound), reference blocks, sound (two
+channels), main grid (frames, rows, columns). All but the grid are global tokens, so the sound sees what it saw before.
+The refiner of the text is never touched.
+
+ComfyUI packs the sequence once per sampling run, and its own account of that is taken where it belongs to the call.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..layout import Reason, Segment, TokenLayout
@@ -23,6 +26,7 @@ from .base import (
 PIXELS_PER_LATENT = 16
 FRAMES_PER_SECOND, SOUND_PER_SECOND, SOUND_CHANNELS = 24, 40, 2
 PERIOD_FRAMES, PERIOD_LATENTS = 17, 5  # after the first 5 frames, which are 2 latent frames
+ROLES = {"text": "text", "audio": "sound"}  # of ComfyUI's names for runs of tokens; all others are references
 STRUCTURE = (
     "video_patch_proj",
     "audio_patch_proj",
@@ -65,11 +69,14 @@ class MiniMaxH3Host(Host):
         video, sound = latents
         main = main_segment(video, call.module.patch_size)
         given = call.kwargs.get("minimax_payload") or {}
+        told = _told(given.get("layout"), text.shape[1], sound.shape[-1], main)
+        if told:
+            return TokenLayout.of(told)
         _, rows, columns = grid_of(video, call.module.patch_size)
-        keyframes = [Segment("reference", rows * columns) for _ in given.get("keyframes") or ()]
+        guides = [each for guide in given.get("keyframes") or () for each in _guide(guide, rows * columns)]
         references = [Segment("reference", _tokens_of(block)) for block in given.get("refs") or ()]
         audio = Segment("sound", SOUND_CHANNELS * sound.shape[-1])
-        return TokenLayout.of((Segment("text", text.shape[1]), *keyframes, *references, audio, main))
+        return TokenLayout.of((Segment("text", text.shape[1]), *guides, *references, audio, main))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
         """See `Host.planned_layout`; ComfyUI rounds a clip up to 5, 22, 39 and so on frames."""
@@ -82,6 +89,27 @@ class MiniMaxH3Host(Host):
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
         """See `Host.norm_parameters`: the query norms of every block."""
         return tuple(f"{path}.q_norm.weight" for path in self.site_modules(module).values())
+
+
+def _told(packed: Any, text: int, sound: int, main: Segment) -> list[Segment] | None:
+    """Return the segments of the sequence that ComfyUI packed for this run, or None where it is another call's."""
+    runs = [(kind, stop - start) for start, stop, kind in getattr(packed, "segments", ())]
+    wanted = [("text", text), ("audio", SOUND_CHANNELS * sound), ("video", main.length)]
+    if [run for run in runs if run[0] in ("text", "audio", "video")] != wanted or runs[-1] != wanted[-1]:
+        return None
+    return [*(Segment(ROLES.get(kind, "reference"), length) for kind, length in runs[:-1]), main]
+
+
+def _guide(guide: Mapping[str, Any], frame: int) -> Iterator[Segment]:
+    """Yield the tokens of a guide: its frames, `frame` tokens each, then its sound.
+
+    Versions of ComfyUI whose guides have neither latent nor sound of their own make one frame of each.
+    """
+    video, sound = guide.get("latent"), guide.get("audio_latent")
+    if video is not None or sound is None:
+        yield Segment("reference", frame * (1 if video is None else video.shape[2]))
+    if sound is not None:
+        yield Segment("reference", SOUND_CHANNELS * sound.shape[-1])
 
 
 def _tokens_of(block: Mapping[str, Any]) -> int:

@@ -1,5 +1,11 @@
-"""MiniMax H3: text, keyframes or references, two channels of sound, then frames; batches of one only."""
+"""MiniMax H3: text, guides or references, two channels of sound, then frames; batches of one only.
 
+Guides of several frames, or with sound, exist where ComfyUI packs a guide by its own latents (after 0.33.0).
+"""
+
+import inspect
+
+import pytest
 import torch
 from families import Case, Family, Inputs, default_operations, noise
 
@@ -24,18 +30,44 @@ def build(**config):
     return make
 
 
+def guides_have_latents():
+    """Return whether this ComfyUI counts a guide by its latents; older ones make one frame of each."""
+    from comfy.ldm.minimax.model import PackedLayout
+
+    return "frame_count" not in inspect.signature(PackedLayout).parameters
+
+
 def inputs(case):
-    """Six latent frames of sound; `payload` as ComfyUI's conditions make it, `latents` of its visual blocks."""
-    extra = {"sound": noise(1, 8, 2, case.options.get("sound", 6), seed=4)}
+    """Six latent frames of sound; `payload` and `guides` as ComfyUI's conditions make them, `latents` of its blocks."""
+    if case.options.get("newer") and not guides_have_latents():
+        pytest.skip("in this ComfyUI a guide is one frame")
+    sound = case.options.get("sound", 6)
+    extra = {"sound": noise(1, 8, 2, sound, seed=4), "guides": case.options.get("guides", ())}
     payload = dict(case.options.get("payload", {}))
     for name, shapes in case.options.get("latents", {}).items():
         extra[name] = [noise(1, *shape, seed=20 + i) for i, shape in enumerate(shapes)]
     return Inputs(noise(1, 4, *case.latent), noise(1, case.text, 16, seed=1), extra={**extra, "payload": payload})
 
 
+def keyframes(guides, extra):
+    """Return guides as the conditions hold them: each has the latents that the blocks are packed from."""
+    videos, sounds = iter(extra.get("cond_video_latents", ())), iter(extra.get("cond_audio_latents", ()))
+    return [
+        {
+            "resolved_frame_index": at,
+            **({"latent": next(videos)} if "video" in parts else {}),
+            **({"audio_latent": next(sounds)} if "sound" in parts else {}),
+        }
+        for at, *parts in guides
+    ]
+
+
 def forward(model, inputs, options):
     extra = dict(inputs.extra)
-    sound, payload = extra.pop("sound"), extra.pop("payload") | extra | {"visual_cond_noise_aug": 1.0}
+    sound, guides, payload = (extra.pop(name) for name in ("sound", "guides", "payload"))
+    payload = payload | extra | {"visual_cond_noise_aug": 1.0}
+    if guides:
+        payload["keyframes"] = keyframes(guides, extra)
     video, _ = model(
         [inputs.latent, sound], torch.tensor([500.0]), context=inputs.text, control=None,
         transformer_options=options, minimax_payload=payload,
@@ -71,7 +103,8 @@ CASES = {
         ("reference", 20, None),
         ("reference", 20, None),
         options={
-            "payload": {"keyframes": [{"resolved_frame_index": 0}, {"resolved_frame_index": 8}], "frame_count": 9},
+            "guides": ((0, "video"), (8, "video")),
+            "payload": {"frame_count": 9},
             "latents": {"cond_video_latents": [(4, 1, 8, 10), (4, 1, 8, 10)]},
         },
         probes=(("cond_video_latents.1", one_cell(0, 1, 2), {5 + 20 + 5 + 2}),),
@@ -91,6 +124,37 @@ CASES = {
     ),
 }
 
+GUIDES = {
+    "guide of two frames": case(
+        ("reference", 40, None),
+        options={"newer": True, "guides": ((0, "video"),), "latents": {"cond_video_latents": [(4, 2, 8, 10)]}},
+        probes=(("cond_video_latents.0", one_cell(1, 1, 2), {5 + 20 + 5 + 2}),),
+    ),
+    "guide of sound": case(
+        ("reference", 6, None),
+        options={"newer": True, "guides": ((0, "sound"),), "latents": {"cond_audio_latents": [(8, 2, 3)]}},
+        probes=(("cond_audio_latents.0", (0, slice(None), 1, 2), {5 + 3 + 2}),),
+    ),
+    "guides": case(
+        *(("reference", length, None) for length in (60, 10, 6, 20)),
+        latent=(3, 7, 9),
+        options={
+            "newer": True,
+            "guides": ((0, "video", "sound"), (2, "sound"), (8, "video")),
+            "latents": {
+                "cond_video_latents": [(4, 3, 8, 10), (4, 1, 8, 10)],
+                "cond_audio_latents": [(8, 2, 5), (8, 2, 3)],
+            },
+        },
+        probes=(
+            ("cond_video_latents.0", one_cell(2, 1, 2), {5 + 40 + 5 + 2}),
+            ("cond_audio_latents.0", (0, slice(None), 1, 2), {5 + 60 + 5 + 2}),
+            ("cond_audio_latents.1", (0, slice(None), 0, 1), {5 + 70 + 1}),
+            ("cond_video_latents.1", one_cell(0, 1, 2), {5 + 76 + 5 + 2}),
+        ),
+    ),
+}
+
 FAMILIES = (
     Family(
         name="minimax h3",
@@ -102,7 +166,7 @@ FAMILIES = (
         heads=2,
         head_dim=32,
         patch=(1, 2, 2),
-        cases=CASES,
+        cases={**CASES, **GUIDES},
         batches=False,
         oracle=build(token_refiner_num_layers=0),
     ),
