@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backends import AUTO, Call, choose_backend
 from .hosts import Host
+from .joined_tokens import JoinedTokens
 from .layout import Reason, TokenLayout
 from .site_hooks import current_block
 from .specs import SiteSpec
@@ -53,12 +54,14 @@ class CallFacts:
         half: the parts of the guidance that it holds; empty where the host application does not say.
         masks: by identity, the masks seen so far and whether they hide nothing; reading a mask waits for the device,
             and the blocks of one forward share theirs.
+        joined: what patches of other nodes join to the text of this forward while it runs.
     """
 
     layout: TokenLayout | Reason
     outside: frozenset[Percents] = frozenset()
     half: Half = ()
     masks: dict[int, tuple[Tensor, bool]] = field(default_factory=dict, compare=False)
+    joined: JoinedTokens = field(default_factory=JoinedTokens, compare=False)
 
     def site_of(self, host: Host, options: Mapping[str, Any], num_tokens: int) -> str | None:
         """Return the site that issues a call of so many tokens, or None for calls that belong to no site."""
@@ -74,7 +77,7 @@ class CallFacts:
         """Return the facts of one site."""
         if isinstance(self.layout, Reason):
             return self
-        return replace(self, layout=host.site_layout(site, self.layout))
+        return replace(self, layout=self.joined.added_to(host.site_layout(site, self.layout)))
 
     def hides_nothing(self, mask: Tensor) -> bool:
         """Return whether every query sees every key under `mask`."""

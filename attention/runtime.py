@@ -20,6 +20,7 @@ from .backends import AUTO, Call, choose_backend
 from .cost import attention_cost
 from .decisions import CallFacts, Half, Percents, SiteSettings, decide, is_within, left_to_host, why_failed
 from .hosts import Host, ModelCall, Site
+from .joined_tokens import watch_joined
 from .layout import Reason, TokenLayout
 from .memory import LongLived
 from .output_map import map_outputs
@@ -183,7 +184,7 @@ class Runtime:
             facts = CallFacts(self.host.layout(call), self._outside(options), tuple(options.get(HALF_KEY) or ()))
             if isinstance(facts.layout, TokenLayout):
                 self._check_named_backends(call, facts, facts.layout)
-        return {**options, CALL_KEY: facts}
+        return {**watch_joined(options, facts.joined), CALL_KEY: facts}
 
     def _hook(self, module: Any) -> None:
         """Have the model's modules tell what runs, until the run ends."""
