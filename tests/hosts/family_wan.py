@@ -1,5 +1,7 @@
 """Wan 2.1 and 2.2 and their variants: frames, and around them the references that each variant adds."""
 
+import dataclasses
+
 import torch
 from families import Case, Family, Inputs, default_operations, noise
 
@@ -155,6 +157,11 @@ SCAIL = with_batch(
     pixels=None,
 ) | {"neither": Case(**VIDEO, calls=calls(60, (60, 5), (60, 5)))}
 
+# the masks are added to the tokens of references and frames, and make none of their own
+SCAIL_2 = {
+    name: dataclasses.replace(case, options={**case.options, "ref_mask_latents": (7, frames, 8, 10)})
+    for (name, case), frames in zip(SCAIL.items(), (5, 5, 3), strict=True)
+}
 
 DANCER = with_batch(
     VIDEO,
@@ -194,6 +201,7 @@ FAMILIES = (
     family("wan s2v", build("WanModel_S2V", audio_dim=8, cond_dim=4, audio_inject_layers=[0]), S2V),
     family("wan humo", build_humo, HUMO),
     family("wan scail", build("SCAILWanModel"), SCAIL),
+    family("wan scail 2", build("SCAIL2WanModel", mask_in_dim=7), SCAIL_2),
     family("wan dancer", build_dancer, DANCER),
     family("wan causal", build("CausalWanModel", "ar_model"), with_batch(VIDEO, calls=calls(60, (60, 5)))),
     family("wan animate", build_animate, with_batch(VIDEO, calls=calls(60, (60, 5), (60, 5)))),
