@@ -1,9 +1,10 @@
-"""Lumina-Image 2.0 and Z-Image.
+"""Lumina-Image 2.0, Z-Image and Ming-Image.
 
 Sequence: text, main grid; Z-Image fills each up to a multiple of 32 with pad tokens behind it, which are global like
 the text. Z-Image with references (omni): the texts of all references before the prompt, then vision features of each
-reference and of the picture, the references' tokens, main grid. The refiners run before there is a block index, so
-they are no sites. No call gets a mask.
+reference and of the picture, the references' tokens, main grid. Ming-Image: text and what its encoder adds to it, main
+grid (its frames are the layers of a layered picture), reference frames. The refiners run before there is a block
+index, so they are no sites. No call gets a mask.
 """
 
 import math
@@ -22,6 +23,7 @@ from .base import (
     missing_structure,
     numbered_sites,
     planned_main,
+    reference_segments,
     rows_of,
     site_of_block,
     wrong_inputs,
@@ -43,7 +45,7 @@ class LuminaHost(Host):
     """Lumina-Image 2.0: 26 layers, head dimension 96; Z-Image: 30 layers, head dimension 128."""
 
     name = "lumina2"
-    title = "Lumina 2 and Z-Image"
+    title = "Lumina 2, Z-Image and Ming-Image"
     default_text_tokens = 128  # prompts are not padded beyond a multiple of 32; about 90 words
 
     def mismatch(self, module: Any) -> Reason | None:
@@ -57,14 +59,16 @@ class LuminaHost(Host):
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
         """See `Host.layout`."""
         module, latent, text = call.module, call.argument(0, "x"), call.argument(2, "context")
-        problem = wrong_inputs(self.title, latent, (4,), text)
+        problem = wrong_inputs(self.title, latent, (4, 5), text)
         if problem:
             return problem
-        patch = (module.patch_size,) * 2
-        prompt, main = Segment("text", text.shape[1]), main_segment(latent, patch)
+        patch, more = (module.patch_size,) * 2, call.kwargs.get("direct_context")
+        prompt = Segment("text", text.shape[1] + (0 if more is None else more.shape[1]))
+        main = [main_segment(latent, (1, *patch)[-(latent.ndim - 2) :])]
+        main += reference_segments(call.kwargs.get("ref_frames"), patch)
         references = call.kwargs.get("ref_latents") or ()
         if not references:
-            return TokenLayout.of([*padded(module, prompt), *padded(module, main)])
+            return TokenLayout.of([*padded(module, prompt), *padded(module, *main)])
         texts = call.kwargs.get("ref_contexts") or ()
         vision = call.kwargs.get("siglip_feats") or ()
         segments = [each for i in range(len(references)) for each in reference_text(module, texts, i)]
@@ -75,7 +79,7 @@ class LuminaHost(Host):
             segments += vision_tokens(module, (), 0)  # of the picture itself: pads only
         for reference in references:
             segments += padded(module, Segment("reference", math.prod(grid_of(reference, patch))))
-        return TokenLayout.of([*segments, *padded(module, main)])
+        return TokenLayout.of([*segments, *padded(module, *main)])
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
         """See `Host.planned_layout`; these models make pictures, so `frames` is not used."""
@@ -114,10 +118,10 @@ def diffusers_name(module: Any, layer: int) -> str:
     return f"layers.{layer}.{'attn' if module.pad_tokens_multiple is None else 'attention'}"
 
 
-def padded(module: Any, segment: Segment) -> list[Segment]:
-    """Return a segment and the pad tokens that fill it up."""
+def padded(module: Any, *segments: Segment) -> list[Segment]:
+    """Return segments and the pad tokens that fill them up."""
     multiple = module.pad_tokens_multiple or 1
-    return [segment, Segment("pad", -segment.length % multiple)]
+    return [*segments, Segment("pad", -sum(segment.length for segment in segments) % multiple)]
 
 
 def text_segment(text: Any) -> Segment:
