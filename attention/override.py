@@ -199,5 +199,5 @@ def model_call_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     else:
         kwargs = {**kwargs, place: noted}
     output = executor(*args, **kwargs)
-    runtime.record.forwards += 1
+    runtime.record.finished += 1
     return output

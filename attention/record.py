@@ -35,8 +35,9 @@ class RunRecord:
         passed_over: why a backend that `auto` would have preferred was not taken.
         below: what a later node put in place of this one's override; it runs the calls that stay dense.
         planned: the sites whose spec is not dense.
-        forwards: those that came to their end.
         sampled: whether a sampling run began with this record.
+        forwards: of the model, as far as they were shown to this pack.
+        finished: forwards that came to their end.
         non_finite: sites whose output held an infinity or a NaN.
         layouts: the distinct token layouts seen.
     """
@@ -47,8 +48,9 @@ class RunRecord:
     passed_over: set[Reason] = field(default_factory=set)
     below: str = ""
     planned: tuple[str, ...] = ()
-    forwards: int = 0
     sampled: bool = False
+    forwards: int = 0
+    finished: int = 0
     non_finite: tuple[str, ...] = ()
     layouts: set[TokenLayout] = field(default_factory=set)
     pairs: int = 0
@@ -94,7 +96,7 @@ class RunRecord:
     def never_called(self) -> tuple[str, ...]:
         """Sites of the plan that issued no attention call, in its order; a run that was stopped at once tells none."""
         called = {ran.site for ran in self.ran}
-        return tuple(site for site in self.planned if site not in called and self.forwards)
+        return tuple(site for site in self.planned if site not in called and self.finished)
 
     @property
     def share_linearized(self) -> float:
@@ -118,7 +120,7 @@ class RunRecord:
         if not self.sampled:
             return "this copy of the model was not sampled; connect the model that goes into the sampler"
         if not self.ran:
-            return "no attention call reached this node: the model's attention has been replaced"
+            return f"no attention call reached this node: {self._why_nothing_ran()}"
         lines = []
         for (kind, backend), sites in sorted(self.sites_by_kind.items()):
             lines.append(f"{kind} ({backend}): {_count(sites, 'site')}")
@@ -139,6 +141,11 @@ class RunRecord:
         if self.non_finite:
             lines.append(f"infinite or NaN output at {', '.join(self.non_finite)}")
         return "\n".join(lines)
+
+    def _why_nothing_ran(self) -> str:
+        if not self.forwards:
+            return "the sampler runs this model in a form that it shows to no other code, such as frame by frame"
+        return "the model's attention has been replaced"
 
 
 @dataclass(slots=True)

@@ -180,6 +180,7 @@ class Runtime:
         # some models run what wraps them inside the core's recording of allocations
         with self.memory.pause():
             forget_running()
+            self.record.forwards += 1
             self._hook(call.module)
             facts = CallFacts(self.host.layout(call), self._outside(options), tuple(options.get(HALF_KEY) or ()))
             if isinstance(facts.layout, TokenLayout):

@@ -10,6 +10,7 @@ from .chroma import ChromaHost
 from .cogvideox import CogVideoXHost
 from .cosmos import CosmosHost
 from .cosmos_predict2 import CosmosPredict2Host
+from .entry_points import why_unseen
 from .flux import FluxHost
 from .flux2 import Flux2Host
 from .hidream import HiDreamHost
@@ -77,6 +78,10 @@ def find_host(module: Any) -> Host:
     for host in HOSTS:
         reason = host.mismatch(module)
         if reason is None:
+            unseen = why_unseen(host, module)
+            if unseen:
+                name = f"{type(module).__name__}, built like {host.title}"
+                raise ValueError(f"Linearize cannot work on this model ({name}): {unseen}")
             return host
         reasons.append(reason.text)
     log.info("Linearize: no host for %s: %s", type(module).__name__, "; ".join(reasons))

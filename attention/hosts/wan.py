@@ -5,7 +5,8 @@ reference frames joined in time, then what a variant appends: references, motion
 latents. All but the main grid are global tokens. Text is seen in cross-attention, which is never a site.
 
 The VACE blocks run with the options of the block before them, and the text may have as many tokens as the video, so
-sites are told by their modules. The autoregressive form hides its calls from other code: there nothing runs.
+sites are told by their modules. The causal form runs as any other where a sampler asks for the whole clip; a sampler
+that makes it frame by frame shows its calls to no other code, so nothing runs, and the run record says so.
 """
 
 from collections.abc import Sequence

@@ -7,6 +7,7 @@ import torch
 from families import collect
 
 from linearize.attention.hosts import HOSTS
+from linearize.attention.hosts.wan import WanHost
 from linearize.attention.memory import LongLived
 from linearize.attention.override import AttentionOverride
 from linearize.attention.runtime import Runtime, SiteSettings, expect_declines
@@ -58,3 +59,16 @@ def test_hidream_e1_puts_its_picture_beside_the_latent(declined):
     reason, calls = declined("hidream", inputs, "references")
     assert "lies beside the latent" in reason
     assert {tokens for _, tokens in calls} == {8 * 10 + 7}, "each row holds cells of both"
+
+
+def test_wan_frame_by_frame_is_shown_to_nobody_and_the_record_says_so(watch, tiny):
+    family = FAMILIES["wan causal"]
+    case, model = family.cases["plain"], tiny(family)
+    runtime = Runtime(WanHost(), dict.fromkeys(family.sites, SiteSettings(ClearSpec(2))), LongLived())
+    runtime.start_run()
+    caches = model.init_kv_caches(1, 60, "cpu", torch.float32), model.init_crossattn_caches(1, "cpu", torch.float32)
+    state = dict(zip(("start_frame", "kv_caches", "crossattn_caches"), (0, *caches), strict=True))
+    _, calls = watch(family, runtime, family.inputs(case), AttentionOverride(), ar_state=state)
+    assert not calls and "shows to no other code, such as frame by frame" in runtime.record.summary()
+    _, calls = watch(family, runtime, family.inputs(case), AttentionOverride())
+    assert runtime.record.share_linearized == 1.0, "as one clip it runs"
