@@ -68,6 +68,11 @@ class LinearizeLoadStudent(io.ComfyNode):
         return io.NodeOutput(apply_student(model, loaded, cls.hidden.unique_id), loaded)
 
     @classmethod
+    def validate_inputs(cls, student: str = NO_FILE):
+        """Return whether there is such a file; a workflow from another system names its folder with other slashes."""
+        return model_files.is_choice(student, NO_FILE)
+
+    @classmethod
     def fingerprint_inputs(cls, model=None, student: str = NO_FILE, hub_file: str = "", allow_download: bool = False):
         """Return what changes when the file changes."""
         return student, hub_file, model_files.state("" if student == NO_FILE else student)

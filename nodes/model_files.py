@@ -38,9 +38,19 @@ def published_files() -> list[str]:
 
 
 def find(name: str) -> Path | None:
-    """Return the path of a file that is there, None if it is not."""
-    path = folder_paths.get_full_path(FOLDER, name)
-    return Path(path) if path else None
+    """Return the path of a file that is there, None if it is not; a name from another system has other slashes."""
+    for each in (name, name.replace("\\", "/")):
+        path = folder_paths.get_full_path(FOLDER, each)
+        if path:
+            return Path(path)
+    return None
+
+
+def is_choice(name: str | None, *others: str) -> bool | str:
+    """Return whether a file of this name is there, or it is one of `others`; if not, what to do, as one sentence."""
+    if not name or name in others or find(name) is not None:
+        return True
+    return f"there is no {name} in {_folder()}; put it there, or choose another file"
 
 
 def state(name: str) -> tuple[int, int]:

@@ -77,6 +77,11 @@ class LinearizePublish(io.ComfyNode):
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
     @classmethod
+    def validate_inputs(cls, student: str = NO_FILE):
+        """Return whether there is such a file; a workflow from another system names its folder with other slashes."""
+        return model_files.is_choice(student, NO_FILE)
+
+    @classmethod
     def fingerprint_inputs(cls, student: str = NO_FILE, **_):
         """Return what changes when the file changes."""
         return model_files.state("" if student == NO_FILE else student)

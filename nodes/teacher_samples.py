@@ -228,7 +228,8 @@ def prompts_path(name: str) -> Path:
     """
     base = Path(folder_paths.get_input_directory()).resolve()
     try:
-        path = (base / name.strip()).resolve()
+        # it may have been written on another system
+        path = (base / name.strip().replace("\\", "/")).resolve()
     except (OSError, ValueError):
         path = base
     if not path.is_relative_to(base) or path.suffix.lower() != ".txt":

@@ -23,6 +23,7 @@ from linearize.attention.runtime import (
     Runtime,
     SiteSettings,
     UnexpectedDecline,
+    describe_override,
     expect_declines,
 )
 
@@ -423,3 +424,14 @@ def test_a_wish_is_judged_by_the_dtype_that_the_model_computes_in():
         executor.class_obj = SimpleNamespace(diffusion_model=None, get_dtype_inference=lambda dtype=dtype: dtype)
         with contextlib.nullcontext() if words is None else pytest.raises(ValueError, match=words):
             assert model_call_wrapper(executor, latent, transformer_options=options) == "ran"
+
+
+@pytest.mark.parametrize(
+    "module", ["C:\\ComfyUI\\custom_nodes\\other_pack", "/opt/ComfyUI/custom_nodes/other_pack", "other_pack"]
+)
+def test_an_override_is_named_by_its_package_on_every_system(module):
+    def attention():
+        """Another node's override."""
+
+    attention.__module__, attention.__qualname__ = module, "Faster.attention"
+    assert describe_override(attention) == "another override (Faster of other_pack)"

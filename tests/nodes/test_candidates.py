@@ -363,3 +363,31 @@ def test_no_node_takes_a_token(comfy):
             assert not [
                 each.id for each in cls.define_schema().inputs if "token" in each.id and each.id != "min_tokens"
             ]
+
+
+# --- names from another system ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["wan/more/high.safetensors", "wan\\more\\high.safetensors", "wan\\more/high.safetensors"]
+)
+def test_a_workflow_from_another_system_finds_its_student(run, kit, folder, comfy, name):
+    """Its list wrote the folders of the file with other slashes."""
+    run("LinearizeSaveStudent", student=kit.two_each(), name="wan/more/high")
+    (folder / "wan" / "more" / "high_00001_.safetensors").rename(folder / "wan" / "more" / "high.safetensors")
+    files = comfy.module("nodes.model_files")
+    assert files.find(name) == folder / "wan" / "more" / "high.safetensors"
+    assert files.state(name) == files.state("wan/more/high.safetensors") != (0, 0)
+    for node in ("LinearizeLoadStudent", "LinearizePublish"):
+        cls = comfy.nodes.NODE_CLASS_MAPPINGS[node]
+        assert cls.validate_inputs(student=name) is True and cls.validate_inputs() is True
+        assert cls.validate_inputs(student="wan\\none.safetensors").startswith("there is no wan\\none.safetensors in ")
+
+
+@pytest.mark.parametrize("name", ["..\\..\\secret.txt", "../../secret.txt", "\\etc\\hosts"])
+def test_other_slashes_lead_nowhere_else(folder, comfy, name):
+    (folder.parent.parent / "secret.txt").write_text("x")
+    try:
+        assert comfy.module("nodes.model_files").find(name) is None
+    finally:
+        (folder.parent.parent / "secret.txt").unlink()

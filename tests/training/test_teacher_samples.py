@@ -197,8 +197,9 @@ def test_guidance_of_0_leaves_the_models_own(studio):
 def test_prompts_come_from_lists_and_files_too(studio):
     (studio.input / "more").mkdir()
     (studio.input / "more" / "p.txt").write_text("\ufefffrom a file\n#no\n", encoding="utf-8")
-    samples, _ = studio.run(prompts=["one\ntwo", " ", "three"], prompts_file="more/p.txt", clip=Clip())
-    assert [each.prompt for each in samples.entries] == ["one two", "three", "from a file"]
+    for name, file in {"here": "more/p.txt", "from another system": "more\\p.txt"}.items():
+        samples, _ = studio.run(prompts=["one\ntwo", " ", "three"], prompts_file=file, clip=Clip(), name=name)
+        assert [each.prompt for each in samples.entries] == ["one two", "three", "from a file"]
 
 
 def test_the_size_is_that_of_the_latent(studio, comfy):
@@ -234,6 +235,7 @@ WRONG = {
     "no negative": ({"positive": [conditioning()], "cfg": 2.5}, "cfg 2.5 needs a negative conditioning; wire one to"),
     "no file": ({"prompts_file": "none.txt", "clip": Clip()}, "there is no none.txt in ComfyUI's input folder"),
     "file outside": ({"prompts_file": "../secret.txt", "clip": Clip()}, "in ComfyUI's input folder, got '../secret"),
+    "file outside, other slashes": ({"prompts_file": "..\\s.txt", "clip": Clip()}, "in ComfyUI's input folder, got"),
     "file absolute": ({"prompts_file": "/etc/x.txt", "clip": Clip()}, "in ComfyUI's input folder, got '/etc/x.txt'"),
     "file no text": ({"prompts_file": "a.png", "clip": Clip()}, "is the name of a .txt file"),
     "file null": ({"prompts_file": "a\0.txt", "clip": Clip()}, "is the name of a .txt file"),
