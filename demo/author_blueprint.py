@@ -191,7 +191,7 @@ def outer_node(blueprint: Blueprint, subgraph: dict[str, Any]) -> dict[str, Any]
         "id": OUTER, "type": subgraph["id"], "pos": [0, 0], "size": [340, blueprint.height], "flags": {}, "order": 0,
         "mode": 0, "title": blueprint.name, "inputs": sockets,
         "outputs": [
-            {"label": each["label"], "name": each["name"], "type": each["type"], "links": None}
+            {"label": each["label"], "name": each["name"], "type": each["type"], "links": []}
             for each in subgraph["outputs"]
         ],
         "properties": {"proxyWidgets": [["-1", name] for name in shown], "cnr_id": "linearize"},

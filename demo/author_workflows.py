@@ -85,7 +85,7 @@ def tidy(workflow: dict[str, Any], columns: tuple[str, ...], note: str, name: st
         placed.append((title, members))
     for node in workflow["nodes"]:
         set_properties(node)
-        drop_nothings(node)
+    drop_nothings(workflow)
     for title, group in groupby(placed, key=lambda each: each[0]):
         if title:
             members = [node for _, column in group for node in column]
@@ -143,11 +143,19 @@ def set_properties(node: dict[str, Any]) -> None:
     node["widgets_values"] = ["fixed" if value == "randomize" else value for value in values]
 
 
-def drop_nothings(node: dict[str, Any]) -> None:
-    """Leave out what the frontend writes as null and does not need to read; it was half of each file."""
-    for entry in (node, *node["inputs"], *node["outputs"]):
-        for name in [name for name, value in entry.items() if value is None and name not in ("link", "links")]:
-            del entry[name]
+def drop_nothings(value: Any) -> None:
+    """Leave out what the frontend writes as null, at any depth: newer ones read objects and lists there.
+
+    The null number of a link stays, and says that a socket is empty; no links are an empty list.
+    """
+    if isinstance(value, dict):
+        if value.get("links", ()) is None:
+            value["links"] = []
+        for name in [name for name, each in value.items() if each is None and name != "link"]:
+            del value[name]
+    if isinstance(value, (dict, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            drop_nothings(each)
 
 
 def write_workflows(server: LiveServer, browser: Any, names: list[str]) -> None:

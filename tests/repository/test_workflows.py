@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted((ROOT / "workflows").glob("*.json"))
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 DEMOS = ("clear_demo", "distill_demo", "distill_clips")
 WORKFLOWS = [*TEMPLATES, *(ROOT / "demo" / f"{name}.json" for name in DEMOS)]
+SHIPPED = [*WORKFLOWS, *BLUEPRINTS, *(path.parent / "api" / path.name for path in WORKFLOWS)]
 TITLE_BAR = 30  # pixels that the frontend draws above a node's position
 USERS_OWN = {"flux_lora.safetensors"}  # a name that stands for a file of the user's
 SEEDS = ("seed", "noise_seed")
@@ -56,6 +59,17 @@ def strings(value):
             yield from strings(each)
 
 
+def nothings(value, where="$"):
+    """Yield the places of nulls that are not the number of a link: newer frontends read objects and lists there."""
+    if isinstance(value, (list, dict)):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            place = f"{where}.{key}"
+            if each is not None:
+                yield from nothings(each, place)
+            elif key != "link":
+                yield place
+
+
 def box(node):
     left, top = node["pos"]
     return left, top - TITLE_BAR, left + node["size"][0], top + node["size"][1]
@@ -86,6 +100,31 @@ def test_every_template_has_all_its_parts_and_no_part_is_left_over():
 def test_every_template_is_in_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [path.stem for path in TEMPLATES if f"`{path.stem}`" not in text] == []
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=by_name)
+def test_nothing_is_null_but_the_link_of_an_empty_socket(path):
+    assert list(nothings(load(path))) == []
+
+
+def test_the_author_writes_no_nulls_of_a_frontend(monkeypatch):
+    """What frontends write as null at any depth goes, or becomes an empty list; empty sockets stay as they are."""
+    pytest.importorskip("playwright", reason="playwright is not installed")
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    import author_workflows
+
+    socket, node = {"name": "model", "shape": None, "link": None}, {"id": 7, "type": "A", "color": None}
+    node |= {"inputs": [socket], "outputs": [{"name": "x", "links": None}], "size": [5, 6], "widgets_values": [1]}
+    node |= {"properties": {"aux_id": None}}
+    workflow = {"nodes": [node], "links": [], "floatingLinks": None, "definitions": None, "reroutes": None}
+    workflow |= {"groups": [{"title": "a", "flags": {"pinned": None}}], "config": {"later": None}}
+    author_workflows.tidy(workflow, ("7",), "", "name")
+    assert list(nothings(workflow)) == []
+    assert workflow["nodes"][0]["inputs"] == [{"name": "model", "link": None}]
+    assert workflow["nodes"][0]["outputs"] == [{"name": "x", "links": []}]
+    assert not {"floatingLinks", "definitions", "reroutes"} & workflow.keys()
+    for name in ("author_workflows", "author_blueprint", "live_server", "workflow_layouts"):
+        sys.modules.pop(name)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=by_name)
