@@ -150,16 +150,18 @@ def install(args: argparse.Namespace, python: Path, comfyui: Path) -> None:
         ("this pack, editable", read("pyproject.toml"), lambda: run(editable(pip))),
     ]
     if args.command == "test":
-        tools = " ".join((*TEST_TOOLS, TRITON))
-        steps.append(("test tools", tools, lambda: install_test_tools(constrained, python)))
-        steps.append(("comfy-cli", COMFY_CLI, install_comfy_cli))
-    stamps = HOME / "stamps"
-    key, pending = read("constraints.txt") + str(sys.version_info[:2]), []
+        steps.append(("test tools", " ".join((*TEST_TOOLS, TRITON)), lambda: install_test_tools(constrained, python)))
+    products = {"virtual environment": python, steps[3][0]: comfyui / "main.py"}
+    take_steps(steps, products, read("constraints.txt") + str(sys.version_info[:2]))
+
+
+def take_steps(steps: list, products: dict[str, Path], key: str) -> None:
+    """Run the steps that were not run with these inputs yet, or whose product is gone, and all behind them."""
+    stamps, pending = HOME / "stamps", []
     for name, inputs, action in steps:
         key = hashlib.sha256(f"{key}|{name}|{inputs}".encode()).hexdigest()
         stamp = stamps / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{key[:16]}"
-        product = {"virtual environment": python, steps[3][0]: comfyui / "main.py"}.get(name, HOME)
-        if pending or not stamp.exists() or not product.exists():
+        if pending or not stamp.exists() or not products.get(name, HOME).exists():
             pending.append((name, action, stamp))
     if not pending:
         return
@@ -176,8 +178,7 @@ def install(args: argparse.Namespace, python: Path, comfyui: Path) -> None:
 
 
 def announce(pending: list) -> None:
-    names = {name for name, _, _ in pending}
-    if "torch" in names:
+    if any(name == "torch" for name, *_ in pending):
         free = shutil.disk_usage(ROOT).free / 1e9
         if free < FREE_GB:
             raise Problem(
@@ -208,10 +209,7 @@ def install_torch(constrained: list[str], torch_index: list[str]) -> None:
 
 def install_vision(constrained: list[str], torch_index: list[str], python: Path) -> None:
     run([*constrained, *torch_index, "torchvision", "torchaudio"])
-    probe = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = Path(
-        subprocess.run([str(python), "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
-    )
+    packages = packages_of(python)
     # only where the packages do not load: beside a build of torch that has their operators the help would do harm
     if not imports(python, "torchvision.ops"):
         shutil.copy(ROOT / "demo" / "cpu_torchvision_compat.py", packages)
@@ -257,17 +255,23 @@ def install_test_tools(constrained: list[str], python: Path) -> None:
         run([*constrained, TRITON])
 
 
-def install_comfy_cli() -> None:
-    """In an environment of its own: its many requirements must not decide versions in ours."""
-    folder = HOME / "cli"
+def make_tool(name: str, package: str) -> Path:
+    """Install a package into an environment of its own: its many requirements must not decide versions in ours."""
+    folder = HOME / name
     shutil.rmtree(folder, ignore_errors=True)
     run([sys.executable, "-m", "venv", str(folder)])
-    run([str(venv_python(folder)), "-m", "pip", "--disable-pip-version-check", "install", COMFY_CLI])
+    run([str(venv_python(folder)), "-m", "pip", "--disable-pip-version-check", "install", package])
+    return venv_python(folder)
+
+
+def packages_of(python: Path) -> Path:
+    """Return the folder that a Python installs packages into."""
+    probe = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(subprocess.run([str(python), "-c", probe], capture_output=True, text=True, check=True).stdout.strip())
 
 
 def fetch_with_comfy_cli(version: str, comfyui: Path) -> None:
-    install_comfy_cli()
-    comfy = venv_python(HOME / "cli").with_name("comfy.exe" if WINDOWS else "comfy")
+    comfy = make_tool("cli", COMFY_CLI).with_name("comfy.exe" if WINDOWS else "comfy")
     run([str(comfy), "--skip-prompt", "--workspace", str(comfyui), "install", "--version", version, "--skip-manager",
          "--skip-torch-or-directml"])  # fmt: skip
 
@@ -319,9 +323,9 @@ def check_comfyui(comfyui: Path) -> None:
 
 
 def own_python(comfyui: Path) -> Path:
-    """The Python of an existing ComfyUI: its virtual environment, the portable build's, or the one running now."""
+    """The Python of an existing ComfyUI: its environment's, the portable build's, the one running now, else ours."""
     places = [venv_python(comfyui / name) for name in (".venv", "venv")]
-    places += [comfyui.parent / "python_embeded" / "python.exe", Path(sys.executable)]
+    places += [comfyui.parent / "python_embeded" / "python.exe", Path(sys.executable), venv_python(VENV)]
     for python in places:
         if python.exists() and imports(python, "torch"):
             return python
@@ -386,7 +390,8 @@ def command_test(args: argparse.Namespace, python: Path, comfyui: Path) -> int:
     if not imports(python, "pytest, hypothesis"):
         tools = " ".join(f'"{tool}"' for tool in TEST_TOOLS)
         raise Problem(f"That ComfyUI's Python has no test tools; install them first: {python} -m pip install {tools}")
-    return call(comfyui, python, "-u", "tests/stages.py", "--only", args.only, *(["--all"] if args.all else []))
+    stages = ("tests/stages.py", "--only", args.only, *(["--all"] if args.all else []))
+    return call(comfyui, python, "-u", "tests/tools.py") or call(comfyui, python, "-u", *stages)
 
 
 COMMANDS = {"demo": command_demo, "test": command_test, "serve": command_serve, "bench": command_bench}

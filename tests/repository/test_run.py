@@ -121,7 +121,7 @@ def recorded(run, monkeypatch):
     """The steps of the set-up that ran, as names; nothing is installed."""
     names = []
 
-    for name in ("run", "install_torch", "install_vision", "install_requirements", "install_comfy_cli"):
+    for name in ("run", "install_torch", "install_vision", "install_requirements"):
         monkeypatch.setattr(run, name, lambda *args, name=name, **kwargs: names.append(name))
 
     def make(path):
@@ -157,6 +157,71 @@ def test_another_torch_index_reinstalls_and_is_remembered(run, recorded):
     assert recorded[0] == "install_torch"
     recorded.clear()
     assert run.with_arguments("demo") == 0 and recorded == []
+
+
+def test_tools_of_the_tests_are_made_once_and_again_when_they_are_gone(run, monkeypatch):
+    """Each in a folder of its own; a tool that could not be had stops the tests with a sentence."""
+    monkeypatch.setitem(sys.modules, "run", run)
+    spec = importlib.util.spec_from_file_location("tools_in_test", ROOT / "tests" / "tools.py")
+    tools = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tools)
+    made = []
+
+    def record(command):
+        made.append(command[-1])
+        if "--target" in command:
+            (Path(command[-2]) / "comfyui_frontend_package" / "static").mkdir(parents=True)
+        elif "venv" in command:
+            (run.HOME / Path(command[-1]).name).mkdir()
+
+    run.HOME.mkdir()
+    monkeypatch.setattr(run, "run", record)
+    monkeypatch.setattr(run, "packages_of", lambda python: run.HOME / "manager")
+    frontend = run.HOME / "frontends" / tools.FRONTEND.partition("==")[2]
+    assert tools.main() == 0 and set(made) > {run.COMFY_CLI, tools.COMFYUI_MANAGER, tools.FRONTEND}
+    assert list(frontend.parent.iterdir()) == [frontend]
+    made.clear()
+    assert tools.main() == 0 and made == []
+    shutil.rmtree(frontend)
+    assert tools.main() == 0 and made == [tools.FRONTEND]
+    shutil.rmtree(run.HOME / "manager")
+
+    def fail(command):
+        raise run.Problem("The package index could not be reached.")
+
+    monkeypatch.setattr(run, "run", fail)
+    assert tools.main() == 1
+
+
+def test_tests_of_a_comfyui_of_the_users_have_their_tools_too(run, monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr(run, "check_comfyui", lambda comfyui: None)
+    monkeypatch.setattr(run, "imports", lambda python, module: True)
+    monkeypatch.setattr(run, "call", lambda comfyui, python, *command: called.append((comfyui, *command)) or 0)
+    (tmp_path / "own").mkdir()
+    assert run.with_arguments("test", "--comfyui", str(tmp_path / "own"), "--only", "browser") == 0
+    assert called[0] == (tmp_path / "own", "-u", "tests/tools.py")
+    assert called[1] == (tmp_path / "own", "-u", "tests/stages.py", "--only", "browser")
+    monkeypatch.setattr(run, "call", lambda comfyui, python, *command: called.append(command) or 1)
+    called.clear()
+    assert run.with_arguments("test", "--comfyui", str(tmp_path / "own")) == 1 and len(called) == 1
+
+
+def test_a_comfyui_without_an_environment_runs_in_the_callers_then_in_ours(run, tmp_path, monkeypatch):
+    comfyui, ours = tmp_path / "own", run.venv_python(run.VENV)
+    for path in (ours, run.venv_python(comfyui / "venv")):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    for able, expected in (
+        ({ours, Path(sys.executable), run.venv_python(comfyui / "venv")}, run.venv_python(comfyui / "venv")),
+        ({ours, Path(sys.executable)}, Path(sys.executable)),
+        ({ours}, ours),
+    ):
+        monkeypatch.setattr(run, "imports", lambda python, module, able=able: python in able)
+        assert run.own_python(comfyui) == expected
+    monkeypatch.setattr(run, "imports", lambda python, module: False)
+    with pytest.raises(run.Problem, match="No Python with torch found"):
+        run.own_python(comfyui)
 
 
 def test_bench_passes_other_arguments_on_and_nobody_else_does(run, monkeypatch):
