@@ -162,6 +162,7 @@ def test_another_torch_index_reinstalls_and_is_remembered(run, recorded):
 def test_tools_of_the_tests_are_made_once_and_again_when_they_are_gone(run, monkeypatch):
     """Each in a folder of its own; a tool that could not be had stops the tests with a sentence."""
     monkeypatch.setitem(sys.modules, "run", run)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the script puts the checkout on it
     spec = importlib.util.spec_from_file_location("tools_in_test", ROOT / "tests" / "tools.py")
     tools = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tools)
