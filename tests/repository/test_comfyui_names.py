@@ -18,7 +18,7 @@ MODULES = ("comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution",
            "server")  # fmt: skip
 DOTTED = re.compile(rf"({'|'.join(MODULES)})(\.\w+)+")
 EVERY_MODULE_HAS = ("__file__", "__name__", "__path__")
-NEWER = {  # names that only newer cores have, and where each was read
+NEWER = {  # names that only newer cores have, imported where their absence is handled; and where each was read
     "comfy.model_prefetch.pause_malloc_graph": "comfy/model_prefetch.py of ComfyUI 0.38.1; 0.34 brought it",
 }
 
@@ -80,6 +80,14 @@ def references(tree: ast.AST) -> dict[str, int]:
                 name = node.args[1]
                 found[f"{dotted}.{name.value if isinstance(name, ast.Constant) else '?'}"] = node.lineno
     return found
+
+
+def handled(tree: ast.AST) -> set[str]:
+    """Return the names that a file imports inside `try`, with an answer to their absence."""
+    tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try)]
+    ready = [node for node in tries if any(ast.unparse(each.type or node) == "ImportError" for each in node.handlers)]
+    found = [each for node in ready for each in node.body if isinstance(each, ast.ImportFrom)]
+    return {f"{each.module}.{alias.name}" for each in found for alias in each.names}
 
 
 # ---------------------------------------------------------------------------------------- what ComfyUI defines
@@ -176,14 +184,16 @@ def _comfyui():
 
 
 def missing(path: Path) -> list[str]:
-    """Return the names of a file that ComfyUI does not have."""
-    used = references(ast.parse(path.read_text(encoding="utf-8")))
-    return [f"line {line}: {name}" for name, line in used.items() if name not in NEWER and not exists(name)]
+    """Return the names of a file that ComfyUI does not have, or newer ones alone and the file does not say so."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    allowed, used = NEWER.keys() & handled(tree), references(tree)
+    return [f"line {line}: {name}" for name, line in used.items()
+            if (name in NEWER or not exists(name)) and name not in allowed]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_name_of_comfyui_exists(path):
-    assert missing(path) == [], "list a name that only newer cores have in NEWER, with the file that was read"
+    assert missing(path) == [], "list names of newer cores alone in NEWER; import them in try, except ImportError"
 
 
 def test_no_name_of_newer_cores_is_left_over():
@@ -203,7 +213,9 @@ def test_the_check_can_tell(tmp_path):
         9: "comfy.model_management.?",
         10: "comfy_api.latest.io.Nothing",
         12: "comfy.samplers.no_such_sampler",
+        15: "comfy.model_prefetch.pause_malloc_graph",
     }
+    good = "try:\n    from comfy.model_prefetch import pause_malloc_graph\nexcept ImportError:\n    pass\n"
     path = tmp_path / "bad.py"
     path.write_text(
         "import comfy.memory_management, comfy.model_management, comfy.samplers\n"
@@ -219,7 +231,12 @@ def test_the_check_can_tell(tmp_path):
         "module = comfy.samplers\n"
         "found = getattr(module, 'no_such_sampler', None) or module.KSampler.SAMPLERS\n"
         "from server import PromptServer\n"
-        "instance = getattr(PromptServer, 'instance', None)\n",
+        "instance = getattr(PromptServer, 'instance', None)\n"
+        "import comfy.model_prefetch; pause = getattr(comfy.model_prefetch, 'pause_malloc_graph', None)\n",
         encoding="utf-8",
     )
     assert sorted(missing(path)) == sorted(f"line {line}: {name}" for line, name in wrong.items())
+    path.write_text(good, encoding="utf-8")
+    assert missing(path) == []
+    path.write_text(good.replace("ImportError", "ValueError"), encoding="utf-8")
+    assert missing(path) == ["line 2: comfy.model_prefetch.pause_malloc_graph"]
