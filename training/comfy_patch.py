@@ -8,7 +8,6 @@ from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.model_management
-import comfy.model_prefetch
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -147,13 +146,16 @@ def pause_recording() -> Iterator[None]:
 
     Source: comfy.model_prefetch of ComfyUI 0.38; 0.30 and 0.33 have no recording.
     """
-    pause = getattr(comfy.model_prefetch, "pause_malloc_graph", contextlib.nullcontext)
     if _is_paused.get():
         yield
         return
+    try:
+        from comfy.model_prefetch import pause_malloc_graph
+    except ImportError:
+        pause_malloc_graph = contextlib.nullcontext
     token = _is_paused.set(True)
     try:
-        with pause():
+        with pause_malloc_graph():
             yield
     finally:
         _is_paused.reset(token)

@@ -15,7 +15,7 @@ from linearize.attention import backends as backends_module
 from linearize.attention.hosts import ModelCall, Site
 from linearize.attention.layout import Reason
 from linearize.attention.memory import LongLived
-from linearize.attention.override import AttentionOverride, find_options, model_call_wrapper
+from linearize.attention.override import AttentionOverride, describe_override, find_options, model_call_wrapper
 from linearize.attention.runtime import (
     CALL_KEY,
     RUNTIME_KEY,
@@ -23,7 +23,6 @@ from linearize.attention.runtime import (
     Runtime,
     SiteSettings,
     UnexpectedDecline,
-    describe_override,
     expect_declines,
 )
 

@@ -8,7 +8,8 @@ from families import collect
 
 from linearize.attention.hosts import HOSTS
 from linearize.attention.memory import LongLived
-from linearize.attention.runtime import AttentionOverride, Runtime, SiteSettings, expect_declines
+from linearize.attention.override import AttentionOverride
+from linearize.attention.runtime import Runtime, SiteSettings, expect_declines
 from linearize.attention.specs import ClearSpec
 
 # of every family whose core lets patches change the text before its blocks run
