@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .feature_maps import Favor
 from .plans import Plan, group_sites
 from .specs import DenseSpec, SiteSpec
 from .student_file import Role, StudentFile
@@ -41,7 +42,7 @@ class Candidates:
         host: the architecture.
         sites: candidates by site, in the order of the host's sites; a site without any stays dense.
         deltas: changes of weights, as in `StudentFile`; they belong to one choice of candidates.
-        base_model, licence, role, pair_id, recipe, fingerprint: as in `StudentFile`.
+        base_model, licence, role, pair_id, recipe, fingerprint, draw: as in `StudentFile`.
 
     Raises:
         ValueError: a site has no candidate, or weights were changed and a site has several.
@@ -56,6 +57,7 @@ class Candidates:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: Tensor | None = None
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
+    draw: int = Favor.DRAW
 
     def __post_init__(self) -> None:
         for site, candidates in self.sites.items():
@@ -119,6 +121,7 @@ class Candidates:
             parameters=parameters,
             deltas=self.deltas,
             origin=IN_MEMORY,
+            draw=self.draw,
         )
 
     @classmethod
@@ -137,7 +140,7 @@ class Candidates:
                 found[site] = (Candidate(spec, student.site_errors.get(site, math.nan), parameters),)
         return cls(
             student.host, found, student.base_model, student.licence, student.role, student.pair_id, student.recipe,
-            student.fingerprint, student.deltas,
+            student.fingerprint, student.deltas, student.draw,
         )  # fmt: skip
 
 

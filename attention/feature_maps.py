@@ -118,19 +118,26 @@ class Favor(Exponential):
     """Positive orthogonal random features: an unbiased estimate of exp(scale q . k), the same for all models.
 
     phi(x) = exp(w . x' - |x'|^2 / 2) / sqrt(F) with x' = sqrt(scale) x. Rows of w are orthogonal within blocks of D and
-    have the lengths of normal vectors; they are drawn from a fixed seed and are not learned.
+    have the lengths of normal vectors. The paper draws them anew while it trains, stabilises features by their largest
+    and adds a small number; ours are drawn once from a fixed seed, are not learned, and stay logs.
 
     Source: Choromanski et al., Rethinking Attention with Performers (arXiv 2009.14794), FAVOR+.
     """
 
     name = "favor"
     SEED = 20201
+    DRAW = 2  # of the fixed draws the one that is taken; students made with 1 keep it
     directions: Tensor
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int = 0) -> None:
         super().__init__(heads, head_dim, feature_dim)
-        directions = orthogonal_directions(self.num_features, head_dim, torch.Generator().manual_seed(self.SEED))
-        self.register_buffer("directions", directions, persistent=False)
+        self.register_buffer("directions", torch.empty(0), persistent=False)
+        self.take_draw(self.DRAW)
+
+    def take_draw(self, draw: int) -> None:
+        """Take the directions of a fixed draw: 2, or 1, which was biased."""
+        generator = torch.Generator().manual_seed(self.SEED)
+        self.directions = orthogonal_directions(self.num_features, self.head_dim, generator, is_uniform=draw > 1)
 
     @classmethod
     def features(cls, head_dim: int, feature_dim: int = 0) -> int:
@@ -270,11 +277,17 @@ Maps = tuple[FeatureMap, FeatureMap]  # phi_q and phi_k of a site
 MAPS: dict[str, type[FeatureMap]] = {each.name: each for each in (Elu1, Relu, Favor, Hedgehog, Polynomial, LinFusion)}
 
 
-def orthogonal_directions(number: int, size: int, generator: torch.Generator) -> Tensor:
-    """Return (number, size) vectors, orthogonal in blocks of `size`, each as long as a normal vector of that size."""
+def orthogonal_directions(number: int, size: int, generator: torch.Generator, *, is_uniform: bool = True) -> Tensor:
+    """Return (number, size) vectors, orthogonal in blocks of `size`, each distributed as a normal vector of that size.
+
+    Args:
+        is_uniform: False leaves the signs to the factorisation, so that directions favour one side of the space.
+    """
     blocks = []
     for _ in range(math.ceil(number / size)):
-        directions, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+        directions, rest = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+        if is_uniform:
+            directions = directions * rest.diagonal().sign()
         lengths = torch.randn(size, size, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
         blocks.append(directions.T * lengths)
     return torch.cat(blocks)[:number].float()

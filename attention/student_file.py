@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .feature_maps import Favor
 from .fingerprint import LENGTH
 from .plans import Plan
 from .tensor_file import TensorFile, open_tensor_file, problem, quote, write_tensor_file
@@ -24,6 +25,7 @@ FORMAT_NAME = re.compile(r"linearize/[1-9]\d{0,8}", re.ASCII)
 ROLES = ("high", "low", "all")
 TEXTS = ("host", "role", "pair_id", "base_model", "licence")
 METADATA = ("format", *TEXTS, "plan", "recipe", "site_errors")
+DRAW = "favor_draw"  # beside METADATA where a feature map is drawn; files without it have the first draw
 FINGERPRINT = "fingerprint"
 CHECKSUM = "sha256"
 MAX_HEADER_BYTES = 2**20  # a thousand tensors take about a tenth; reading one of lies takes 30 times its size
@@ -61,6 +63,7 @@ class StudentFile:
         fingerprint: (256,) fp32 of the base model, see `attention/fingerprint.py`; None if it is not known.
         parameters: `<site>.pool` (d, d), `<site>.phi_q.*` and `<site>.phi_k.*`, `<site>.output.weight` (H, D, D).
         origin: the file it was read from, for records; not stored.
+        draw: which fixed draw feature map `favor` has, see `Favor.take_draw`.
         deltas: changes to weights under LoRA keys, `diffusion_model.<path>.lora_up.weight` and its like.
 
     Raises:
@@ -79,6 +82,7 @@ class StudentFile:
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
     origin: str = ""
+    draw: int = Favor.DRAW
 
     def __post_init__(self) -> None:
         for name in TEXTS:
@@ -88,6 +92,8 @@ class StudentFile:
             raise ValueError(f"role of a student is one of {', '.join(ROLES)}, got {quote(self.role)}")
         if self.plan.host != self.host:
             raise ValueError(f"the student is for host {quote(self.host)}, its plan for {quote(self.plan.host)}")
+        if self.draw not in range(1, Favor.DRAW + 1):
+            raise ValueError(f"feature map favor has draws 1 to {Favor.DRAW}, the student has {quote(self.draw)}")
         _check_site_errors(self.site_errors)
         taken = self.fingerprint
         if taken is not None and (tuple(taken.shape) != (LENGTH,) or taken.dtype != torch.float32):
@@ -163,6 +169,8 @@ def save_student(path: Path, student: StudentFile) -> None:
         metadata["recipe"] = json.dumps(dict(student.recipe), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the recipe of a student holds what JSON can hold: {error}") from None
+    if _is_drawn(student.plan):
+        metadata[DRAW] = str(student.draw)
     if len(json.dumps(metadata)) > MAX_METADATA_BYTES:
         raise ValueError(f"the texts of a student take at most {MAX_METADATA_BYTES} bytes; shorten its recipe")
     tensors = {**student.parameters, **student.deltas}
@@ -217,9 +225,17 @@ def _check_format(file: TensorFile) -> None:
         )
 
 
+def _is_drawn(plan: Plan) -> bool:
+    """Return whether a spec of the plan has a feature map that is drawn."""
+    return f'"{Favor.name}"' in json.dumps(plan.to_json())
+
+
 def _student(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> StudentFile:
+    plan = Plan.from_text(metadata["plan"])
+    draw = metadata.get(DRAW, "1")
     return StudentFile(
-        plan=Plan.from_text(metadata["plan"]),
+        plan=plan,
+        draw=(int(draw) if draw.isdecimal() and len(draw) < 4 else 0) if _is_drawn(plan) else Favor.DRAW,
         recipe=_json_object("recipe", metadata["recipe"]),
         site_errors=_json_object("site_errors", metadata["site_errors"]),
         fingerprint=tensors.get(FINGERPRINT),
@@ -241,7 +257,8 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """Return a hash of what the student is, whatever the order of the file."""
-    digest = hashlib.sha256(json.dumps([metadata[name] for name in METADATA]).encode())
+    names = (*METADATA, DRAW) if DRAW in metadata else METADATA
+    digest = hashlib.sha256(json.dumps([metadata[name] for name in names]).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from .feature_maps import FeatureMap, Maps
+from .feature_maps import Favor, FeatureMap, Maps
 from .hosts.base import Site
 from .plans import describe_sites
 from .specs import ClearSpec, DenseSpec, HeadSplit, MappedSpec, SiteSpec, groups_of
@@ -71,6 +71,8 @@ def student_maps(student: StudentFile, specs: Mapping[str, SiteSpec], sites: Seq
                 raise ValueError(f"the student does not fit {site.id}: {error}") from None
             for part, feature_map in zip(("phi_q", "phi_k"), found[site.id], strict=True):
                 _fill(feature_map, f"{site.id}.{part}.", student.parameters)
+                if isinstance(feature_map, Favor):
+                    feature_map.take_draw(student.draw)
     return found
 
 

@@ -44,7 +44,7 @@ def pack(result: Finished) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if found.fingerprint is not None:
         tensors[FINGERPRINT] = found.fingerprint
     values = {name: getattr(found, name) for name in TEXTS}
-    return tensors, {**values, "sites": sites, "recipe": dict(found.recipe), "text": result.text,
+    return tensors, {**values, "draw": found.draw, "sites": sites, "recipe": dict(found.recipe), "text": result.text,
                      "history": list(result.history)}  # fmt: skip
 
 
@@ -66,6 +66,7 @@ def unpack(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Finished
         recipe=values["recipe"],
         fingerprint=tensors.get(FINGERPRINT),
         deltas=_below(tensors, DELTA),
+        draw=values.get("draw", 1),  # a job that ended before there were two
     )
     return Finished(candidates, {name: tensors[HISTORY + name].tolist() for name in values["history"]}, values["text"])
 

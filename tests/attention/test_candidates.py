@@ -1,6 +1,7 @@
 """Students in memory: choosing among candidates, what a file gets of them, and that nothing is lost on the way back."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_changed_weights_belong_to_all_sites_together():
 
 
 def test_what_was_saved_comes_back_as_candidates(tmp_path):
-    one = several(role="high", pair_id="p", fingerprint=torch.rand(256)).chosen({"single.0": 1, "single.1": 0})
+    one = several(role="high", pair_id="p", fingerprint=torch.rand(256), draw=1).chosen({"single.0": 1, "single.1": 0})
     save_student(tmp_path / "s.safetensors", one.student())
     loaded = load_student(tmp_path / "s.safetensors")
     back = Candidates.of_student(loaded, check_student(loaded, "flux", SITES))
@@ -79,6 +80,8 @@ def test_what_was_saved_comes_back_as_candidates(tmp_path):
     for field in ("host", "base_model", "licence", "role", "pair_id", "recipe"):
         assert getattr(back, field) == getattr(one, field)
     assert torch.equal(back.fingerprint, one.fingerprint)
+    first = replace(loaded, draw=1)
+    assert one.student().draw == Candidates.of_student(first, check_student(first, "flux", SITES)).draw == 1
 
 
 def test_a_file_without_errors_comes_back_as_not_measured():

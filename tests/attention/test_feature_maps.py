@@ -86,19 +86,64 @@ def test_polynomial_squares_its_second_half():
     assert torch.allclose(features[..., 4:], value.square().expand(1, 1, 3, 4))
 
 
+def estimates_of(scale, query, key, draws, **options):
+    """Return (draws, pairs) estimates of exp(scale q . k), one of each pair per draw of directions."""
+    root, size = abs(scale) ** 0.5, query.shape[-1]
+    feature_map, found = Favor(1, size, size), []
+    for seed in range(draws):
+        feature_map.directions = orthogonal_directions(size, size, torch.Generator().manual_seed(seed), **options)
+        logs = feature_map.logs(query, root if scale > 0 else -root) + feature_map.logs(key, root)
+        found.append(logs.exp().sum(-1))
+    return torch.stack(found).double()
+
+
 @pytest.mark.parametrize("scale", [0.25, 0.35, -0.25])
 def test_favor_estimates_the_exponential_without_bias(scale):
+    """Means of 1500 draws, whose errors are about normal; 14 pairs, so that one is beyond 4.5 by chance in 10,000.
+
+    Estimates depend on the sum of query and key. Of ten pairs that is an end of an axis, where directions that favour a
+    side show: with the signs that a factorisation happens to give, most of the means are beyond, and one by twice that.
+    """
     torch.manual_seed(0)
-    q, k = torch.randn(1, 1, 1, 16) * 0.5, torch.randn(1, 1, 1, 16) * 0.5
-    truth = (q * k).sum().mul(scale).exp().item()
-    root, estimates = abs(scale) ** 0.5, []
-    for seed in range(400):
-        feature_map = Favor(1, 16, 32)
-        feature_map.directions = orthogonal_directions(32, 16, torch.Generator().manual_seed(seed))
-        logs = feature_map.logs(q, root if scale > 0 else -root) + feature_map.logs(k, root)
-        estimates.append(logs.exp().sum().item())
-    mean, error = torch.tensor(estimates).mean().item(), torch.tensor(estimates).std().item() / 20
-    assert abs(mean - truth) < 4 * error and error < 0.1 * truth
+    ends = torch.cat((torch.eye(5), -torch.eye(5), torch.randn(4, 5))) * 2
+    query = torch.randn(14, 5) * 0.4
+    key = ends - query if scale > 0 else ends + query  # a negative scale turns the query round
+    truth = (query.double() * key.double()).sum(-1).mul(scale).exp()
+
+    def deviations(**options):
+        found = estimates_of(scale, query, key, 1500, **options)
+        return ((found.mean(0) - truth) / (found.std(0) / 1500**0.5)).abs()
+
+    assert deviations().max() < 4.5
+    biased = deviations(is_uniform=False)
+    assert biased.max() > 9 and (biased > 4.5).float().mean() > 0.5
+
+
+def test_favor_directions_are_normal_vectors_one_by_one():
+    """Means and second moments of 6000 draws of 3 directions: 42 numbers, one beyond 4.75 by chance in 10,000."""
+    draws = torch.stack([orthogonal_directions(3, 4, torch.Generator().manual_seed(seed)) for seed in range(6000)])
+    products = torch.einsum("nri,nrj->nrij", draws, draws)
+    upper = torch.triu_indices(4, 4)
+    samples = torch.cat([draws.flatten(1), (products - torch.eye(4))[:, :, upper[0], upper[1]].flatten(1)], 1).double()
+    assert samples.shape[1] == 42
+    assert (samples.mean(0) / (samples.std(0) / 6000**0.5)).abs().max() < 4.75
+
+
+def test_favor_keeps_the_draw_that_students_were_made_with():
+    first, second = Favor(1, 16), Favor(1, 16)
+    first.take_draw(1)
+    assert not torch.equal(first.directions, second.directions)
+    factor, _ = torch.linalg.qr(
+        torch.randn(16, 16, generator=torch.Generator().manual_seed(20201), dtype=torch.float64)
+    )
+    for feature_map in (first, second):
+        directions = feature_map.directions[:16]
+        assert torch.allclose(
+            (directions / directions.norm(dim=1, keepdim=True)).abs(), factor.T.abs().float(), atol=1e-5
+        )
+    assert torch.allclose(first.directions.sign()[:16], factor.T.sign().float())
+    second.take_draw(1)
+    assert torch.equal(first.directions, second.directions)
 
 
 def test_favor_directions_are_orthogonal_and_the_same_for_all():

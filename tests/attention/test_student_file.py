@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from linearize.attention import student_file
+from linearize.attention.feature_maps import Favor
 from linearize.attention.fingerprint import fingerprint
 from linearize.attention.hosts.base import Site
 from linearize.attention.plans import Plan
@@ -20,7 +21,7 @@ from linearize.attention.specs import (
     radius_per_head,
 )
 from linearize.attention.student_file import StudentFile, load_student, save_student, student_of
-from linearize.attention.student_fit import check_student
+from linearize.attention.student_fit import check_student, student_maps
 from linearize.attention.tensor_file import FileProblem, open_tensor_file, write_tensor_file
 
 SITES = tuple(Site(f"{group}.{i}", 4, 8) for group, count in (("double", 2), ("single", 4)) for i in range(count))
@@ -113,6 +114,40 @@ def test_what_the_file_says(path):
     assert json.loads(file.metadata["recipe"])["steps"] == 2000
     assert json.loads(file.metadata["site_errors"]) == {"double.0": 0.05, "single.2": 0.0}
     assert set(file.tensors) == {"fingerprint", *student().parameters, *student().deltas}
+
+
+def drawn(**changes):
+    return student(plan=plan(single=HybridSpec(2, "favor")), parameters={}, **changes)
+
+
+def test_a_file_says_which_draw_its_students_were_made_with(path):
+    """One from before there were two has the first, as trained; one without `favor` says nothing."""
+    for draw in (1, 2):
+        save_student(path, drawn(draw=draw))
+        found = load_student(path)
+        assert found.draw == draw and open_tensor_file(path).metadata["favor_draw"] == str(draw)
+        maps = student_maps(found, found.plan.resolve([site.id for site in SITES]), SITES)["single.0"]
+        expected = Favor(4, 8)
+        expected.take_draw(draw)
+        assert all(torch.equal(each.directions, expected.directions) for each in maps)
+    save_student(path, student())
+    assert "favor_draw" not in open_tensor_file(path).metadata
+
+
+def test_a_file_from_before_there_were_two_draws(path):
+    save_student(path, drawn(draw=1))
+    file = open_tensor_file(path)
+    held, texts = file.load(file.tensors), {k: v for k, v in file.metadata.items() if k != "favor_draw"}
+    write_tensor_file(path, held, {**texts, "sha256": student_file._checksum(texts, held)})
+    assert load_student(path).draw == 1
+    for draw in ("3", "0", "", "x", "9" * 5000):
+        told = {**texts, "favor_draw": draw}
+        write_tensor_file(path, held, {**told, "sha256": student_file._checksum(told, held)})
+        with pytest.raises(FileProblem, match="favor has draws 1 to 2"):
+            load_student(path)
+    write_tensor_file(path, held, {**file.metadata, "favor_draw": "2"})
+    with pytest.raises(FileProblem, match="changed after it was saved"):
+        load_student(path)
 
 
 def rewrite(path, tensors=None, **metadata):

@@ -139,7 +139,10 @@ def test_what_comes_out_is_what_was_measured():
     measured = again.measure()
     assert measured.velocity == pytest.approx(kept.recipe["finetune"]["error_after"], rel=1e-4)
     assert {site: each.error for site, (each,) in kept.sites.items()} == pytest.approx(measured.sites, rel=1e-4)
-    back = unpack(*pack(Finished(kept, {"loss": [1.0]}, "text"))).candidates
+    tensors, values = pack(Finished(replace(kept, draw=1), {"loss": [1.0]}, "text"))
+    back = unpack(tensors, values).candidates
+    assert back.draw == 1 and unpack(*pack(Finished(kept, {}, ""))).candidates.draw == 2
+    assert unpack(tensors, {k: v for k, v in values.items() if k != "draw"}).candidates.draw == 1
     assert same(dict(back.deltas), dict(kept.deltas)) and back.recipe == kept.recipe
     assert same(dict(back.sites["single.0"][0].parameters), dict(kept.sites["single.0"][0].parameters))
 
