@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TINY = 1e-30  # of a feature whose log is taken
+LEAST = 1e-12  # of a learned feature
+TINY = 1e-30  # of a number whose log is taken
 
 
 class FeatureMap(nn.Module):
@@ -55,8 +56,13 @@ class FeatureMap(nn.Module):
         """Draw initial parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return features (B, H, N, F), not negative, of (B, H, N, D): in fp32, or in float64 for float64."""
-        return self.map(_wide(x))
+        """Return features (B, H, N, F) of (B, H, N, D): in fp32, or in float64 for float64.
+
+        Features that are learned are at least LEAST, as in LoLCATs. Without a bound, attention whose keys are all
+        linear returns less than a mean of values, or nothing, to a query whose features meet none of the keys'.
+        """
+        features = self.map(_wide(x))
+        return features if self.is_exponential else features.clamp_min(LEAST)
 
     def logs(self, x: Tensor, root: float) -> Tensor:
         """Return the logs of the features, finite, in the dtypes of `forward`.
@@ -73,7 +79,7 @@ class FeatureMap(nn.Module):
 
     def log_map(self, x: Tensor, root: float) -> Tensor:
         """Return the logs of the features of fp32 or float64 numbers."""
-        return self.map(x).clamp_min(TINY).log()
+        return self.map(x).clamp_min(LEAST).log()
 
 
 class Exponential(FeatureMap):
@@ -95,7 +101,10 @@ class Elementwise(Exponential):
 
 
 class Elu1(Elementwise):
-    """(1 + elu(x)) / sqrt(D). Source: Katharopoulos et al., Transformers are RNNs (arXiv 2006.16236)."""
+    """(1 + elu(x)) / sqrt(D); the paper does not divide, which changes nothing where all keys are linear.
+
+    Source: Katharopoulos et al., Transformers are RNNs (arXiv 2006.16236).
+    """
 
     name = "elu1"
 
@@ -105,7 +114,12 @@ class Elu1(Elementwise):
 
 
 class Relu(Elementwise):
-    """max(x, 0) / sqrt(D), and at least 1e-30 / sqrt(D): a token without positive numbers has next to no weight."""
+    """max(x, 0) / sqrt(D), and at least 1e-30 / sqrt(D): a token without positive numbers has next to no weight.
+
+    Performers take the same of random projections, and add 0.001 to it; here are neither.
+
+    Source: Choromanski et al., Rethinking Attention with Performers (arXiv 2009.14794), generalised attention.
+    """
 
     name = "relu"
 
@@ -156,9 +170,11 @@ class Favor(Exponential):
 
 
 class Hedgehog(FeatureMap):
-    """softmax(x W) and softmax(-x W) side by side: bounded, spiky like softmax weights.
+    """max(softmax(x W), 1e-12) and max(softmax(-x W), 1e-12) side by side: bounded, spiky like softmax weights.
 
-    W is (D, F / 2) per head and starts as the identity where it is square.
+    W is (D, F / 2) per head, without a bias. The Hedgehog's features are plain exponentials; the softmax over them and
+    the bound are those of LoLCATs. Theirs have F = D for heads of 128 and start from random numbers or the identity;
+    ours have F = 2 D unless told otherwise, and start as the identity where W is square.
 
     Source: Zhang et al., The Hedgehog & the Porcupine (arXiv 2402.04347), as used in LoLCATs (arXiv 2410.10254).
     """
@@ -199,7 +215,7 @@ class Polynomial(FeatureMap):
 
     Linear(D -> F), SiLU, Linear(F -> F), softplus; F = 2 D, so that both powers have D features: 1,185,792 parameters
     at 12 heads of 128, as the paper's 1.2 M. The paper does not name its non-linearities, nor how it keeps features
-    positive; SiLU and softplus are ours.
+    positive; SiLU, softplus and the bound on features are ours. It has higher degrees too; ours is its choice, 2.
 
     Source: Attention Surgery (arXiv 2509.24899); sizes reconstructed from its parameter and FLOP counts.
     """
@@ -245,7 +261,8 @@ class LinFusion(FeatureMap):
     """1 + elu(x + g(x)) with g = Linear, LayerNorm, LeakyReLU, Linear per head; g starts at 0, so the map as `elu1`.
 
     Source: Liu et al., LinFusion (arXiv 2409.02097), whose g acts before the query and key projections; ours acts
-    after them, head by head, because the pack changes attention only.
+    after them, head by head, because the pack changes attention only. Its denominators add 1e-4, ours bound the
+    features; our LayerNorm has no weights of its own.
     """
 
     name = "linfusion"

@@ -27,7 +27,7 @@ from .feature_maps import FeatureMap, Maps
 from .layout import TokenLayout
 from .specs import LinearSpec
 
-FLOOR = 1e-12  # of a denominator without exact keys
+FLOOR = 1e-30  # of a denominator without keys; features have a bound that keeps others above
 NOTHING = -1e30  # the log of no weight; finite, so that differences are numbers
 CHUNK_VALUES = 2**22  # scores or features held at once, but
 MIN_CHUNK = 64  # tokens at least

@@ -7,7 +7,7 @@ that makes features of them. Kernels that weigh linear keys against exact ones t
 import triton
 import triton.language as tl
 
-FLOOR = tl.constexpr(1.0e-12)  # of a denominator without exact keys
+FLOOR = tl.constexpr(1.0e-30)  # of a denominator without exact keys
 TINY = tl.constexpr(1.0e-30)  # of a feature whose log is taken
 LOG2E = tl.constexpr(1.4426950408889634)
 

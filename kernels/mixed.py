@@ -22,7 +22,7 @@ from .launch import block_size, log2_scale, on_device_of, rows_together, strides
 from .state import GIVEN, precision, weighted_state
 from .tuning import tile_for
 
-FLOOR = 1e-12
+FLOOR = 1e-30
 
 
 def mixed_attend(
@@ -43,7 +43,7 @@ def mixed_attend(
     features, with scores log phi + log z and values S / z.
 
     Shapes:
-        query: (B, H, M, D), M at least 1. key, value: (B, H, K, D), K may be 0: then the denominator is at least 1e-12.
+        query: (B, H, M, D), M at least 1. key, value: (B, H, K, D), K may be 0: then the denominator is at least 1e-30.
         numbers: (B, H, M, F). state: (B, H, F, D), norm: (B, H, F), float32. Output: (B, H, M, D), contiguous.
 
     Args:

@@ -156,6 +156,33 @@ def test_weights_sum_to_one_for_large_half_precision_inputs(name, feature_map):
     assert (output - 1).abs().max() < 2e-3
 
 
+def apart(name, heads=2, size=8):
+    """Return maps, queries and keys (2, heads, 33, size) whose features meet in next to nothing."""
+    maps, generator = make_maps(name, heads, size), torch.Generator().manual_seed(3)
+    query, key = (torch.randn(2, heads, 1, size, generator=generator).expand(2, heads, 33, size) for _ in range(2))
+    if name == "polynomial":
+        for each in maps:
+            each.bias_2.data.fill_(-200.0)
+    if name == "linfusion":
+        for each in maps:
+            each.weight_2.data.zero_()
+    return (maps, query * 200, key * 200) if name == "hedgehog" else (maps, -query.abs() * 200 - 50, -key.abs() - 50)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MAPS)
+def test_linear_attention_does_not_shrink_where_features_do_not_meet(name, dtype):
+    layout, (maps, query, key) = LAYOUTS["no text"], apart(name)
+    if not maps[0].is_exponential:
+        products = maps[0].map(query.float()) @ maps[1].map(key.float()).transpose(-1, -2)
+        assert (products.sum(-1) < 1e-12).any(), "or the test is of something else"
+    query, key = (tensor.to(dtype).requires_grad_() for tensor in (query, key))
+    value = torch.ones_like(query)
+    output = linear_attention(query, key, value, layout, LinearSpec(), maps)
+    assert (output - 1).abs().max() < 1e-5
+    assert all(each.isfinite().all() for each in torch.autograd.grad(output.float().square().sum(), (query, key)))
+
+
 @pytest.mark.parametrize("name", ["linear", "hybrid 2", "hybrid 3 lse", "hybrid 2 common", "chunked"])
 def test_chunks_of_any_size_give_the_same(name, monkeypatch, relative_error):
     layout, maps = LAYOUTS["two grids"], make_maps()
