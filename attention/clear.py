@@ -121,9 +121,9 @@ def _gather(query: Tensor, key: Tensor, value: Tensor, chunk: _Chunk) -> tuple[T
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, chunk: _Chunk, scale: float) -> Tensor:
     """Return (B, H, tiles * Q, D) from the gathered (B, H, tiles * Q, D) and (B, H, tiles * K, D)."""
-    shape, batch = query.shape, query.shape[0] * query.shape[1] * chunk.tiles
-    q, k, v = (tensor.reshape(batch, 1, -1, shape[-1]) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=chunk.bias, scale=scale).reshape(shape)
+    batch, size = query.shape[0] * query.shape[1] * chunk.tiles, query.shape[-1]
+    q, k, v = (tensor.reshape(batch, 1, tensor.shape[2] // chunk.tiles, size) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=chunk.bias, scale=scale).reshape(query.shape)
 
 
 class _Recompute(torch.autograd.Function):
@@ -163,7 +163,7 @@ def _chunks(query: Tensor, plan: _Plan) -> Iterator[_Chunk]:
     """Yield chunks that together hold every query once."""
     device, layout = query.device, plan.layout
     head_dim, copies = query.shape[-1], query.shape[0] * query.shape[1]
-    budget = CHUNK_VALUES.get(device.type, CHUNK_VALUES_GPU) // copies
+    budget = CHUNK_VALUES.get(device.type, CHUNK_VALUES_GPU) // max(1, copies)
     if layout.num_global:
         global_queries = _indices(layout.global_ranges, device)
         yield from _dense_chunks(global_queries, slice(0, layout.num_tokens), budget // head_dim)

@@ -79,16 +79,21 @@ class TileClass:
         """Return the key lists of these tiles, on the CPU."""
         queries = [torch.arange(axis.extent) for axis in self.axes]
         keys = [torch.arange(-axis.before, axis.extent + axis.after) for axis in self.axes]
-        squared = [(q[:, None] - k[None, :]).square() for q, k in zip(queries, keys, strict=True)]
-        # whole numbers throughout: dt^2 r^2 + (dy^2 + dx^2) rt^2 < r^2 rt^2, with rt = 1 where every frame is seen
-        t = squared[0] * (self.radius**2 if self.temporal_radius else 0)
-        y, x = (distance * max(self.temporal_radius, 1) ** 2 for distance in squared[1:])
-        total = t[:, None, None, :, None, None] + y[None, :, None, None, :, None] + x[None, None, :, None, None, :]
-        limit = (self.radius * max(self.temporal_radius, 1)) ** 2
-        visible = (total < limit).reshape(t.shape[0] * y.shape[0] * x.shape[0], -1)
+        t, y, x = ((q[:, None] - k[None, :]).abs() for q, k in zip(queries, keys, strict=True))
+        limits = torch.tensor([self._farthest(dt) for dt in range(int(t.max()) + 1)])
+        total = y.square()[None, :, None, None, :, None] + x.square()[None, None, :, None, None, :]
+        visible = total <= limits[t][:, None, None, :, None, None]
+        visible = visible.reshape(t.shape[0] * y.shape[0] * x.shape[0], -1)
         full, touched = visible.all(dim=0), visible.any(dim=0)
         order = torch.cat([full.nonzero().flatten(), (touched & ~full).nonzero().flatten()])
         return KeyLists(self._offsets(queries), self._offsets(keys)[order], visible[:, order], int(full.sum()))
+
+    def _farthest(self, dt: int) -> int:
+        """Return the largest squared distance in a plane, dt frames away, that is seen; -1 where none is."""
+        # whole numbers of any size: dt^2 r^2 + (dy^2 + dx^2) rt^2 < r^2 rt^2, with rt = 1 where every frame is seen
+        squared = max(self.temporal_radius, 1) ** 2
+        left = self.radius**2 * (squared - (dt**2 if self.temporal_radius else 0))
+        return min((left - 1) // squared, self.grid[1] ** 2 + self.grid[2] ** 2) if left > 0 else -1
 
     def _offsets(self, coordinates: Sequence[Tensor]) -> Tensor:
         """Return the token offsets of every (t, y, x) combination, x fastest."""

@@ -7,7 +7,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from .chunked import chunks_of
+from .chunked import chunks_of, linear_runs
 from .feature_maps import MAPS
 from .layout import Grid, TokenLayout
 from .specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, MappedSpec, SiteSpec, groups_of
@@ -105,27 +105,30 @@ def exact_pairs(spec: MappedSpec, layout: TokenLayout) -> int:
 def linear_flops(spec: MappedSpec, layout: TokenLayout, head_dim: int) -> int:
     """Return the FLOPs of one head that feature maps take, and the state S, z: building it, and reading it.
 
-    Every query on a grid goes through phi_q and reads a state; every key on a grid that is linear for some query goes
-    through phi_k and into a state. Where no key is linear, nothing is. Sums of states are not counted: they do not grow
-    with the tokens.
+    Every query on a grid that has a linear key goes through phi_q and reads a state; every key on a grid that is linear
+    for some query goes through phi_k and into a state, once. Sums of states are not counted: they do not grow with the
+    tokens.
     """
     kind = MAPS[spec.feature_map]
     per_map = 2 * kind.num_products(head_dim, spec.feature_dim)
     per_state = 2 * kind.features(head_dim, spec.feature_dim) * (head_dim + 1)
-    queries = sum(math.prod(grid) for _, grid in layout.grids)
-    keys = _linear_keys(spec, layout)
-    return (queries + keys) * (per_map + per_state) if keys else 0
+    return sum(_linear_tokens(spec, layout)) * (per_map + per_state)
 
 
-def _linear_keys(spec: MappedSpec, layout: TokenLayout) -> int:
-    """Return the tokens on grids that go into a state."""
-    if not isinstance(spec, ChunkedSpec) or len(layout.grids) > 1:
-        return sum(math.prod(grid) for _, grid in layout.grids) - _anchors(spec, layout)
-    keys = 0
+def _linear_tokens(spec: MappedSpec, layout: TokenLayout) -> tuple[int, int]:
+    """Return the queries on grids that have linear keys, and the keys on grids that are linear for some query."""
+    everything = sum(math.prod(grid) for _, grid in layout.grids)
+    if not isinstance(spec, ChunkedSpec):
+        keys = everything - _anchors(spec, layout)
+        return (everything, keys) if keys else (0, 0)
+    if len(layout.grids) > 1:
+        return everything, everything
+    queries = keys = 0
     for _, (frames, height, width) in layout.grids:
         steps = tuple(chunks_of(frames, spec))
-        keys += (steps[-1].first if spec.causal or len(steps) == 1 else frames) * height * width
-    return keys
+        queries += sum(step.stop - step.start for step in steps if step.has_linear) * height * width
+        keys += sum(stop - first for first, stop in linear_runs(frames, steps, False)) * height * width
+    return queries, keys
 
 
 def _anchors(spec: MappedSpec, layout: TokenLayout) -> int:

@@ -283,7 +283,8 @@ def split_tokens(layout: TokenLayout, rate: int | None, device: torch.device) ->
 
 def grid_tokens(layout: TokenLayout, device: torch.device) -> Tensor:
     """Return the indices of all tokens that lie on a grid."""
-    return torch.cat([torch.arange(s, s + t * h * w, device=device) for s, (t, h, w) in layout.grids])
+    parts = [torch.arange(start, start + math.prod(grid), device=device) for start, grid in layout.grids]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
 
 
 def dense_for_global_queries(

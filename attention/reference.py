@@ -62,9 +62,9 @@ def clear_mask(layout: TokenLayout, spec: ClearSpec) -> Tensor:
         dt, dy, dx = (c[:, None] - c[None, :] for c in (t, y, x))
         distance = dy**2 + dx**2
         if spec.temporal_radius:
-            distance = distance + (dt * spec.radius / spec.temporal_radius) ** 2
+            distance = distance + (dt * (spec.radius / spec.temporal_radius)) ** 2
         stop = start + len(t)
-        mask[start:stop, start:stop] = distance < spec.radius**2
+        mask[start:stop, start:stop] = distance < float(spec.radius) ** 2
     return mask
 
 
@@ -131,6 +131,8 @@ def _exact_and_linear(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     stabilizer = spec.stabilizer if isinstance(spec, HybridSpec) else "max"
     scores = (query @ key.transpose(-1, -2)) * factor
+    if not layout.num_tokens:  # no scores have no largest
+        return scores @ value
     scores = scores.masked_fill(~exact, float("-inf"))
     if maps[0].is_exponential or stabilizer == "common":
         # linear keys count an estimate of exp(score), beside exp(score) of exact ones

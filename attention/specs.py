@@ -58,7 +58,7 @@ class ClearSpec:
         base = head_dim**-0.5
         if not self.proportional:
             return base
-        keys = 10 * num_tokens if self.down_factor > 1 else num_tokens
+        keys = max(10 * num_tokens if self.down_factor > 1 else num_tokens, 1)
         return base * math.sqrt(math.log(keys, TRAINING_TOKENS))
 
 

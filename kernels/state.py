@@ -72,7 +72,7 @@ def _launch(
     (batch, heads, tokens, features), size = numbers.shape, value.shape[-1]
     tile = tile_for("state", architecture(value.device), size)
     programs = -(-features // tile.rows) * batch * heads
-    shares = max(1, min(NUM_PROGRAMS // programs, tokens // SHARE_TOKENS))
+    shares = max(1, min(NUM_PROGRAMS // max(1, programs), tokens // SHARE_TOKENS))
     total = torch.empty((shares, batch, heads, features, size), dtype=torch.float32, device=value.device)
     norm = torch.empty((shares, batch, heads, features), dtype=torch.float32, device=value.device)
     with on_device_of(value):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..attention.backends import Backend, Call, choose_backend
 from ..attention.hosts.base import Site
 from ..attention.layout import Reason, TokenLayout
-from ..attention.linear import TORCH
+from ..attention.linear import TORCH, grid_tokens
 from ..attention.mapped import mapped_queries
 from ..attention.mixed_triton import TRITON
 from ..attention.output_map import map_outputs
@@ -151,13 +151,15 @@ class SiteTrainer(nn.Module):
 def grid_rows(call: SiteCall) -> Tensor:
     """Return the indices of the queries that lie on a grid; global ones see everything and have nothing to learn."""
     assert isinstance(call.layout, TokenLayout)
-    return torch.cat([torch.arange(s, s + t * h * w) for s, (t, h, w) in call.layout.grids]).to(call.query.device)
+    return grid_tokens(call.layout, call.query.device)
 
 
 def unusable(call: SiteCall) -> Reason | None:
     """Return why nothing can be learned from a call, or None."""
     if isinstance(call.layout, Reason):
         return call.layout
+    if not call.layout.grids or not call.query.shape[0]:
+        return Reason("grid", "no token lies on a grid, and only those have something to learn")
     if call.mask is not None and not bool((call.mask if call.mask.dtype == torch.bool else call.mask == 0).all()):
         return Reason("mask", "an attention mask hides tokens")
     if call.query.shape[2] != call.key.shape[2]:

@@ -1,13 +1,19 @@
 """Exact counts: the closed form against brute force, and the published tables to the printed digit."""
 
 import itertools
+from collections import Counter
 
 import pytest
+import torch
 
+from linearize.attention import linear
 from linearize.attention.cost import attention_cost, clear_pairs, disc_pairs, exact_pairs, pooled_tokens
+from linearize.attention.feature_maps import MAPS
 from linearize.attention.layout import Segment, TokenLayout, grid_segment
+from linearize.attention.mapped import mapped_attention
 from linearize.attention.reference import clear_mask, exact_and_linear_masks
 from linearize.attention.specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, LinearSpec, radius_per_head
+from linearize.attention.student import new_maps
 
 HEADS, HEAD_DIM, TEXT = 24, 128, 512
 
@@ -124,8 +130,63 @@ def test_what_has_no_linear_keys_costs_what_dense_attention_does():
     assert attention_cost(HybridSpec(1), picture, 2, 16) == attention_cost(ChunkedSpec(), picture, 2, 16) == dense
     clip = TokenLayout((grid_segment("main", 7, 2, 2),))
     both, causal = (attention_cost(ChunkedSpec(3, 1, each), clip, 1, 16).flops for each in (False, True))
-    per_token = (both - causal) / (28 - 20)  # the last chunk reaches back to frame 5; frames 5 and 6 are never linear
+    # causal: the first chunk has no linear keys; the last one reaches back to frame 5, so 5 and 6 are linear for none
+    per_token = (both - causal) / (56 - (16 + 20))
     assert per_token > 0 and both == 4 * 16 * exact_pairs(ChunkedSpec(3, 1), clip) + 56 * per_token
+
+
+class Counting(torch.nn.Module):
+    """A feature map that counts the tokens it is given, by their first number."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.seen = inner, Counter()
+        self.num_features, self.is_exponential = inner.num_features, inner.is_exponential
+
+    def forward(self, x):
+        self.seen.update(x[0, 0, :, 0].tolist())
+        return self.inner(x)
+
+    def logs(self, x, root):
+        self.seen.update(x[0, 0, :, 0].tolist())
+        return self.inner.logs(x, root)
+
+
+CLIPS = {
+    "clip": TokenLayout((Segment("text", 3), grid_segment("main", 7, 2, 3))),
+    "two grids": TokenLayout((grid_segment("main", 5, 1, 3), Segment("text", 2), grid_segment("reference", 2, 3, 1))),
+    "picture": TokenLayout((Segment("text", 3), grid_segment("main", 1, 4, 3))),
+    "text": TokenLayout((Segment("text", 5),)),
+}
+MAPPED = [
+    LinearSpec("hedgehog"), HybridSpec(1), HybridSpec(3), HybridSpec(2, "elu1"), HybridSpec(99),
+    *(ChunkedSpec(*sizes, name) for sizes in itertools.product((1, 2, 3, 7, 9), (0, 1, 2, 9), (False, True))
+      for name in ("polynomial", "favor")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", CLIPS.values(), ids=CLIPS)
+def test_cost_counts_what_runs_and_every_map_runs_once_for_a_token(layout, monkeypatch):
+    """Feature maps are counted as they run; pairs against the masks of the reference."""
+    monkeypatch.setattr(linear, "CHUNK_VALUES", 1)
+    monkeypatch.setattr(linear, "MIN_CHUNK", 4)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn((1, 1, layout.num_tokens, 8), generator=generator) for _ in range(3)]
+    for spec in MAPPED:
+        maps = tuple(Counting(each) for each in new_maps(spec, 1, 8))
+        with torch.no_grad():
+            mapped_attention(*inputs, layout, spec, maps)
+        kind = MAPS[spec.feature_map]
+        per_token = 2 * kind.num_products(8) + 2 * kind.features(8) * 9
+        exact, linear_mask = exact_and_linear_masks(layout, spec)
+        assert [set(each.seen) for each in maps] == [
+            set(tensor[0, 0, mask.any(axis), 0].tolist())
+            for tensor, mask, axis in zip(inputs, (linear_mask, linear_mask), (1, 0))  # noqa: B905
+        ], spec
+        assert all(count == 1 for each in maps for count in each.seen.values()), spec
+        cost = attention_cost(spec, layout, 3, 8)
+        tokens = sum(len(each.seen) for each in maps)
+        assert cost.pairs == 3 * exact.sum() and cost.flops == 3 * (4 * 8 * exact.sum() + tokens * per_token), spec
 
 
 WAN = {"480 x 832": (21, 30, 52), "320 x 480": (21, 20, 30)}  # latent grids of 81 frames

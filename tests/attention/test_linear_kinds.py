@@ -135,6 +135,64 @@ def test_a_stream_has_to_be_causal():
         CausalStream(ChunkedSpec(2, 1), make_maps(), 4)
 
 
+def parts(tokens, *, batch=2, heads=2, size=8, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn((batch, heads, tokens, size), generator=generator).to(dtype) for _ in range(3)]
+
+
+CANNOT = {
+    "no token": (parts(0), r"1 to 2 whole frames of 3 tokens, got 0 tokens"),
+    "no whole frame": (parts(5), r"1 to 2 whole frames of 3 tokens, got 5 tokens"),
+    "more than a chunk": (parts(9), r"1 to 2 whole frames of 3 tokens, got 9 tokens"),
+    "fewer keys": ([*parts(6)[:2], parts(3)[2]], r"one shape \(B, H, n, D\), got .*\(2, 2, 3, 8\)"),
+    "wider values": ([*parts(6)[:2], parts(6, size=16)[2]], "one shape"),
+    "three axes": ([each[0] for each in parts(6)], "one shape"),
+    "another batch": (parts(6, batch=1), "there were 2 clips in torch.float32 on cpu, now 1 in torch.float32 on cpu"),
+    "more heads": (parts(6, heads=4), "the feature maps are for 2 heads of 8, the step has 4 of 8"),
+    "larger heads": (parts(6, size=16), "the feature maps are for 2 heads of 8, the step has 2 of 16"),
+    "another dtype": (parts(6, dtype=torch.float64), r"now 2 in torch\.float64"),
+    "mixed dtypes": ([*parts(6)[:2], parts(6, dtype=torch.half)[2]], "one dtype on one device, got torch.float16"),
+    "whole numbers": (parts(6, dtype=torch.int64), "floating point numbers"),
+    "another device": ([each.to("meta") for each in parts(6)], "on cpu, now 2 in torch.float32 on meta"),
+    "mixed devices": ([*parts(6)[:2], parts(6)[2].to("meta")], "one dtype on one device"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "words"), CANNOT.values(), ids=CANNOT)
+def test_a_stream_refuses_a_step_that_it_cannot_take_and_goes_on(wrong, words):
+    maps, good = make_maps(), [parts(6, seed=seed) for seed in (1, 2, 3)]
+    stream, plain = (CausalStream(ChunkedSpec(2, 1, causal=True), maps, cells=3) for _ in range(2))
+    for step in good:
+        if step is not good[0]:
+            with pytest.raises(ValueError, match=words) as caught:
+                stream.step(*wrong)
+            assert "\n" not in str(caught.value)
+        assert torch.equal(stream.step(*step), plain.step(*step))
+
+
+@pytest.mark.parametrize("name", ["no token", "no whole frame", "more than a chunk", "fewer keys", "more heads"])
+def test_a_first_step_is_refused_too(name):
+    stream, (wrong, words) = CausalStream(ChunkedSpec(2, 1, causal=True), make_maps(), cells=3), CANNOT[name]
+    with pytest.raises(ValueError, match=words):
+        stream.step(*wrong)
+    assert stream.step(*parts(6)).shape == (2, 2, 6, 8)
+
+
+def test_a_stream_is_over_after_a_short_chunk():
+    stream = CausalStream(ChunkedSpec(2, 1, causal=True), make_maps(), cells=3)
+    stream.step(*parts(6))
+    stream.step(*parts(3))
+    for tokens in (3, 6):
+        with pytest.raises(ValueError, match="the clip ended with a chunk that was short; a new clip needs a new stre"):
+            stream.step(*parts(tokens))
+
+
+@pytest.mark.parametrize("cells", [0, -3, 2.0, True])
+def test_a_frame_of_a_stream_has_tokens(cells):
+    with pytest.raises(ValueError, match="a frame has a whole number of tokens, at least 1"):
+        CausalStream(ChunkedSpec(2, 1, causal=True), make_maps(), cells)
+
+
 @pytest.mark.parametrize("name", ["linear", "hybrid 2", "chunked"])
 def test_large_half_precision_inputs_do_not_overflow(name):
     layout = LAYOUTS["clip"]

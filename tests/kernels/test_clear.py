@@ -47,6 +47,8 @@ CASES = {
     "video, pooled": (video(3, 5, 7, 0), ClearSpec(3, 2, 3)),
     "proportional": (flux(7, 9, 7), ClearSpec(4, proportional=True)),
     "only text": (TokenLayout.of((Segment("text", 33),)), ClearSpec(4)),
+    "huge radius": (video(6, 3, 4), ClearSpec(10**9, 2)),
+    "huge in time": (video(6, 3, 5), ClearSpec(3, 10**9)),
     "a radius per head": (flux(7, 9, 5), radius_per_head((4, 100))),
 }
 
@@ -94,6 +96,14 @@ def test_forward_and_gradients_equal_the_oracle(name, qkv, exact_dtype, relative
             assert relative_error(mine, expected) < allowed
         else:
             assert mine.abs().max() < 100 * allowed
+
+
+@pytest.mark.parametrize("name", ["pooled ragged, two grids", "only text", "a radius per head"])
+def test_an_empty_batch(name, qkv, exact_dtype):
+    layout, spec = CASES[name]
+    inputs = qkv(layout, batch=0, dtype=exact_dtype)
+    found = with_gradients(lambda *tensors: clear_with_triton(*tensors, layout, spec), inputs, inputs[0])
+    assert all(each.shape == inputs[0].shape and each.dtype == exact_dtype for each in found)
 
 
 @pytest.mark.parametrize("dtype", HALF)

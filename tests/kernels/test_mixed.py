@@ -362,6 +362,20 @@ def test_kinds_equal_the_reference_with_gradients_of_maps(
                 assert mine.abs().max() < 100 * tolerance[exact_dtype]
 
 
+@pytest.mark.parametrize("name", ["elu1", "polynomial", "favor"])
+@pytest.mark.parametrize("spec", [LinearSpec(), HybridSpec(2), ChunkedSpec(2, 1)], ids=lambda spec: spec.kind)
+def test_no_grid_and_an_empty_batch(name, spec, device, exact_dtype, relative_error, tolerance):
+    text = TokenLayout((Segment("text", 21), Segment("pad", 0)))
+    inputs, _, maps = kind(text, name, device, exact_dtype)
+    output = mixed_with_triton(*inputs, text, spec, maps)
+    assert relative_error(output, F.scaled_dot_product_attention(*inputs)) < tolerance[exact_dtype]
+    inputs, grad, maps = kind(LAYOUTS["clip"], name, device, exact_dtype)
+    leaves = [tensor[:0].requires_grad_() for tensor in inputs]
+    output = mixed_with_triton(*leaves, LAYOUTS["clip"], spec, maps)
+    found = torch.autograd.grad(output, leaves, grad[:0])
+    assert all(each.shape == leaves[0].shape and each.dtype == exact_dtype for each in (output, *found))
+
+
 @pytest.mark.parametrize("name", MAPS)
 def test_every_map_runs(name, device, exact_dtype, relative_error, tolerance):
     layout = LAYOUTS["clip"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from toy import Overflowing, ToyTeacher
 
-from linearize.attention.layout import Reason
+from linearize.attention.layout import Reason, Segment, TokenLayout
 from linearize.attention.specs import ClearSpec, DenseSpec, HybridSpec, LinearSpec
 from linearize.training.job import JobFolder, JobProblem
 from linearize.training.loop import OutOfMemory, Stopped, progress_of, run_stage
@@ -235,6 +235,14 @@ def test_a_call_that_cannot_be_learned_from_is_named():
 
     with pytest.raises(ValueError, match="no grid is known"):
         stage(teacher=Unknown()).update(0)
+
+    class Textual(ToyTeacher):
+        def watch(self, draw, observe):
+            text = TokenLayout((Segment("text", self.layout.num_tokens),))
+            return super().watch(draw, lambda call: observe(replace(call, layout=text)))
+
+    with pytest.raises(ValueError, match="no token lies on a grid"):
+        stage(teacher=Textual()).update(0)
 
     class Silent(ToyTeacher):
         def watch(self, draw, observe):
