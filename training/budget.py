@@ -5,6 +5,7 @@ them.
 """
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,6 +14,7 @@ from ..attention.specs import DenseSpec, SiteSpec
 
 METHODS = ("optimal", "homogeneous")
 PRECISION = 1e-6  # relative, to which the least summed error is found; measured errors have fewer digits
+SOLVER_GAP = 3e-6  # the solver drops plans that are better by a third of it, and its bound does not tell
 TIME_LIMIT_S = 20.0
 DENSE = -1  # number of the option that is no candidate
 
@@ -51,8 +53,9 @@ class BudgetPlan:
         chosen: the option of each site that is not dense, in the order of the model.
         flops: of all sites together, per forward.
         dense_flops: the same with dense attention everywhere.
-        is_proven: whether no other choice within the budget has a lower summed error (to PRECISION); false where the
-            time for the search was over, and for homogeneous plans.
+        is_proven: whether no other choice within the budget has a lower summed error (to PRECISION), by the solver's
+            own bound; false where the time for the search was over or its digits did not suffice, and for homogeneous
+            plans.
     """
 
     chosen: Mapping[str, Option]
@@ -165,29 +168,52 @@ def _worthwhile(site: SiteOptions) -> list[Option]:
 
 def _optimal(sites: Sequence[SiteOptions], choices: Sequence[Sequence[Option]], limit: int) -> BudgetPlan:
     """Return the plan of lowest summed error; the cheapest one is within the limit."""
+    cheapest = [each[0] for each in choices]
+    picked, is_proven = _solve(choices, limit)
+    # a plan that the solver's tolerance let through bounds the others from below, as it would within the limit
+    lowest, step = _error(picked) if is_proven else -math.inf, 0
+    while _flops(picked) > limit:
+        step = max(10 * step, _flops(picked) - limit)
+        picked = _solve(choices, limit - step)[0] if limit - step >= _flops(cheapest) else cheapest
+    pairs = zip(sites, picked, strict=True)
+    chosen = {site.site: option for site, option in pairs if option.number != DENSE}
+    return _plan(sites, chosen, _error(picked) <= lowest * (1 + PRECISION))
 
-    def plan_of(picked: Sequence[Option], is_proven: bool) -> BudgetPlan:
-        pairs = zip(sites, picked, strict=True)
-        return _plan(sites, {site.site: option for site, option in pairs if option.number != DENSE}, is_proven)
 
-    cheapest = plan_of([each[0] for each in choices], True)
-    bound, step = limit, 0
-    while bound >= cheapest.flops:
-        found = plan_of(*_solve(choices, bound))
-        if found.flops <= limit:
-            return found
-        # the solver keeps its bounds to some digits only
-        step = max(10 * step, found.flops - limit)
-        bound = limit - step
-    return cheapest
+def _flops(picked: Sequence[Option]) -> int:
+    return sum(option.flops for option in picked)
+
+
+def _error(picked: Sequence[Option]) -> float:
+    return math.fsum(option.error for option in picked)
 
 
 def _solve(choices: Sequence[Sequence[Option]], limit: int) -> tuple[list[Option], bool]:
-    """Return what each site runs, and whether that is proven to be the best.
+    """Return what each site runs, and whether that is proven to be the best (to PRECISION, and as good as any within
+    the limit, which the solver may pass by its tolerance).
 
     Raises:
         ValueError: scipy is missing, or found nothing in time.
     """
+    deadline = time.monotonic() + TIME_LIMIT_S
+    found = _search(choices, limit, deadline)
+    if found is None:
+        raise ValueError(f"scipy found no plan in {TIME_LIMIT_S:g} s; choose method homogeneous")
+    best, is_proven = found
+    while not is_proven and time.monotonic() < deadline:
+        # no better plan has an option with a higher error than this plan's; without those, the solver's absolute
+        # tolerances are small beside what is left
+        largest = _error(best)
+        rest = [[option for option in each if option.error <= largest] for each in choices]
+        found = _search(rest, limit, deadline)
+        if found is None or (_error(found[0]) >= largest and not found[1]):
+            break
+        best, is_proven = min(best, found[0], key=_error), found[1]
+    return best, is_proven
+
+
+def _search(choices: Sequence[Sequence[Option]], limit: int, deadline: float) -> tuple[list[Option], bool] | None:
+    """Return what `_solve` does, of one run of the solver; None where it found no plan."""
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
     except ImportError:
@@ -198,17 +224,18 @@ def _solve(choices: Sequence[Sequence[Option]], limit: int) -> tuple[list[Option
     owners = np.repeat(np.arange(len(choices)), [len(each) for each in choices])
     one_each = (owners == np.arange(len(choices))[:, None]).astype(float)
     errors = np.array([option.error for option in options])
-    # both sums near the number of sites, where the solver's absolute tolerances are far below what counts
-    errors *= len(choices) / max(errors.max(), 1e-300)
+    # both sums well above 1, where the solver's absolute tolerances are far below what counts
+    factor = 100 / max(errors.max(), 1e-300)
     costs = np.array([option.flops / limit for option in options]) * len(choices)
     result = milp(
-        errors,
+        errors * factor,
         integrality=np.ones(len(options)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs[None], -np.inf, len(choices))],
-        options={"mip_rel_gap": PRECISION, "time_limit": TIME_LIMIT_S},
+        options={"mip_rel_gap": PRECISION / 10, "time_limit": max(deadline - time.monotonic(), 1e-3)},
     )
     if result.x is None:
-        raise ValueError(f"scipy found no plan in {TIME_LIMIT_S:g} s; choose method homogeneous")
-    picked = [int(np.where(owners == site, result.x, -1).argmax()) for site in range(len(choices))]
-    return [options[number] for number in picked], bool(result.status == 0)
+        return None
+    picked = [options[int(np.where(owners == site, result.x, -1).argmax())] for site in range(len(choices))]
+    bound = -math.inf if result.mip_dual_bound is None else (result.mip_dual_bound - SOLVER_GAP) / factor
+    return picked, _error(picked) - max(bound, 0) <= PRECISION * _error(picked)

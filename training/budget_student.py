@@ -17,7 +17,7 @@ from ..attention.report import describe_spec
 from ..attention.specs import DenseSpec, SiteSpec
 from ..attention.student_file import StudentFile
 from ..attention.student_fit import check_student
-from .budget import METHODS, TIME_LIMIT_S, BudgetPlan, Option, SiteOptions, plan_under_budget
+from .budget import METHODS, BudgetPlan, Option, SiteOptions, plan_under_budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ def describe_plan(
     worst = max(plan.chosen, key=lambda site: plan.chosen[site].error)
     lines.append(f"summed error {plan.error:.4g}, highest {plan.chosen[worst].error:.4g} at {worst}")
     if not plan.is_proven and plan is not baseline:
-        lines.append(f"the search was over after {TIME_LIMIT_S:g} s; a better plan may exist")
+        lines.append("the search was over before this plan was proven the best; a better one may exist")
     if baseline is None:
         return (*lines, "one kind alone: none reaches this budget")
     if not baseline.chosen:

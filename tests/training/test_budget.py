@@ -6,6 +6,7 @@ import math
 import random
 import sys
 import time
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,55 @@ def test_optimal_against_every_choice(ties):
             assert baseline is None or (plan.error <= baseline.error and baseline.flops <= share * dense)
             solved += 1
     assert solved > 150
+
+
+def uneven(seed):
+    """Return sites whose errors lie decades apart, or close together, or are equal; costs are almost equal."""
+    chance = random.Random(seed)
+    errors = (
+        lambda: 10 ** chance.uniform(-9, 3),
+        lambda: chance.choice((0.0, 1e-9, 1e-7, 1e-6, 1.0, 1e3)),
+        lambda: 0.1 + chance.choice((0, 1, 2)) * 1e-7,
+    )[seed % 3]
+    return [
+        SiteOptions(f"single.{i}", 10**12 + chance.randrange(3), tuple(
+            Option(n, SPECS[n], errors(), chance.choice((1, 3, 5)) * 10**11 + chance.randrange(-3, 4))
+            for n in range(chance.randrange(1, 4))
+        ))
+        for i in range(1 + seed % 7)
+    ]  # fmt: skip
+
+
+def test_proven_is_proven():
+    """Against every choice: where the solver's tolerances are not small, a plan may be missed, but is not vouched for.
+
+    Every second budget is what some plan costs, to the operation.
+    """
+    proven = 0
+    for seed in range(77):
+        sites, chance = uneven(seed), random.Random(seed)
+        dense, plans = sum(site.dense_flops for site in sites), every_plan(sites)
+        for share in (chance.uniform(0.3, 0.9), Fraction(chance.choice(plans)[0], dense)):
+            limit = math.floor(Fraction(share).limit_denominator(10**9) * dense)
+            within = [error for flops, error in plans if flops <= limit]
+            if not within or not 0 < share <= 1:
+                continue
+            plan, baseline = plan_under_budget(sites, share)
+            assert plan.flops <= limit and (plan is baseline or baseline is None or plan.error <= baseline.error)
+            if plan.is_proven:
+                assert plan.error <= min(within) * (1 + 2 * budget.PRECISION), seed
+                proven += 1
+    assert proven > 100
+
+
+@pytest.mark.parametrize(("first", "is_proven"), [(0.4, False), (0.5, True)])
+def test_a_plan_under_a_tightened_budget_is_proven_only_where_none_was_better(first, is_proven, monkeypatch):
+    """The solver lets a plan of too many operations through; it bounds those that keep the budget."""
+    options = Option(0, SPECS[0], first, 5 * 10**11 + 1), Option(1, SPECS[1], 0.5, 10)
+    sites, answers = [SiteOptions("single.0", 10**12, options)], iter([([each], True) for each in options])
+    monkeypatch.setattr(budget, "_solve", lambda choices, limit: next(answers))
+    plan, _ = plan_under_budget(sites, 0.5)
+    assert plan.choice == {"single.0": 1} and plan.is_proven == is_proven
 
 
 def test_a_budget_that_is_met_exactly():
