@@ -22,6 +22,7 @@ from .specs import ClearSpec
 # values of gathered keys held at once, found best on two CPU cores and generous enough for a GPU
 CHUNK_VALUES = {"cpu": 2**20}
 CHUNK_VALUES_GPU = 2**25
+MIN_DENSE_QUERIES = 128  # of a chunk without a mask
 
 
 def clear_attention(
@@ -183,7 +184,7 @@ def _chunks(query: Tensor, plan: _Plan) -> Iterator[_Chunk]:
 
 def _dense_chunks(queries: Tensor, keys: Tensor | slice, max_queries: int) -> Iterator[_Chunk]:
     """Yield chunks of queries that see all of `keys`; the fused kernels of PyTorch need no budget for scores."""
-    for part in queries.split(max(128, max_queries)):
+    for part in queries.split(max(MIN_DENSE_QUERIES, max_queries)):
         yield _Chunk(1, part, keys, None)
 
 

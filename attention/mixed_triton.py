@@ -21,6 +21,7 @@ from .reference import reference_attention
 from .specs import HybridSpec, LinearSpec, MappedSpec
 
 CHUNK_VALUES = 2**24  # features held at once; a launch of fewer queries would not fill a large card
+MIN_PART = 64  # tokens at least
 _tested: dict[Tested, Reason | None] = {}
 
 
@@ -131,7 +132,7 @@ TRITON = Engine(summarise_with_triton, mix_with_triton)
 def _parts(length: int, values_per_token: int) -> list[slice]:
     """Return equal parts of 0..length, of at most about CHUNK_VALUES values each."""
     number = max(1, -(-length * values_per_token // CHUNK_VALUES))
-    step = max(64, -(-length // number))
+    step = max(MIN_PART, -(-length // number))
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 

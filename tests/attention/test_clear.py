@@ -147,6 +147,50 @@ def test_chunks_do_not_change_the_result(budget, monkeypatch, relative_error):
     assert relative_error(clear_attention(*inputs, layout, spec), reference_attention(*inputs, layout, spec)) < 1e-12
 
 
+WIDE = flux(9, 137, 23)  # text, and a class of seven tiles
+IN_CHUNKS = {
+    "text": (flux(9, 13, 23), ClearSpec(4), 1),
+    "tiles": (flux(9, 137, 3), ClearSpec(4), 4),
+    "tiles, pooled": (flux(9, 137, 3), ClearSpec(3, down_factor=4), 2),
+    "covered grid": (flux(5, 7, 3), ClearSpec(50), 1),
+    "covered grid, pooled": (flux(5, 7, 3), ClearSpec(50, down_factor=2), 1),
+    "texts around a clip": (
+        TokenLayout.of((Segment("text", 9), grid_segment("main", 3, 5, 9), Segment("pad", 12))), ClearSpec(3, 2), 1
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_CHUNKS)
+def test_several_chunks_and_a_ragged_last_one(name, monkeypatch, relative_error):
+    """Forward and backward in float64, 10 queries of text or of a covered grid at a time, and some tiles of others."""
+    layout, spec, num_tiles = IN_CHUNKS[name]
+    monkeypatch.setattr(clear_module, "MIN_DENSE_QUERIES", 10)
+    tile_chunks, split = clear_module._tile_chunks, []
+
+    def by_tiles(lists, origins, shared, dtype, max_keys):
+        most = num_tiles * (len(shared) + len(lists.keys))
+        found = list(tile_chunks(lists, origins, shared, dtype, most))
+        split.append([chunk.tiles for chunk in found])
+        return iter(found)
+
+    dense_chunks = clear_module._dense_chunks
+
+    def by_queries(queries, keys, max_queries):
+        found = list(dense_chunks(queries, keys, 1))
+        split.append([len(chunk.queries) for chunk in found])
+        return iter(found)
+
+    monkeypatch.setattr(clear_module, "_tile_chunks", by_tiles)
+    monkeypatch.setattr(clear_module, "_dense_chunks", by_queries)
+    inputs = [tensor.requires_grad_() for tensor in random_qkv(layout, 3, 8, 2, torch.float64)]
+    grad = torch.randn_like(inputs[0])
+    output, truth = clear_attention(*inputs, layout, spec), reference_attention(*inputs, layout, spec)
+    assert any(len(sizes) > 2 and sizes[-1] < sizes[0] for sizes in split), split
+    assert relative_error(output, truth) < 1e-12
+    for mine, true in zip(*(torch.autograd.grad(each, inputs, grad) for each in (output, truth)), strict=True):
+        assert relative_error(mine, true) < 1e-12
+
+
 @pytest.mark.parametrize("grid", [(1, 8, 12), (1, 9, 13), (2, 5, 3), (1, 1, 1)])
 def test_pooling_equals_its_matrix(grid):
     tokens = torch.randn(2, 3, grid[0] * grid[1] * grid[2], 5, dtype=torch.float64)

@@ -181,6 +181,17 @@ def test_nan_and_infinity_are_neither_loaded_nor_written(tmp_path, monkeypatch, 
         file.load(file.tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e5m2])
+def test_a_value_that_is_not_finite_is_found_wherever_it_stands(dtype, monkeypatch):
+    """In every part that is looked at together, and in a short last one."""
+    monkeypatch.setattr(tensor_file, "FINITE_CHUNK", 4)
+    assert tensor_file.is_finite(torch.ones(3, 3).to(dtype)) and tensor_file.is_finite(torch.ones(0).to(dtype))
+    for place in range(9):
+        values = torch.ones(9)
+        values[place] = float("nan")
+        assert not tensor_file.is_finite(values.reshape(3, 3).to(dtype)), place
+
+
 def test_large_float64_is_finite(tmp_path):
     write_tensor_file(tmp_path / "a", {"a": torch.tensor([1e300], dtype=torch.float64)}, {})
     assert open_tensor_file(tmp_path / "a").load(["a"])["a"].item() == 1e300
