@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from linearize.attention import hub_partial
+from linearize.attention import hub, hub_partial
 from linearize.attention.hub import HubError, HubFile, download
 
 CONTENT = random.Random(0).randbytes(10_000)
@@ -153,7 +153,8 @@ def fake(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-    monkeypatch.setattr(hub_partial, "CHUNK", 1000)
+    for module in (hub, hub_partial):
+        monkeypatch.setattr(module, "CHUNK", 1000)
     yield state
     for server in servers:
         server.shutdown()

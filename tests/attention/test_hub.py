@@ -45,9 +45,10 @@ def test_what_is_here_costs_no_request(fake, tmp_path):
 
 
 def test_a_file_put_there_by_hand_is_taken(fake, tmp_path):
-    (tmp_path / "clear_local_8.safetensors").write_bytes(b"by hand")
+    content = fake.CONTENT[:2345]  # read in three pieces
+    (tmp_path / "clear_local_8.safetensors").write_bytes(content)
     found = fake.fetch(tmp_path, CLEAR_FILES["clear_local_8"].file, allow_download=False)
-    assert found.sha256 == hashlib.sha256(b"by hand").hexdigest() and found.commit == ""
+    assert found.sha256 == hashlib.sha256(content).hexdigest() and found.commit == ""
     assert fake.requests == []
 
 

@@ -1,6 +1,7 @@
 """What can go wrong between the Hub and the disk, and where the token goes; all against a fake Hub."""
 
 import errno
+import io
 import socket
 from types import SimpleNamespace
 
@@ -24,6 +25,16 @@ def test_resume_after_a_cut(fake, tmp_path):
     starts = [int(wanted[len("bytes=") : -1]) for wanted in fake.ranges()[1:]]
     assert len(starts) == 2 and 4000 <= starts[0] <= 4500 and starts[0] < starts[1] <= 7000
     assert seen == sorted(seen) and seen[-1] == len(fake.CONTENT)
+
+
+def test_a_disk_that_takes_little_at_a_time_gets_everything():
+    class Slow(io.BytesIO):
+        def write(self, data):
+            return super().write(bytes(data[:3]))
+
+    stream = Slow()
+    hub_partial._write(stream, b"0123456789")
+    assert stream.getvalue() == b"0123456789"
 
 
 def test_tries_are_bounded_and_the_next_call_goes_on(fake, tmp_path):
