@@ -4,19 +4,19 @@ What the tensors mean is not known here; `attention/student_file.py` and its sib
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
-import uuid
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from .atomic_file import whole_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -32,6 +32,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+MAX_HEADER_BYTES = 4 * 2**20  # thirty thousand tensors; reading one of lies takes 30 times its size
 MAX_DIMS = 64  # of a PyTorch tensor that can be computed with
 MAX_NAME = 500  # characters of a tensor's name; real ones have under 100
 FINITE_CHUNK = 2**22  # values looked at together, so that the check needs little memory
@@ -55,10 +56,11 @@ def quote(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What the header says of a tensor."""
+    """What the header says of a tensor; `start` is its first byte in the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    start: int = field(default=0, compare=False)
 
     @property
     def num_bytes(self) -> int:
@@ -73,11 +75,15 @@ class TensorFile:
         path: of the file.
         metadata: the texts of its header.
         tensors: what it holds, by name.
+        data_start: first byte after the header.
+        header_sha256: of the bytes before that.
     """
 
     path: Path
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
+    data_start: int
+    header_sha256: str
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the named tensors on the CPU, in memory of their own (the file may be replaced meanwhile).
@@ -87,17 +93,19 @@ class TensorFile:
                 opened.
         """
         loaded: dict[str, Tensor] = {}
-        try:
-            with safe_open(self.path, framework="pt", device="cpu") as file:
-                for name in names:
-                    if name not in self.tensors:
-                        raise problem(self.path, f"has no tensor {quote(name)}")
-                    loaded[name] = file.get_tensor(name).clone()
-        except (OSError, SafetensorError) as error:
-            raise problem(self.path, f"cannot be read: {_one_line(error)}") from None
+        # read, not mapped: touching the map of a file that was cut short kills the process
+        with _opened(self.path) as file:
+            if hashlib.sha256(file.read(self.data_start)).hexdigest() != self.header_sha256:
+                raise problem(self.path, "changed while it was read; load it again")
+            for name in names:
+                if name not in self.tensors:
+                    raise problem(self.path, f"has no tensor {quote(name)}")
+                info = self.tensors[name]
+                file.seek(self.data_start + info.start)
+                loaded[name] = torch.empty(info.shape, dtype=info.dtype)
+                if info.num_bytes and file.readinto(_bytes(loaded[name])) != info.num_bytes:
+                    raise problem(self.path, "became shorter while it was read; load it again")
         for name, tensor in loaded.items():
-            if TensorInfo(tensor.dtype, tuple(tensor.shape)) != self.tensors[name]:
-                raise problem(self.path, f"changed while it was read, {quote(name)} has another shape; load it again")
             if not is_finite(tensor):
                 raise problem(self.path, f"holds NaN or infinity in {quote(name)}; it is damaged, download it again")
         return loaded
@@ -112,7 +120,7 @@ def is_finite(tensor: Tensor) -> bool:
     return all(bool((chunk.float() if narrow else chunk).isfinite().all()) for chunk in chunks)
 
 
-def open_tensor_file(path: Path, *, max_header_bytes: int = 64 * 2**20) -> TensorFile:
+def open_tensor_file(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) -> TensorFile:
     """Return the file at `path`, its header checked in full; no tensor is read and no memory taken for one.
 
     Args:
@@ -126,33 +134,45 @@ def open_tensor_file(path: Path, *, max_header_bytes: int = 64 * 2**20) -> Tenso
     Source: the format's description, github.com/huggingface/safetensors.
     """
     path = Path(path)
-    text, data_bytes = _read_header(path, max_header_bytes)
+    start, text, data_bytes = _read_header(path, max_header_bytes)
     header = _parse_header(path, text)
     metadata = _metadata(path, header.pop("__metadata__", {}))
-    entries = {name: _entry(path, name, entry) for name, entry in header.items()}
-    _check_extents(path, entries, data_bytes)
-    return TensorFile(path, metadata, {name: info for name, (info, _, _) in entries.items()})
+    tensors = {name: _entry(path, name, entry) for name, entry in header.items()}
+    _check_extents(path, tensors, data_bytes)
+    return TensorFile(path, metadata, tensors, 8 + len(text), hashlib.sha256(start + text).hexdigest())
 
 
-def _read_header(path: Path, max_header_bytes: int) -> tuple[bytes, int]:
-    """Return the header's bytes and how many bytes follow it."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read it; what the system says against that is a FileProblem."""
     try:
         if not path.is_file():
-            missing = not path.exists()
             raise problem(
-                path, f"does not exist in {path.parent}" if missing else "is a folder or a device, not a file"
+                path,
+                "is a folder or a device, not a file; choose a safetensors file"
+                if path.exists()
+                else "does not exist any more; choose another file, or put it back",
             )
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(9)
-            length = int.from_bytes(start[:8], "little")
-            _check_start(path, start, size, length, max_header_bytes)
-            file.seek(8)
-            return file.read(length), size - 8 - length
+            yield file
+    except FileProblem:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        if isinstance(error, FileProblem):
-            raise
         raise problem(path, f"cannot be read: {_one_line(error)}") from None
+
+
+def _read_header(path: Path, max_header_bytes: int) -> tuple[bytes, bytes, int]:
+    """Return the 8 bytes before the header, the header's bytes, and how many bytes follow it."""
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(9)
+        length = int.from_bytes(start[:8], "little")
+        _check_start(path, start, size, length, max_header_bytes)
+        file.seek(8)
+        text = file.read(length)
+        if len(text) < length:
+            raise problem(path, "became shorter while it was read; load it again")
+        return start[:8], text, size - 8 - length
 
 
 def _check_start(path: Path, start: bytes, size: int, length: int, max_header_bytes: int) -> None:
@@ -164,7 +184,11 @@ def _check_start(path: Path, start: bytes, size: int, length: int, max_header_by
     if length == 0:
         raise problem(path, "is not a safetensors file: it says that its header is empty")
     if length > max_header_bytes and start[8:] == b"{":
-        raise problem(path, f"says that its header has {length} bytes, at most {max_header_bytes} are read")
+        raise problem(
+            path,
+            f"says that its header has {length} bytes, at most {max_header_bytes} are read; "
+            "no file that fits here has so many, choose another one",
+        )
     if start[8:] not in (b"{", b""):
         raise problem(path, "is not a safetensors file: its header does not begin with {")
     if length > size - 8:
@@ -203,8 +227,8 @@ def _metadata(path: Path, metadata: object) -> dict[str, str]:
     return metadata
 
 
-def _entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]:
-    """Return what the header says of one tensor, and its first and last byte (exclusive) after the header."""
+def _entry(path: Path, name: str, entry: object) -> TensorInfo:
+    """Return what the header says of one tensor."""
     if not _is_text(name):
         raise problem(path, f"has a tensor whose name is not a text, got {quote(name)}")
     if len(name) > MAX_NAME:
@@ -218,7 +242,8 @@ def _entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]:
         raise problem(path, f"has tensor {quote(name)} whose shape is not a list of at most {MAX_DIMS} sizes")
     if not _are_counts(offsets) or len(offsets) != 2:
         raise problem(path, f"has tensor {quote(name)} whose data_offsets are not a start and a stop")
-    info, (start, stop) = TensorInfo(DTYPES[dtype], tuple(shape)), offsets
+    start, stop = offsets
+    info = TensorInfo(DTYPES[dtype], tuple(shape), start)
     # also of empty tensors, whose strides PyTorch computes all the same
     if math.prod(size or 1 for size in shape) >= 2**62:
         raise problem(path, f"has tensor {quote(name)} of an impossible size, shape {quote(shape)}")
@@ -228,17 +253,19 @@ def _entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]:
             f"gives tensor {quote(name)} {quote(stop - start)} bytes where {dtype} of shape {quote(shape)} takes"
             f" {info.num_bytes}",
         )
-    return info, start, stop
+    return info
 
 
-def _check_extents(path: Path, entries: Mapping[str, tuple[TensorInfo, int, int]], data_bytes: int) -> None:
+def _check_extents(path: Path, tensors: Mapping[str, TensorInfo], data_bytes: int) -> None:
     """Check that the tensors fill the bytes after the header, without hole or overlap."""
     end = 0
-    for name, (_, start, stop) in sorted(entries.items(), key=lambda item: item[1][1:]):
-        if start != end:
-            fault = "overlaps the tensor before it" if start < end else "leaves a hole before it"
-            raise problem(path, f"has tensor {quote(name)} at byte {quote(start)}, which {fault} (it ends at {end})")
-        end = stop
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
+        if info.start != end:
+            fault = "overlaps the tensor before it" if info.start < end else "leaves a hole before it"
+            raise problem(
+                path, f"has tensor {quote(name)} at byte {quote(info.start)}, which {fault} (it ends at {end})"
+            )
+        end += info.num_bytes
     if end > data_bytes:
         raise problem(path, f"is truncated: its tensors take {end} bytes and {data_bytes} are there; download it again")
     if end < data_bytes:
@@ -259,52 +286,69 @@ def _one_line(error: Exception) -> str:
     return " ".join((reason or str(error) or type(error).__name__).split())[: 2 * LONGEST_QUOTE]
 
 
-def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensor_file(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    replace: bool = True,
+    before: Path | None = None,
+) -> None:
     """Write a safetensors file so that `path` holds the whole of it or what it held before, whatever happens.
 
     Args:
-        path: of the file, in a folder that exists; a file there is replaced.
+        path: of the file, in a folder that exists.
         tensors: by name, of any device and stride; dtypes as in DTYPES.
         metadata: texts for the header.
+        replace, before: what becomes of a file that is there, see `atomic_file.whole_file`.
 
     Raises:
         FileProblem: a value is NaN or infinite, a dtype or name cannot be stored, or the disk refuses.
+        FileExistsError: there is a file, and nothing says what becomes of it.
     """
     path = Path(path)
     for name, value in metadata.items():
         if not (_is_text(name) and _is_text(value)):
             raise problem(path, f"cannot be written: metadata {quote(name)} is not a text, got {quote(value)}")
     stored = _storable(path, tensors)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(stored, temporary, dict(metadata))
-        # safetensors leaves files that nobody but their owner may read
-        temporary.chmod(mode)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+        with whole_file(path, replace=replace, before=before) as file:
+            _write(file, stored, metadata)
+    except FileExistsError:
+        raise
+    except OSError as error:
         raise problem(path, f"cannot be written: {_one_line(error)}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _storable(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, contiguous, no two in the same memory (which safetensors refuses)."""
+    """Return the tensors on the CPU, contiguous, in the order of the file: wide types first, so that all are aligned."""
     stored: dict[str, Tensor] = {}
-    memory: set[int] = set()
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
         if not _is_text(name) or name == "__metadata__" or len(name) > MAX_NAME:
             raise problem(path, f"cannot be written: {quote(name)} is no name for a tensor")
         if tensor.dtype not in DTYPES.values():
             raise problem(path, f"cannot be written: {quote(name)} is {tensor.dtype}; known are {', '.join(DTYPES)}")
-        tensor = tensor.detach().cpu().contiguous()
-        if not is_finite(tensor):
+        stored[name] = tensor.detach().cpu().contiguous()
+        if not is_finite(stored[name]):
             raise problem(path, f"was not written: {quote(name)} holds NaN or infinity")
-        where = tensor.untyped_storage().data_ptr()
-        stored[name] = tensor.clone() if where in memory else tensor
-        memory.add(where)
     return stored
+
+
+def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    # not by the library, which opens files by name and leaves drafts of its own behind
+    names, start = {dtype: name for name, dtype in DTYPES.items()}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, tensor in tensors.items():
+        stop = start + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        file.write(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

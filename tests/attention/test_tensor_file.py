@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from linearize.attention import tensor_file
 from linearize.attention.tensor_file import DTYPES, FileProblem, TensorInfo, open_tensor_file, write_tensor_file
@@ -45,8 +46,8 @@ WRONG = {
     "page": (b"<!DOCTYPE html><html></html>", "is not a safetensors file: its header does not begin with {"),
     "no header": (raw(b""), "its header is empty"),
     "only length": ((50).to_bytes(8, "little"), "truncated in its header: 50 bytes are announced and 0 are there"),
-    "long header": (raw("{}", length=2**27), "says that its header has 134217728 bytes, at most 67108864"),
-    "longest header": (raw("{}", length=2**64 - 1), "at most 67108864 are read"),
+    "long header": (raw("{}", length=2**27), "says that its header has 134217728 bytes, at most 4194304"),
+    "longest header": (raw("{}", length=2**64 - 1), "at most 4194304 are read"),
     "header beyond end": (raw("{}", b"", length=3), "truncated in its header: 3 bytes are announced and 2"),
     "not UTF-8": (raw(b'{"\xff": 1}'), "not UTF-8"),
     "not JSON": (raw("{weight}"), "not JSON: Expecting property name"),
@@ -107,7 +108,7 @@ def test_a_wrong_file_is_one_clear_sentence(tmp_path, kind):
 
 
 def test_paths_that_are_no_files(tmp_path):
-    with pytest.raises(FileProblem, match="nowhere.safetensors does not exist in "):
+    with pytest.raises(FileProblem, match="nowhere.safetensors does not exist any more; choose another file"):
         open_tensor_file(tmp_path / "nowhere.safetensors")
     with pytest.raises(FileProblem, match="is a folder or a device, not a file"):
         open_tensor_file(tmp_path)
@@ -206,15 +207,43 @@ def test_loading_from_a_file_that_changed(tmp_path):
     kept = file.load(["a"])["a"]
     write_tensor_file(path, {"a": torch.zeros(3)}, {})
     assert kept.tolist() == [1.0, 1.0]
-    with pytest.raises(FileProblem, match="changed while it was read, 'a' has another shape"):
-        file.load(["a"])
-    path.write_bytes(b"gone")
-    with pytest.raises(FileProblem, match="cannot be read: "):
-        file.load(["a"])
+    for content in (None, b"gone", b""):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(FileProblem, match="a.safetensors changed while it was read; load it again"):
+            file.load(["a"])
     path.unlink()
-    with pytest.raises(FileProblem, match="cannot be read: ") as error:
+    with pytest.raises(FileProblem, match="does not exist any more") as error:
         file.load(["a"])
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path):
+    """Touching the map of such a file would end the process; it is a sentence here."""
+    path = tmp_path / "a.safetensors"
+    write_tensor_file(path, {"a": torch.ones(2**20), "b": torch.ones(5)}, {})
+    file = open_tensor_file(path)
+    size = path.stat().st_size
+    for left in (size - 1, size // 2, file.data_start):
+        os.truncate(path, left)
+        with pytest.raises(FileProblem, match="became shorter while it was read; load it again"):
+            file.load(["a", "b"])
+
+
+def test_files_are_those_of_the_library(tmp_path):
+    """The bytes that safetensors writes, and it reads what is written here."""
+    base = torch.arange(15.0).reshape(3, 5)
+    tensors = {name: (base % 2 == 0) if name == "BOOL" else base.to(dtype) for name, dtype in DTYPES.items()}
+    tensors |= {"one": torch.tensor(2.0), "none": torch.zeros(0, 3)}
+    path, other = tmp_path / "a", tmp_path / "b"
+    write_tensor_file(path, tensors, {"format": "test", "é": "ü"})
+    loaded = load_file(path)
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name].double(), tensor.double()) for name, tensor in tensors.items())
+    save_file(tensors, other, {"format": "test", "é": "ü"})
+    ours, theirs = open_tensor_file(path), open_tensor_file(other)
+    assert ours.tensors == theirs.tensors and ours.metadata == theirs.metadata
+    assert path.stat().st_size == other.stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -235,7 +264,7 @@ def test_what_cannot_be_stored_is_one_clear_sentence(tmp_path, tensors, metadata
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", ["save_file", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("step", ["_write", "os.fsync", "os.replace"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, step, error):
     path = tmp_path / "a.safetensors"
@@ -245,7 +274,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, step, e
     def fail(*_):
         raise error
 
-    owner = tensor_file if step == "save_file" else os
+    owner = tensor_file if step == "_write" else os
     with monkeypatch.context() as patch:
         patch.setattr(owner, step.rpartition(".")[2], fail)
         with pytest.raises((FileProblem, KeyboardInterrupt)) as raised:
