@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .atomic_file import whole_file
 from .hub_partial import CHUNK, Partial, Watch, append_missing, persist, writing
 from .hub_transfer import Cut, Hub, HubError, HubFile
 
@@ -218,9 +219,8 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 def _write_record(found: Download, file: HubFile) -> None:
     record = asdict(file) | asdict(found)
     del record["path"]
-    unfinished = found.path.with_name(f"{found.path.name}.json.new")
-    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, _record_path(found.path))
+    with whole_file(_record_path(found.path)) as stream:
+        stream.write((json.dumps(record, indent=2) + "\n").encode())
 
 
 def _licence_without_card(file: HubFile) -> str:

@@ -156,10 +156,16 @@ def _is_parameter(name: str) -> bool:
     return PARAMETER.fullmatch(name) is not None and not _is_delta(name)
 
 
-def save_student(path: Path, student: StudentFile) -> None:
+def save_student(path: Path, student: StudentFile, *, replace: bool = True) -> None:
     """Write a student; `path` holds the whole of it or what it held before.
 
+    Args:
+        path: of the file.
+        student: what it shall hold.
+        replace: whether a file there may be replaced.
+
     Raises:
+        FileExistsError: there is a file that may not be replaced.
         ValueError: the recipe is not JSON or too long, a tensor holds NaN or infinity, or the file cannot be written.
     """
     metadata = {"format": STUDENT_FORMAT, **{name: getattr(student, name) for name in TEXTS}}
@@ -176,7 +182,7 @@ def save_student(path: Path, student: StudentFile) -> None:
     tensors = {**student.parameters, **student.deltas}
     if student.fingerprint is not None:
         tensors[FINGERPRINT] = student.fingerprint
-    write_tensor_file(path, tensors, {**metadata, CHECKSUM: _checksum(metadata, tensors)})
+    write_tensor_file(path, tensors, {**metadata, CHECKSUM: _checksum(metadata, tensors)}, replace=replace)
 
 
 def load_student(path: Path) -> StudentFile:

@@ -321,7 +321,7 @@ def write_tensor_file(
 
 
 def _storable(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, contiguous, in the order of the file: wide types first, so that all are aligned."""
+    """Return the tensors on the CPU, contiguous, in the order of the file: wide types first, which aligns them all."""
     stored: dict[str, Tensor] = {}
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
         if not _is_text(name) or name == "__metadata__" or len(name) > MAX_NAME:

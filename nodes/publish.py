@@ -5,6 +5,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..attention.atomic_file import whole_file
 from ..training.publish import CARD, Publication, describe_publication, prepare, publish
 from . import model_files, patching
 from .sockets import CATEGORY_DISTILL
@@ -92,5 +93,6 @@ def write_card(publication: Publication) -> Path:
     folder = Path(folder_paths.get_output_directory()) / "linearize" / "hub" / publication.file.repo.replace("/", "--")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CARD
-    path.write_text(publication.card, encoding="utf-8")
+    with whole_file(path) as file:
+        file.write(publication.card.encode())
     return path

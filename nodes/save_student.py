@@ -1,6 +1,8 @@
 """Save Linearized Attention: a distilled student as one file that Load Linearized Attention takes."""
 
+import contextlib
 from dataclasses import replace
+from pathlib import Path
 
 from comfy_api.latest import io, ui
 
@@ -90,8 +92,7 @@ class LinearizeSaveStudent(io.ComfyNode):
         given = {key: value.strip() for key, value in given.items() if value.strip()}
         given |= {} if role == AS_DISTILLED else {"role": role}
         saved = replace(found, **given)
-        path = model_files.new_path(name)
-        save_student(path, saved)
+        path = _save_under_new_name(name, saved)
         lines = [
             f"saved {path}, {describe_size(path.stat().st_size)}",
             *describe_student(saved),
@@ -101,3 +102,12 @@ class LinearizeSaveStudent(io.ComfyNode):
         text = "\n".join(lines)
         patching.show_on_node(cls.hidden.unique_id)(text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+def _save_under_new_name(name: str, student: StudentFile) -> Path:
+    while True:
+        path = model_files.new_path(name)
+        # another server may take the same number meanwhile
+        with contextlib.suppress(FileExistsError):
+            save_student(path, student, replace=False)
+            return path

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .job import JobFolder, job_key
+from .job import JobFolder
 from .loop import Losses, NotFinite, Stage
 
 TIMEOUT = timedelta(hours=2)  # processes load models and measure at their own pace
@@ -190,7 +190,7 @@ class FollowedJob(JobFolder):
     """A job's folder as the processes other than the first see it: read once, never written."""
 
     def __init__(self, root: Path, description: Mapping[str, Any]) -> None:
-        self.description, self.path = dict(description), Path(root) / job_key(description)
+        super().__init__(root, description)
         self._state = super().state()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -201,6 +201,9 @@ class FollowedJob(JobFolder):
         """Leave it to the first process."""
 
     def finish(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Leave it to the first process."""
+
+    def _set_aside(self, path: Path, reason: str) -> None:
         """Leave it to the first process."""
 
 

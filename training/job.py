@@ -1,12 +1,16 @@
 """A training job on disk: what it is, how far it got, what came out. A kill at any moment leaves it whole.
 
 The folder's name is a hash of the job's description, so the same job finds itself again: finished, it answers at once;
-unfinished, it goes on. `state.safetensors` is replaced as a whole; one process at a time owns the folder.
+unfinished, it goes on. One process at a time owns the folder.
+
+A state is followed by the next one, and then kept until the one after: two are there at most, and a third while it is
+written. A finished job has its result and the last state. Each carries a checksum; a damaged one is renamed, and what
+came before it is taken.
 """
 
 import hashlib
 import json
-import os
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +18,19 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..attention.tensor_file import open_tensor_file, write_tensor_file
+from ..attention.atomic_file import clear_drafts, whole_file
+from ..attention.tensor_file import FileProblem, open_tensor_file, problem, write_tensor_file
+from .conditioning import content_sha256, parse_json
 
 DESCRIPTION = "job.json"
 STATE = "state.safetensors"
+STATE_BEFORE = "state_before.safetensors"
 RESULT = "result.safetensors"
 FORMAT = "linearize/job/1"
 KEY_LETTERS = 20
+MAX_HEADER_BYTES = 64 * 2**20  # of the pack's own files: many candidates have many tensors
+Saved = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and values
+log = logging.getLogger(__name__)
 
 
 class JobProblem(ValueError):
@@ -47,15 +57,18 @@ class JobFolder:
     def __init__(self, root: Path, description: Mapping[str, Any]) -> None:
         self.description = dict(description)
         self.path = Path(root) / job_key(description)
+        self.notes: list[str] = []  # what was set aside, for people
         self._lock = FileLock(self.path / "lock")
 
     def __enter__(self) -> "JobFolder":
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
-            for draft in self.path.glob(".*"):  # of a run that was killed while it wrote
+            clear_drafts(self.path, 0)
+            for draft in self.path.glob(f".{DESCRIPTION}.*"):  # of an earlier version that was killed while it wrote
                 draft.unlink(missing_ok=True)
-            _replace(self.path / DESCRIPTION, json.dumps({"format": FORMAT, **self.description}, indent=1))
+            with whole_file(self.path / DESCRIPTION) as file:
+                file.write((json.dumps({"format": FORMAT, **self.description}, indent=1) + "\n").encode())
         except Timeout:
             raise JobProblem(
                 f"another run is working on this job, in {self.path}; wait for it, or change a setting"
@@ -68,52 +81,94 @@ class JobFolder:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return tensors and values of the last saved state, or None if there is none."""
-        return self._read(STATE)
+    def state(self) -> Saved | None:
+        """Return tensors and values of the last state that is whole, or None if there is none."""
+        found = self._read(STATE, "goes on from the state before, if there is one")
+        return found or self._read(STATE_BEFORE, "starts anew")
 
     def save_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Replace the saved state.
+        """Save a state; the one before is kept.
 
         Raises:
-            FileProblem: it could not be written, for example because the disk is full; the state before is still
+            FileProblem: it could not be written, for example because the disk is full; the states before are still
                 there.
         """
-        self._write(STATE, tensors, values)
+        self._write(STATE, tensors, values, before=self.path / STATE_BEFORE)
 
-    def result(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def result(self) -> Saved | None:
         """Return tensors and values of the finished job, or None if it is not finished."""
-        return self._read(RESULT)
+        return self._read(RESULT, "goes on from its last state, if there is one")
 
     def finish(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Save the result and drop the state.
+        """Save the result and drop all states but the last.
 
         Raises:
-            FileProblem: it could not be written; the state is still there.
+            FileProblem: it could not be written; the states are still there.
         """
         self._write(RESULT, tensors, values)
-        (self.path / STATE).unlink(missing_ok=True)
+        (self.path / STATE_BEFORE).unlink(missing_ok=True)
 
-    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def _read(self, name: str, otherwise: str) -> Saved | None:
         path = self.path / name
-        return read_values(path) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return _read_saved(path, self.path.name)
+        except FileProblem as fault:
+            self._set_aside(path, f"in the job's folder {self.path}, {fault}; the run {otherwise}")
+            return None
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        write_tensor_file(self.path / name, tensors, {"format": FORMAT, "values": json.dumps(values)})
+    def _set_aside(self, path: Path, reason: str) -> None:
+        number = 1
+        while (aside := path.with_name(f"damaged_{number}_{path.name}")).exists():
+            number += 1
+        try:
+            path.rename(aside)
+        except OSError as error:
+            raise JobProblem(f"{reason}; delete that file, it cannot be set aside: {error.strerror}") from None
+        self.notes.append(f"{reason}; it was set aside as {aside.name}")
+        log.warning("%s", self.notes[-1])
+
+    def _write(
+        self, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any], before: Path | None = None
+    ) -> None:
+        facts = {"values": json.dumps(values), "job": self.path.name, "part": _part(name)}
+        metadata = {"format": FORMAT, **facts, "sha256": content_sha256(tensors, facts)}
+        write_tensor_file(self.path / name, tensors, metadata, before=before)
 
 
-def read_values(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_values(path: Path) -> Saved:
     """Return tensors and values of a state or a result.
 
     Raises:
-        FileProblem: the file cannot be read.
+        FileProblem: the file cannot be read, or changed after it was saved.
     """
-    file = open_tensor_file(path)
-    return file.load(file.tensors), json.loads(file.metadata["values"])
+    return _read_saved(path, None)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a text file; it holds the whole text or what it held before."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text + "\n", encoding="utf-8")
-    draft.replace(path)
+def _read_saved(path: Path, job: str | None) -> Saved:
+    """Return what a file of a job holds, after comparing its checksum; files of earlier versions have none.
+
+    Args:
+        path: of the file, its name as it was written.
+        job: whose file it has to be, None for any.
+
+    Raises:
+        FileProblem: as `read_values`, or it is another job's.
+    """
+    file = open_tensor_file(path, max_header_bytes=MAX_HEADER_BYTES)
+    tensors, values = file.load(file.tensors), parse_json(file.metadata.get("values", ""))
+    if file.metadata.get("format") != FORMAT or not isinstance(values, dict):
+        raise problem(path, "is no file of a training job")
+    if "sha256" not in file.metadata:
+        return tensors, values
+    facts = {name: file.metadata.get(name, "") for name in ("values", "job", "part")}
+    if content_sha256(tensors, facts) != file.metadata["sha256"]:
+        raise problem(path, "changed after it was saved, its checksum does not agree")
+    if facts["job"] != (job or facts["job"]) or facts["part"] != _part(path.name):
+        raise problem(path, f"is the {facts['part']} of job {facts['job']}, not what was saved under this name")
+    return tensors, values
+
+
+def _part(name: str) -> str:
+    return Path(RESULT if name == RESULT else STATE).stem

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..attention.atomic_file import whole_file
 from ..attention.plans import Plan
 from .recipe import FinetuneRecipe, TransferRecipe, check_choice
 
@@ -92,7 +93,8 @@ class TrainingJob:
 
     def write(self, path: Path) -> None:
         """Write the file that `read_job` reads."""
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        with whole_file(path) as file:
+            file.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
 
 
 def read_job(path: Path) -> TrainingJob:

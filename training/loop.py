@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .job import JobFolder
+from .job import JobFolder, Saved
 
 SAVING_SHARE = 0.05  # of the time, at most, goes into saved states
 HISTORY = "history."  # in front of the names of losses in a saved state
@@ -135,7 +135,10 @@ def _relieve(stage: Stage, progress: Progress, failure: str) -> None:
 
 def progress_of(job: JobFolder) -> Progress:
     """Return how far the job's last saved state got; nothing done where there is none."""
-    saved = job.state()
+    return _progress(job.state())
+
+
+def _progress(saved: Saved | None) -> Progress:
     if saved is None:
         return Progress(0, {}, [])
     tensors, values = saved
@@ -144,7 +147,8 @@ def progress_of(job: JobFolder) -> Progress:
 
 
 def _resume(stage: Stage, job: JobFolder) -> Progress:
-    saved, progress = job.state(), progress_of(job)
+    saved = job.state()
+    progress = _progress(saved)
     if saved is not None:
         stage.restore({name: tensor for name, tensor in saved[0].items() if not name.startswith(HISTORY)})
         for note in progress.notes:

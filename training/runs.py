@@ -86,6 +86,7 @@ def run_transfer(
     after = stage.fit_outputs()[1] if recipe.output_draws and is_over else stage.measure()
     notes = [*progress.notes, *stage.notes]
     lines = [*transfer_lines(stage.candidates(before), after), *early_end(progress, stage.num_updates), *notes]
+    lines += job.notes  # which name folders of this machine, so they are no part of the recipe
     facts = {
         **recipe.to_json(), "updates_done": progress.done, "samples": len(samples.entries),
         "notes": [*notes, *filter(None, [progress.problem])],
@@ -130,7 +131,7 @@ def run_finetune(
         found, text = stage.result(progress)
     finally:
         stage.close()
-    lines = [text, *progress.notes, *early_end(progress, stage.num_updates)]
+    lines = [text, *job.notes, *progress.notes, *early_end(progress, stage.num_updates)]
     return _finish(job, progress, stage.num_updates, Finished(found, progress.history, "\n".join(lines)))
 
 

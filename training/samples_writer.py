@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from ..attention.atomic_file import clear_drafts, whole_file
 from ..attention.tensor_file import FileProblem, is_finite, quote
 from . import conditioning as conditioning_files
 from .conditioning import Conditioning, SamplesProblem, content_sha256, read_conditioning, save_tensors
@@ -155,15 +156,15 @@ class SamplesWriter:
         """Clear away what a kill left, and find what is finished."""
         ours = {LOCK, ABOUT, INDEX, LATENTS, conditioning_files.FOLDER}
         with self._saving():
-            left = [path for path in self.folder.iterdir() if path.name not in ours and path.suffix != ".tmp"]
+            clear_drafts(self.folder, 0)
+            # an earlier version called its draft of about.json otherwise
+            (self.folder / f".{ABOUT}.tmp").unlink(missing_ok=True)
+            left = [path for path in self.folder.iterdir() if path.name not in ours]
             if left and not (self.folder / ABOUT).exists():
                 raise SamplesProblem(f"{self.folder} holds other files, such as {left[0].name}; choose a new name")
             for name in (LATENTS, conditioning_files.FOLDER):
                 (self.folder / name).mkdir(exist_ok=True)
-            for place in (".", LATENTS, conditioning_files.FOLDER):
-                for pattern in (".*.tmp", ".tmp*"):  # ours, and those of safetensors
-                    for path in (self.folder / place).glob(pattern):
-                        path.unlink()
+                clear_drafts(self.folder / name, 0)
         earlier = read_about(self.folder) if (self.folder / ABOUT).exists() else None
         self.finished = self._read_index(earlier) if earlier else {}
         changes = self.about.differences(earlier) if earlier and self.finished else []
@@ -215,9 +216,5 @@ def append_line(path: Path, line: bytes) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file; it holds the whole content or what it held before."""
-    draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("wb") as file:
+    with whole_file(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)

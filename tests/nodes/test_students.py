@@ -415,3 +415,20 @@ def test_a_saved_student_is_found_again_after_a_restart_of_the_list(comfy, studi
     options = comfy.nodes.NODE_CLASS_MAPPINGS["LinearizeLoadStudent"].define_schema().inputs[1].options
     assert name in options and options[0] == "none"
     assert math.isfinite(float(weight(studio.model).norm()))
+
+
+def test_two_servers_that_save_one_name_both_keep_their_file(comfy, studio, make, tmp_path, monkeypatch):
+    """Both took the same free number: the second one's file gets the next, and replaces nothing."""
+    model_files, student_file = comfy.module("nodes.model_files"), comfy.module("attention.student_file")
+    student = student_file.StudentFile(host="flux", plan=make(default=make.clear(3)))
+    taken = tmp_path / "twice_00001_.safetensors"
+    paths = iter([taken, taken, tmp_path / "twice_00002_.safetensors"])
+    monkeypatch.setattr(model_files, "new_path", lambda name: next(paths))
+    monkeypatch.setattr(model_files, "shown_name", lambda path: path.name)
+    texts = [
+        comfy.node("LinearizeSaveStudent")(student=student, name="twice", licence=licence).result[0]
+        for licence in ("mit", "apache-2.0")
+    ]
+    found = {path.name: student_file.load_student(path).licence for path in tmp_path.iterdir()}
+    assert found == {"twice_00001_.safetensors": "mit", "twice_00002_.safetensors": "apache-2.0"}
+    assert ["twice_0000" + text.split("twice_0000")[1][0] for text in texts] == ["twice_00001", "twice_00002"]

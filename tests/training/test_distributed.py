@@ -20,7 +20,11 @@ FOLDER = Path(__file__).parent
 def together(tmp_path_factory):
     """The folder in which two processes ran every stage."""
     folder = tmp_path_factory.mktemp("together")
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*command, str(FOLDER / "run_together.py"), str(folder)], check=True, env=environment)
     return folder
@@ -127,7 +131,11 @@ def test_what_the_average_takes_is_taken_before_the_others_are_told_all_is_well(
 
 def test_a_loss_that_is_not_finite_ends_all_processes_with_one_sentence(tmp_path):
     """Of the second process, at update 3: the first saves the two before, and nobody waits."""
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run([*command, str(FOLDER / "run_together.py"), str(tmp_path), "overflow"], env=environment,
                          capture_output=True, text=True, timeout=120)  # fmt: skip

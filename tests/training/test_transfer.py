@@ -201,7 +201,11 @@ class Deadly(ToyTeacher):
 def test_a_process_that_is_killed_leaves_a_job_that_goes_on(tmp_path):
     """SIGKILL at a random moment, five times, then to the end: equal to a run that nothing disturbed."""
     script = Path(__file__).with_name("run_toy.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
     dice = random.Random(1)
     for _ in range(5):
         child = subprocess.Popen([sys.executable, str(script), str(tmp_path)], stdout=subprocess.PIPE, env=environment)
@@ -312,7 +316,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence_and_is_not_locked(tmp_pat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as disk, pytest.raises(JobProblem, match="cannot be written: No space left on device"):
-        disk.setattr(Path, "write_text", full)
+        disk.setattr(os, "fsync", full)
         JobFolder(tmp_path, {"a": 1}).__enter__()
     with JobFolder(tmp_path, {"a": 1}) as job:
         assert (job.path / "job.json").is_file()
@@ -326,7 +330,7 @@ def test_a_full_disk_is_a_sentence_and_the_state_before_stays(tmp_path, monkeypa
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("linearize.attention.tensor_file.save_file", full)
+        monkeypatch.setattr("linearize.attention.tensor_file._write", full)
         with pytest.raises(ValueError, match="No space left on device"):
             job.save_state(run.state(), {"done": 4, "history": [], "notes": []})
         assert job.state()[1]["done"] == 3
