@@ -3,15 +3,10 @@
 torchrun starts `worker.py` beside this file instead, once per process. `docs/training.md` describes the job's file.
 """
 
-import logging
 import sys
 from pathlib import Path
 
-from .comfy_setup import find_comfyui, prepare
-from .distributed import OtherProcessFailed, join
-from .job_file import read_job
-from .loop import OutOfMemory
-from .progress_file import ProgressFile
+from .worker import heed_signals, work
 
 USAGE = "usage: python -m linearize.training job.json"
 
@@ -22,9 +17,21 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(USAGE + "\n")
         return 0 if arguments in (["-h"], ["--help"]) else 2
     talk()
+    return run(Path(arguments[0]))
+
+
+def run(file: Path) -> int:
+    """Do the job of a file; return the exit code, see `main`."""
+    # here, so that a signal is heeded while they are imported
+    from .comfy_setup import find_comfyui, prepare
+    from .distributed import OtherProcessFailed, join
+    from .job_file import read_job
+    from .loop import OutOfMemory
+    from .progress_file import ProgressFile
+
     folder: Path | None = None
     try:
-        job = read_job(Path(arguments[0]))
+        job = read_job(file)
         folder = job.folder
         workers = join(on_cpu=job.device == "cpu")
         with workers.reporting():
@@ -50,6 +57,8 @@ def main(arguments: list[str]) -> int:
 
 def talk() -> None:
     """Have the pack's own messages on stdout."""
+    import logging
+
     pack = logging.getLogger(__package__.rpartition(".")[0] if __package__ else None)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -59,4 +68,5 @@ def talk() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    heed_signals()
+    work(sys.argv[1:])

@@ -145,7 +145,8 @@ class Updates:
                     raise Stopped
 
             progress = run_stage(joint, self._folder, watch)
-        if not progress.is_over(stage.num_updates):
+        # what comes after the updates takes its time too
+        if stop.is_set or joint.stopping or not progress.is_over(stage.num_updates):
             raise StoppedEarly(
                 f"stopped after {progress.done} of {stage.num_updates} updates and saved; run the same command again "
                 "to go on"

@@ -138,6 +138,55 @@ def test_a_signal_stops_it_after_an_update_and_it_goes_on(lab):
     assert load_student(lab.folder / "stopped.safetensors").plan.rules
 
 
+def catches_sigterm(pid):
+    """Return whether a process has a handler for SIGTERM."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in text.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+MOMENTS = {
+    "at its first line": lambda lines, seconds: True,
+    "while it imports": lambda lines, seconds: seconds > 0.3,
+    "before the updates": lambda lines, seconds: any("status" in line for line in lines),
+    "after the updates": lambda lines, seconds: lines and lines[-1].get("status") and any("update" in x for x in lines),
+    "when all is done": lambda lines, seconds: any("student" in line for line in lines),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell who catches a signal")
+@pytest.mark.parametrize("command", [[str(WORKER)], ["-m", "linearize.training"]], ids=["worker", "module"])
+def test_sigterm_ends_it_well_at_any_moment(lab, command):
+    """One job, stopped at one moment after the other; it ends with all updates made once, and a student."""
+    name = f"any_{'module' if '-m' in command else 'worker'}"
+    path = lab(f"{name}.safetensors", plans=PLANS[:1], recipe={**RECIPE, "updates": 30, "held_out": 3})
+    progress = lab.folder / f"{name}.job" / "progress.jsonl"
+
+    def lines():
+        text = progress.read_text() if progress.exists() else ""
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+
+    moments = MOMENTS if "-m" not in command else dict(list(MOMENTS.items())[:2])
+    for moment, is_time in moments.items():
+        before, saved = len(lines()), (lab.folder / f"{name}.safetensors").exists()
+        with subprocess.Popen([sys.executable, *command, str(path)], env=environment(), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, cwd=lab.folder) as child:  # fmt: skip
+            while child.poll() is None and not catches_sigterm(child.pid):
+                time.sleep(0.001)
+            started = time.monotonic()
+            while child.poll() is None and not is_time(lines()[before:], time.monotonic() - started):
+                time.sleep(0.003)
+            child.send_signal(signal.SIGTERM)
+            said, _ = child.communicate(timeout=60)
+        assert child.returncode == 0, (moment, child.returncode, said)
+        assert "Traceback" not in said and "run the same command again to go on" in said or saved or (
+            moment == "when all is done"), (moment, said)  # fmt: skip
+    if "-m" not in command:
+        assert load_student(lab.folder / f"{name}.safetensors").recipe["transfer"]["updates_done"] == 30
+        updates = [line["update"] for line in lines() if "update" in line]
+        assert updates == list(range(1, 31)), "what was done is not done again"
+
+
 @pytest.fixture
 def main(lab, capsys, monkeypatch):
     """The command in this process: returns its exit code and what it wrote to stderr."""
