@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .hosts import Host
 from .hosts.base import WeightTarget
-from .tensor_file import FileProblem, TensorFile
+from .specs import MOST_DOWN_FACTOR
+from .tensor_file import FileProblem, TensorFile, cut, quote, quote_some
 
 PREFIXES = ("transformer.", "module.")
 POOL_SUFFIX = ".processor.spatial_weight"
-NAMED_RADIUS = re.compile(r"clear_local_(\d+)(?:_down_(\d+))?(?=\D|$)")
+NAMED_RADIUS = re.compile(r"clear_local_([0-9]{1,4})(?:_down_([0-9]{1,2}))?(?=\D|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def clear_weights(file: TensorFile, host: Host, module: Any) -> ClearWeights:
     for name in file.tensors:
         key = _without_prefix(name)
         if key in names and key in targets:
-            raise FileProblem(f"{file.path.name} holds {key} twice, as {names[key]} and as {name}")
+            raise FileProblem(f"{file.path.name} holds {cut(key)} twice, as {cut(names[key])} and as {cut(name)}")
         names[key] = name
     _check_projections(file, names, targets, host)
     placed = tuple(Placed(names[key], _site(key, sites), target) for key, target in targets.items())
@@ -145,11 +146,11 @@ def _check_projections(
         found = file.tensors[names[key]]
         if found.shape != target.shape:
             raise FileProblem(
-                f"{file.path.name} belongs to another model: {names[key]} has shape {found.shape} where this"
-                f" {host.title} needs {target.shape}"
+                f"{file.path.name} belongs to another model: {cut(names[key])} has shape {quote(found.shape)} where"
+                f" this {host.title} needs {target.shape}"
             )
         if not found.dtype.is_floating_point:
-            raise FileProblem(f"{file.path.name}: {names[key]} holds {found.dtype}, not floating point numbers")
+            raise FileProblem(f"{file.path.name}: {cut(names[key])} holds {found.dtype}, not floating point numbers")
 
 
 def _down_factor(file: TensorFile, pools: Mapping[str, str], num_sites: int) -> int:
@@ -160,8 +161,9 @@ def _down_factor(file: TensorFile, pools: Mapping[str, str], num_sites: int) -> 
     shapes = {file.tensors[name].shape for name in pools.values()}
     shape = next(iter(shapes))
     sides = [size for size in shape if size != 1] or [1, 1]
-    if len(shapes) > 1 or len(sides) != 2 or sides[0] != sides[1] or sides[0] < 2:
+    if len(shapes) > 1 or len(sides) != 2 or sides[0] != sides[1] or not 2 <= sides[0] <= MOST_DOWN_FACTOR:
         raise FileProblem(
-            f"{file.path.name}: pooling weights have the shapes {sorted(shapes)}, where (1, 1, 1, d, 1, d, 1) is known"
+            f"{file.path.name}: pooling weights have the shapes {quote_some(sorted(shapes))}, where"
+            " (1, 1, 1, d, 1, d, 1) is known"
         )
     return sides[0]

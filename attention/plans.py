@@ -5,14 +5,17 @@ A plan is data; `attention/runtime.py` acts on it.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .specs import DenseSpec, SiteSpec, spec_from_json, spec_to_json
+from .tensor_file import cut, quote, quote_some
 
 PLAN_FORMAT = "linearize/plan/1"
-PART = re.compile(r"^(?P<group>[a-z][a-z0-9_]*)(?:\.(?P<first>\d+)(?:-(?P<last>\d+))?)?$")
+PART = re.compile(r"(?P<group>[a-z][a-z0-9_]*)(?:\.(?P<first>[0-9]{1,6})(?:-(?P<last>[0-9]{1,6}))?)?")
+MOST_PARTS = 4096  # of all expressions of a plan together; no model has so many sites
+MOST_HOST = 100  # characters of a host's name
 
 
 def select_sites(expression: str, sites: Sequence[str]) -> tuple[str, ...]:
@@ -26,18 +29,25 @@ def select_sites(expression: str, sites: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: a part cannot be read or names no site; the sentence says which groups there are.
     """
+    _check_parts([expression])
     chosen: set[str] = set()
     for part in (part.strip() for part in expression.split(",")):
-        match = PART.match(part)
+        match = PART.fullmatch(part)
         if match is None:
             raise ValueError(
-                f"cannot read {part!r} in sites {expression!r}; write for example all, double or single.10-37"
+                f"cannot read {quote(part)} in sites {quote(expression)}; write for example all, double or single.10-37"
             )
         found = {site for site in sites if part == "all" or _names(match, site)}
         if not found:
-            raise ValueError(f"{part!r} names no site of this model, which has {describe_sites(sites)}")
+            raise ValueError(f"{quote(part)} names no site of this model, which has {describe_sites(sites)}")
         chosen |= found
     return tuple(site for site in sites if site in chosen)
+
+
+def _check_parts(expressions: Iterable[str]) -> None:
+    parts = sum(expression.count(",") + 1 for expression in expressions)
+    if parts > MOST_PARTS:
+        raise ValueError(f"sites are named in at most {MOST_PARTS} parts, got {parts}; write ranges, as in single.0-37")
 
 
 def _names(match: re.Match[str], site: str) -> bool:
@@ -103,7 +113,7 @@ class Plan:
         """Return the spec of one site of the host, whatever other sites there are."""
         spec = self.default
         for expression, each in self.rules:
-            parts = (PART.match(part.strip()) for part in expression.split(","))
+            parts = (PART.fullmatch(part.strip()) for part in expression.split(","))
             if any(match and (match[0] == "all" or _names(match, site)) for match in parts):
                 spec = each
         return spec
@@ -125,14 +135,15 @@ class Plan:
         """
         if not isinstance(data, Mapping) or data.get("format") != PLAN_FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
-            raise ValueError(f"a plan is a JSON object with format {PLAN_FORMAT!r}, got {found!r}")
+            raise ValueError(f"a plan is a JSON object with format {PLAN_FORMAT!r}, got {quote(found)}")
         unknown = sorted(set(data) - {"format", "host", "default", "sites"})
         if unknown:
-            raise ValueError(
-                f"a plan has no key {', '.join(map(repr, unknown))}; its keys are format, host, default, sites"
-            )
+            raise ValueError(f"a plan has no key {quote_some(unknown)}; its keys are format, host, default, sites")
         if not isinstance(data.get("host"), str) or not isinstance(data.get("sites", {}), Mapping):
             raise ValueError("a plan names its host as text, and its sites as an object of expression: spec")
+        if len(data["host"]) > MOST_HOST:
+            raise ValueError(f"host of a plan has at most {MOST_HOST} characters, got {quote(data['host'])}")
+        _check_parts(data.get("sites", {}))
         rules = tuple((expression, _named(expression, spec)) for expression, spec in data.get("sites", {}).items())
         return cls(data["host"], _named("default", data.get("default", {"kind": "dense"})), rules)
 
@@ -144,15 +155,18 @@ class Plan:
             ValueError: as `from_json`, or the text is not JSON (line and column are named).
         """
         try:
-            return cls.from_json(json.loads(text))
+            data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"the plan is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
             ) from None
+        except (ValueError, RecursionError):
+            raise ValueError("the plan holds a number of thousands of digits, or is nested too deeply") from None
+        return cls.from_json(data)
 
 
 def _named(where: str, data: object) -> SiteSpec:
     try:
         return spec_from_json(data)
     except ValueError as error:
-        raise ValueError(f"in the plan, {where}: {error}") from None
+        raise ValueError(f"in the plan, {cut(where)}: {error}") from None

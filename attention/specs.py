@@ -8,8 +8,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
+from .bounds import MOST_TOKENS, check_whole
+from .tensor_file import quote, quote_some
+
 FEATURE_MAPS = ("elu1", "relu", "favor", "hedgehog", "polynomial", "linfusion")
 STABILIZERS = ("max", "lse", "common")
+MOST_DOWN_FACTOR = 256  # a site's pooling weights have its square
+MOST_FEATURES = 1024  # a map has up to the square of them per head
+MOST_HEADS = 1024
+MOST_FRAMES = 2**20
 TRAINING_TOKENS = 4608  # CLEAR was distilled on 64 x 64 image tokens and 512 text tokens
 
 
@@ -48,9 +55,15 @@ class ClearSpec:
     proportional: bool = False
 
     def __post_init__(self) -> None:
-        _whole("radius", self.radius, 1, "a token sees at least itself; use kind dense to switch the window off")
-        _whole("temporal_radius", self.temporal_radius, 0, "0 means every frame")
-        _whole("down_factor", self.down_factor, 1, "1 means no pooled tokens")
+        check_whole(
+            "radius",
+            self.radius,
+            1,
+            MOST_TOKENS,
+            "a token sees at least itself; use kind dense to switch the window off",
+        )
+        check_whole("temporal_radius", self.temporal_radius, 0, MOST_TOKENS, "0 means every frame")
+        check_whole("down_factor", self.down_factor, 1, MOST_DOWN_FACTOR, "1 means no pooled tokens")
         _boolean("proportional", self.proportional)
 
     def scale(self, head_dim: int, num_tokens: int) -> float:
@@ -102,7 +115,7 @@ class HybridSpec:
     stabilizer: str = "max"
 
     def __post_init__(self) -> None:
-        _whole("rate", self.rate, 1, "1 keeps every key exact")
+        check_whole("rate", self.rate, 1, MOST_TOKENS, "1 keeps every key exact")
         _feature_map(self)
         _choice("stabilizer", self.stabilizer, STABILIZERS)
 
@@ -129,8 +142,8 @@ class ChunkedSpec:
     feature_dim: int = 0
 
     def __post_init__(self) -> None:
-        _whole("chunk_frames", self.chunk_frames, 1, "a chunk holds at least one frame")
-        _whole("overlap_frames", self.overlap_frames, 0, "0 means no overlap")
+        check_whole("chunk_frames", self.chunk_frames, 1, MOST_FRAMES, "a chunk holds at least one frame")
+        check_whole("overlap_frames", self.overlap_frames, 0, MOST_FRAMES, "0 means no overlap")
         _boolean("causal", self.causal)
         _feature_map(self)
 
@@ -160,9 +173,11 @@ class HeadSplit:
     groups: tuple[HeadGroup, ...]
 
     def __post_init__(self) -> None:
+        if self.num_heads > MOST_HEADS:
+            raise ValueError(f"a site has at most {MOST_HEADS} heads, got {self.num_heads}")
         named = sorted(head for group in self.groups for head in group.heads)
         if not named or named != list(range(len(named))):
-            raise ValueError(f"the heads of a site are named once each and without gap from 0, got {named}")
+            raise ValueError(f"the heads of a site are named once each and without gap from 0, got {quote(named)}")
 
     @property
     def num_heads(self) -> int:
@@ -216,44 +231,40 @@ def spec_from_json(data: object) -> SiteSpec:
     if isinstance(data, list):
         return HeadSplit(tuple(_group_from_json(entry) for entry in data))
     if not isinstance(data, Mapping):
-        raise ValueError(f"a spec is an object with a kind, or a list of heads and specs, got {data!r}")
+        raise ValueError(f"a spec is an object with a kind, or a list of heads and specs, got {quote(data)}")
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in SPECS:
-        raise ValueError(f"kind is one of {', '.join(KINDS)}, got {kind!r}")
+        raise ValueError(f"kind is one of {', '.join(KINDS)}, got {quote(kind)}")
     known = {field.name for field in fields(SPECS[kind])}
     unknown = sorted(set(data) - known - {"kind"})
     if unknown:
         allowed = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
-        raise ValueError(f"kind {kind} has no parameter {', '.join(map(repr, unknown))}; {allowed}")
+        raise ValueError(f"kind {kind} has no parameter {quote_some(unknown)}; {allowed}")
     return SPECS[kind](**{name: value for name, value in data.items() if name != "kind"})
 
 
 def _group_from_json(entry: object) -> HeadGroup:
     if not isinstance(entry, Mapping) or set(entry) != {"heads", "spec"}:
-        raise ValueError(f"a group of heads is an object with heads and spec, got {entry!r}")
+        raise ValueError(f"a group of heads is an object with heads and spec, got {quote(entry)}")
+    if isinstance(entry["spec"], list):
+        raise ValueError("a group of heads has one spec, not a list of groups")
     heads, spec = entry["heads"], spec_from_json(entry["spec"])
     if not isinstance(heads, list) or not all(type(head) is int for head in heads):
-        raise ValueError(f"heads is a list of whole numbers, got {heads!r}")
-    if isinstance(spec, HeadSplit):
-        raise ValueError("a group of heads has one spec, not a list of groups")
+        raise ValueError(f"heads is a list of whole numbers, got {quote(heads)}")
+    assert not isinstance(spec, HeadSplit)
     return HeadGroup(tuple(heads), spec)
-
-
-def _whole(name: str, value: object, least: int, meaning: str) -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} is a whole number of at least {least} ({meaning}), got {name}={value!r}")
 
 
 def _boolean(name: str, value: object) -> None:
     if type(value) is not bool:
-        raise ValueError(f"{name} is true or false, got {name}={value!r}")
+        raise ValueError(f"{name} is true or false, got {name}={quote(value)}")
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} is one of {', '.join(choices)}, got {name}={value!r}")
+        raise ValueError(f"{name} is one of {', '.join(choices)}, got {name}={quote(value)}")
 
 
 def _feature_map(spec: MappedSpec) -> None:
     _choice("feature_map", spec.feature_map, FEATURE_MAPS)
-    _whole("feature_dim", spec.feature_dim, 0, "0 takes the map's own number")
+    check_whole("feature_dim", spec.feature_dim, 0, MOST_FEATURES, "0 takes the map's own number")

@@ -160,6 +160,21 @@ def empty_maps(spec: MappedSpec, num_heads: int, head_dim: int) -> Maps:
     return phi_q, phi_k
 
 
+def map_shapes(spec: MappedSpec, num_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a map's parameters, by name; no memory is taken for them.
+
+    Raises:
+        ValueError: as `new_maps`.
+    """
+    kind = MAPS[spec.feature_map]
+    kind.features(head_dim, spec.feature_dim)
+    if kind.is_exponential:  # has no parameters
+        return {}
+    with torch.device("meta"):
+        feature_map = kind(num_heads, head_dim, spec.feature_dim)
+    return {name: tuple(parameter.shape) for name, parameter in feature_map.named_parameters()}
+
+
 def _key(site: str) -> str:
     return site.replace(".", "/")  # module names may not hold dots
 

@@ -5,9 +5,8 @@ A file holds one spec per site. Nothing here touches a model; `student_fit.py` s
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .bounds import check_json
 from .feature_maps import Favor
 from .fingerprint import LENGTH
 from .plans import Plan
-from .tensor_file import TensorFile, open_tensor_file, problem, quote, write_tensor_file
+from .tensor_file import TensorFile, cut, open_tensor_file, problem, quote, quote_some, write_tensor_file
 
 STUDENT_FORMAT = "linearize/1"
 FORMAT_NAME = re.compile(r"linearize/[1-9]\d{0,8}", re.ASCII)
@@ -28,9 +28,11 @@ METADATA = ("format", *TEXTS, "plan", "recipe", "site_errors")
 DRAW = "favor_draw"  # beside METADATA where a feature map is drawn; files without it have the first draw
 FINGERPRINT = "fingerprint"
 CHECKSUM = "sha256"
-MAX_HEADER_BYTES = 2**20  # a thousand tensors take about a tenth; reading one of lies takes 30 times its size
+MAX_HEADER_BYTES = 2**20  # a thousand tensors take about a tenth
 MAX_METADATA_BYTES = MAX_HEADER_BYTES // 2
-LONGEST_REASON = 500
+LONGEST_REASON = 220
+MOST_TEXT = 1000  # characters of what is told about a student
+MOST_ERROR = 1e30
 
 PARAMETER = re.compile(r"(?P<site>\w+(?:\.\w+)*?)\.(?P<part>pool|output\.weight|phi_[qk](?:\.\w+)+)", re.ASCII)
 DELTA = re.compile(
@@ -88,6 +90,8 @@ class StudentFile:
         for name in TEXTS:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} of a student is a text, got {quote(getattr(self, name))}")
+            if len(getattr(self, name)) > MOST_TEXT:
+                raise ValueError(f"{name} of a student has at most {MOST_TEXT} characters; shorten it")
         if self.role not in ROLES:
             raise ValueError(f"role of a student is one of {', '.join(ROLES)}, got {quote(self.role)}")
         if self.plan.host != self.host:
@@ -106,8 +110,15 @@ class StudentFile:
 
 def _check_site_errors(errors: Mapping[str, float]) -> None:
     for site, error in errors.items():
-        if type(error) not in (int, float) or not 0 <= error < math.inf:
+        if type(error) not in (int, float) or not 0 <= error <= MOST_ERROR:
             raise ValueError(f"site_errors are numbers of 0 or more by site, got {quote(site)}: {quote(error)}")
+
+
+def _check_values(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"what is learned are floating point numbers, {quote(name)} holds {tensor.dtype}")
+    if not tensor.numel():
+        raise ValueError(f"{quote(name)} holds no numbers, its shape is {quote(list(tensor.shape))}")
 
 
 def _check_parameter(name: str, tensor: Tensor) -> None:
@@ -116,8 +127,7 @@ def _check_parameter(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"a learned parameter is called <site>.pool, .output.weight, .phi_q.* or .phi_k.*, got {quote(name)}"
         )
-    if not tensor.is_floating_point():
-        raise ValueError(f"learned parameters are floating point numbers, {quote(name)} holds {tensor.dtype}")
+    _check_values(name, tensor)
     if found["part"] == "pool" and (tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1]):
         raise ValueError(f"a pooling weight has as many rows as columns, {quote(name)} has {tuple(tensor.shape)}")
 
@@ -129,8 +139,7 @@ def _check_delta(name: str, tensor: Tensor, deltas: Mapping[str, Tensor]) -> Non
             f"a weight delta is called diffusion_model.<path> with a LoRA ending ({', '.join(HALVES)}, alpha, diff,"
             f" diff_b or set_weight), got {quote(name)}"
         )
-    if not tensor.is_floating_point():
-        raise ValueError(f"weight deltas are floating point numbers, {quote(name)} holds {tensor.dtype}")
+    _check_values(name, tensor)
     target, part = found["target"], found["part"]
     # ComfyUI's loader would take one of several changes of a weight and drop the others
     ways = [way for way in ("lora_up.weight", "lora_A.weight", "diff", "set_weight") if f"{target}.{way}" in deltas]
@@ -207,7 +216,7 @@ def student_of(file: TensorFile) -> StudentFile:
         raise problem(file.path, f"is not a whole student file: its metadata lacks {', '.join(missing)}")
     strange = [name for name in file.tensors if not (name == FINGERPRINT or _is_delta(name) or _is_parameter(name))]
     if strange:
-        raise problem(file.path, f"holds {_some(strange)}, which no student of format {STUDENT_FORMAT} has")
+        raise problem(file.path, f"holds {quote_some(strange)}, which no student of format {STUDENT_FORMAT} has")
     tensors = file.load(file.tensors)
     if _checksum(file.metadata, tensors) != file.metadata[CHECKSUM]:
         raise problem(file.path, "changed after it was saved, its checksum does not agree; download it again")
@@ -242,7 +251,7 @@ def _student(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Stud
     return StudentFile(
         plan=plan,
         draw=(int(draw) if draw.isdecimal() and len(draw) < 4 else 0) if _is_drawn(plan) else Favor.DRAW,
-        recipe=_json_object("recipe", metadata["recipe"]),
+        recipe=_recipe(metadata["recipe"]),
         site_errors=_json_object("site_errors", metadata["site_errors"]),
         fingerprint=tensors.get(FINGERPRINT),
         parameters={name: tensor for name, tensor in tensors.items() if _is_parameter(name)},
@@ -251,11 +260,17 @@ def _student(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Stud
     )
 
 
+def _recipe(text: str) -> dict[str, Any]:
+    recipe = _json_object("recipe", text)
+    check_json("its recipe", recipe)
+    return recipe
+
+
 def _json_object(name: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"its {name} is not JSON, {error}") from None
+        raise ValueError(f"its {name} is not JSON, {cut(str(error))}") from None
     if not isinstance(value, dict):
         raise ValueError(f"its {name} is not a JSON object, got {quote(value)}")
     return value
@@ -269,8 +284,3 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(quote(name) for name in names[:3]) + more

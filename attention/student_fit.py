@@ -8,7 +8,7 @@ from .feature_maps import Favor, FeatureMap, Maps
 from .hosts.base import Site
 from .plans import describe_sites
 from .specs import ClearSpec, DenseSpec, HeadSplit, MappedSpec, SiteSpec, groups_of
-from .student import StudentParameters, empty_maps
+from .student import StudentParameters, empty_maps, map_shapes
 from .student_file import PARAMETER, StudentFile
 from .tensor_file import quote
 
@@ -66,9 +66,13 @@ def student_maps(student: StudentFile, specs: Mapping[str, SiteSpec], sites: Seq
         spec = specs[site.id]
         if isinstance(spec, MappedSpec):
             try:
-                found[site.id] = empty_maps(spec, site.num_heads, site.head_dim)
+                shapes = map_shapes(spec, site.num_heads, site.head_dim)
             except ValueError as error:
                 raise ValueError(f"the student does not fit {site.id}: {error}") from None
+            # before memory is taken for them: a file of a few bytes can ask for any size
+            for part in ("phi_q", "phi_k"):
+                _check_shapes(spec.feature_map, shapes, f"{site.id}.{part}.", student.parameters)
+            found[site.id] = empty_maps(spec, site.num_heads, site.head_dim)
             for part, feature_map in zip(("phi_q", "phi_k"), found[site.id], strict=True):
                 _fill(feature_map, f"{site.id}.{part}.", student.parameters)
                 if isinstance(feature_map, Favor):
@@ -76,20 +80,30 @@ def student_maps(student: StudentFile, specs: Mapping[str, SiteSpec], sites: Seq
     return found
 
 
-def _fill(feature_map: FeatureMap, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-    given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    wanted = dict(feature_map.named_parameters())
+def _check_shapes(name: str, wanted: Mapping[str, tuple[int, ...]], prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    given = _below(prefix, tensors)
     if given.keys() != wanted.keys():
-        name = sorted(given.keys() ^ wanted.keys())[0]
-        what = "lacks" if name in wanted else "has"
-        raise ValueError(f"the student {what} {quote(prefix + name)}; feature map {feature_map.name} has "
-                         f"{', '.join(wanted) or 'no parameters'}")  # fmt: skip
-    for name, parameter in wanted.items():
-        if parameter.shape != given[name].shape:
+        strange = sorted(given.keys() ^ wanted.keys())[0]
+        what = "lacks" if strange in wanted else "has"
+        raise ValueError(
+            f"the student {what} {quote(prefix + strange)}; feature map {name} has"
+            f" {', '.join(wanted) or 'no parameters'}"
+        )
+    for each, shape in wanted.items():
+        if tuple(given[each].shape) != shape:
             raise ValueError(
-                f"{quote(prefix + name)} has shape {tuple(given[name].shape)}, the site has {tuple(parameter.shape)}"
+                f"{quote(prefix + each)} has shape {quote(tuple(given[each].shape))}, the site has {shape}"
             )
+
+
+def _fill(feature_map: FeatureMap, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    given = _below(prefix, tensors)
+    for name, parameter in feature_map.named_parameters():
         parameter.data = given[name].detach()
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _check_part(name: str, part: str, tensor: Tensor, spec: SiteSpec, site: Site) -> None:
@@ -98,7 +112,7 @@ def _check_part(name: str, part: str, tensor: Tensor, spec: SiteSpec, site: Site
         wanted = (site.num_heads, site.head_dim, site.head_dim)
         if spec == DenseSpec() or tuple(tensor.shape) != wanted:
             raise ValueError(
-                f"{quote(name)} has shape {tuple(tensor.shape)}, the site takes {wanted} if it is not dense"
+                f"{quote(name)} has shape {quote(tuple(tensor.shape))}, the site takes {wanted} if it is not dense"
             )
         return
     if part == "pool":
@@ -107,6 +121,8 @@ def _check_part(name: str, part: str, tensor: Tensor, spec: SiteSpec, site: Site
             raise ValueError(f"the student has {quote(name)}, its plan pools no tokens at that site")
         if any(tuple(tensor.shape) != (factor, factor) for factor in factors):
             wanted = " and ".join(str(factor) for factor in sorted(factors))
-            raise ValueError(f"{quote(name)} has shape {tuple(tensor.shape)}, the plan's down_factor is {wanted}")
+            raise ValueError(
+                f"{quote(name)} has shape {quote(tuple(tensor.shape))}, the plan's down_factor is {wanted}"
+            )
     elif all(isinstance(kind, (ClearSpec, DenseSpec)) for kind in kinds):
         raise ValueError(f"the student has {quote(name)}, its plan has no feature map at that site")

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,12 +45,26 @@ class FileProblem(ValueError):
 
 def problem(path: Path, text: str) -> FileProblem:
     """Return the FileProblem that says `text`, a predicate such as "is empty", of the file at `path`."""
-    return FileProblem(f"{path.name if path.name.isprintable() else repr(path.name)} {text}")
+    name = path.name if path.name.isprintable() else repr(path.name)
+    return FileProblem(f"{cut(name)} {text}")
 
 
 def quote(value: object) -> str:
     """Return `value` from a file as quoted text on one line, cut where it is long."""
-    text = repr(value[: LONGEST_QUOTE + 1] if isinstance(value, (str, bytes, list)) else value)
+    try:
+        return cut(repr(value[: LONGEST_QUOTE + 1] if isinstance(value, (str, bytes, list)) else value))
+    except (ValueError, RecursionError):  # thousands of digits, or of lists inside each other
+        return f"a {type(value).__name__} too long to show"
+
+
+def quote_some(names: Sequence[object]) -> str:
+    """Return the first names of a file's, quoted, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(quote(name) for name in names[:3]) + more
+
+
+def cut(text: str) -> str:
+    """Return a text, cut where it is long."""
     return text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "..."
 
 

@@ -5,7 +5,6 @@ Which files belong to which sample is not known here; `sample_index.py` lists th
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention.bounds import MOST_SEED
 from ..attention.tensor_file import DTYPES, open_tensor_file, write_tensor_file
 
 FORMAT = "linearize/samples/1"
@@ -104,7 +104,9 @@ def can_store(value: object) -> bool:
     """Return whether a conditioning can hold an option: a dense tensor of a known dtype, or a plain finite value."""
     if isinstance(value, Tensor):
         return value.dtype in DTYPES.values() and value.layout == torch.strided and not value.is_nested
-    return value is None or isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, (int, float)):
+        return -MOST_SEED <= value <= MOST_SEED  # NaN is not
+    return value is None or isinstance(value, str)
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ..attention.atomic_file import whole_file
 from ..attention.plans import Plan
+from ..attention.tensor_file import cut, quote
 from .recipe import FinetuneRecipe, TransferRecipe, check_choice
 
 JOB_FORMAT = "linearize/training/1"
@@ -19,6 +20,9 @@ MODEL_KINDS = ("diffusion_model", "checkpoint")
 WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")  # the words of Load Diffusion Model
 DEVICES = ("auto", "cpu")
 EXTENSION = ".safetensors"
+MOST_BYTES = 2**20  # of the file
+MOST_PLANS = 64
+MOST_PATH = 4096  # characters
 REQUIRED = ("format", "stage", "model", "samples", "output")
 OPTIONAL = ("plans", "student", "recipe", "comfyui", "device")
 Recipe = TypeVar("Recipe", TransferRecipe, FinetuneRecipe)
@@ -104,11 +108,16 @@ def read_job(path: Path) -> TrainingJob:
         ValueError: the file is missing or no job, or a key or value in it is not as it should be; one sentence.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES} bytes")
+        data = json.loads(text.decode("utf-8"))
     except OSError as error:
         raise ValueError(f"the job {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"the job {path} is no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else cut(str(error))
+        raise ValueError(f"the job {path} is no JSON: {reason}") from None
     try:
         return job_from_json(data, path.resolve().parent)
     except ValueError as error:
@@ -126,7 +135,7 @@ def job_from_json(data: object, folder: Path) -> TrainingJob:
     """
     job = _object(data, "a job", REQUIRED, OPTIONAL)
     if job["format"] != JOB_FORMAT:
-        raise ValueError(f"this reads format {JOB_FORMAT}, got {job['format']!r}")
+        raise ValueError(f"this reads format {JOB_FORMAT}, got {quote(job['format'])}")
     check_choice("stage", job["stage"], tuple(RECIPES))
     model = _object(job["model"], "model", ("file",), ("kind", "weight_dtype"))
     words = {name: _text(name, model[name]) for name in ("kind", "weight_dtype") if name in model}
@@ -136,6 +145,8 @@ def job_from_json(data: object, folder: Path) -> TrainingJob:
         raise ValueError(f"a job of stage {job['stage']} has the key {wanted} and no key {other}")
     if transfer and not (isinstance(job["plans"], list) and job["plans"]):
         raise ValueError(f"plans is a list of at least one {'linearize/plan/1'} object")
+    if transfer and len(job["plans"]) > MOST_PLANS:
+        raise ValueError(f"plans are at most {MOST_PLANS}, got {len(job['plans'])}")
     check_choice("device", job.get("device", DEVICES[0]), DEVICES)
     return TrainingJob(
         model=ModelFile(_path(folder, "file of the model", model["file"]), **words),
@@ -158,7 +169,7 @@ def recipe_from_json(kind: type[Recipe], data: object) -> Recipe:
     names = [field.name for field in fields(kind)]
     found = _object(data, f"the recipe of stage {kind.stage}", (), ("stage", *names))
     if found.get("stage", kind.stage) != kind.stage:
-        raise ValueError(f"the recipe is of stage {found['stage']!r}, the job of stage {kind.stage}")
+        raise ValueError(f"the recipe is of stage {quote(found['stage'])}, the job of stage {kind.stage}")
     return kind(**{name: value for name, value in found.items() if name != "stage"})
 
 
@@ -170,13 +181,17 @@ def _object(data: object, what: str, required: tuple[str, ...], optional: tuple[
         raise ValueError(f"{what} has no key {', '.join(missing)}")
     unknown = [name for name in data if name not in (*required, *optional)]
     if unknown:
-        raise ValueError(f"{what} has no key {', '.join(unknown)}; it may have {', '.join((*required, *optional))}")
+        raise ValueError(
+            f"{what} has no key {', '.join(map(cut, unknown[:3]))}; it may have {', '.join((*required, *optional))}"
+        )
     return data
 
 
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} is a text, got {value!r}")
+        raise ValueError(f"{name} is a text, got {quote(value)}")
+    if len(value) > MOST_PATH:
+        raise ValueError(f"{name} has at most {MOST_PATH} characters, got {len(value)}")
     return value
 
 

@@ -1,15 +1,21 @@
 """How a student is trained, as data: one frozen dataclass per stage, checked on construction."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from ..attention.backends import AUTO, BACKENDS
+from ..attention.bounds import MOST_TOKENS, check_number, check_whole
+from ..attention.tensor_file import quote
 from .optimizers import AVERAGING, OPTIMIZERS
 
 VALUE_LOSSES = ("value", "squared", "score")
 TRAINABLES = ("lora", "full", "maps")
 NOISE_LEVELS = ("middle", "even", "unshifted")
+MOST_UPDATES = 10**7
+MOST_DRAWS = 10**4
+MOST_RANK = 4096
+MOST_WEIGHT = 1e6  # of a loss, a rate or a norm
+MOST_RECIPE_SEED = 2**32
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +57,14 @@ class TransferRecipe:
     backend: str = AUTO
 
     def __post_init__(self) -> None:
-        for name, least in (("updates", 0), ("queries", 0), ("replay", 1), ("repeats", 1), ("held_out", 1),
-                            ("output_draws", 0), ("warmup", 0), ("replay_bytes", 0), ("seed", 0)):  # fmt: skip
-            check_whole(name, getattr(self, name), least)
+        for name, least, most in (
+            ("updates", 0, MOST_UPDATES), ("queries", 0, MOST_TOKENS), ("replay", 1, MOST_DRAWS),
+            ("repeats", 1, MOST_DRAWS), ("held_out", 1, MOST_DRAWS), ("output_draws", 0, MOST_DRAWS),
+            ("warmup", 0, MOST_UPDATES), ("replay_bytes", 0, 2**50), ("seed", 0, MOST_RECIPE_SEED),
+        ):  # fmt: skip
+            check_whole(name, getattr(self, name), least, most)
         for name in ("learning_rate", "clip"):
-            check_positive(name, getattr(self, name))
+            check_number(name, getattr(self, name), MOST_WEIGHT, above_zero=True)
         check_choice("loss", self.loss, VALUE_LOSSES)
         check_choice("backend", self.backend, (AUTO, *BACKENDS))
 
@@ -116,13 +125,18 @@ class FinetuneRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("block_updates", 0), ("updates", 0), ("rank", 1), ("attention_every", 1),
-                            ("accumulation", 1), ("warmup", 0), ("held_out", 1), ("seed", 0)):  # fmt: skip
-            check_whole(name, getattr(self, name), least)
+        for name, least, most in (
+            ("block_updates", 0, MOST_UPDATES), ("updates", 0, MOST_UPDATES), ("rank", 1, MOST_RANK),
+            ("attention_every", 1, MOST_DRAWS), ("accumulation", 1, MOST_DRAWS), ("warmup", 0, MOST_UPDATES),
+            ("held_out", 1, MOST_DRAWS), ("seed", 0, MOST_RECIPE_SEED),
+        ):  # fmt: skip
+            check_whole(name, getattr(self, name), least, most)
         for name in ("map_rate", "delta_rate", "clip"):
-            check_positive(name, getattr(self, name))
+            check_number(name, getattr(self, name), MOST_WEIGHT, above_zero=True)
         for name in ("flow", "prediction", "attention", "ema"):
-            check_not_negative(name, getattr(self, name))
+            check_number(name, getattr(self, name), MOST_WEIGHT)
+        if type(self.checkpointing) is not bool:
+            raise ValueError(f"checkpointing is true or false, got {quote(self.checkpointing)}")
         check_choice("trainables", self.trainables, TRAINABLES)
         check_choice("noise_levels", self.noise_levels, NOISE_LEVELS)
         check_choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
@@ -150,25 +164,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_whole(name: str, value: object, least: int) -> None:
-    """Raise ValueError where a value is no whole number of at least `least`."""
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} is a whole number of at least {least}, got {value!r}")
-
-
-def check_positive(name: str, value: object) -> None:
-    """Raise ValueError where a value is no finite number above 0."""
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} is a number above 0, got {value!r}")
-
-
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError where a value is none of the choices."""
     if value not in choices:
-        raise ValueError(f"{name} is one of {', '.join(choices)}, got {value!r}")
-
-
-def check_not_negative(name: str, value: object) -> None:
-    """Raise ValueError where a value is no finite number of at least 0."""
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} is a number of at least 0, got {value!r}")
+        raise ValueError(f"{name} is one of {', '.join(choices)}, got {quote(value)}")

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention.bounds import MOST_SEED, check_whole
 from ..attention.fingerprint import LENGTH, distance, match
 from ..attention.tensor_file import quote
 from . import conditioning
 from .conditioning import FORMAT, NODE, SamplesProblem, parse_json
 
 ABOUT, INDEX, LATENTS = "about.json", "index.jsonl", "latents"
+MOST_SAMPLES = 10**6  # as many as six digits number
+MOST_STEPS, MOST_CFG, MOST_TEXT = 10**5, 1e6, 1000
+MOST_NORM = 1e30
+MOST_DIMS, MOST_NUMBERS = 8, 2**31  # of a latent
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -121,7 +126,7 @@ def read_about(folder: Path) -> About:
         raise SamplesProblem(f"{folder / ABOUT} has format {quote(found)}, this version reads {FORMAT}")
     try:
         return _about(data)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SamplesProblem(f"{folder / ABOUT} is damaged ({quote(str(error))}); choose a new name") from None
 
 
@@ -132,15 +137,20 @@ def _about(data: dict[str, Any]) -> About:
     for each in fields(About):
         value, kind = data[each.name], kinds.get(each.name, str)
         value = float(value) if kind is float and type(value) is int else value
-        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        if type(value) is not kind or (kind is float and not abs(value) <= MOST_CFG):
             raise ValueError(f"{each.name} is {quote(value)}")
+        if kind is str and len(value) > MOST_TEXT:
+            raise ValueError(f"{each.name} has {len(value)} characters")
         taken[each.name] = value
     if not _is_shape(taken["latent_shape"]):
         raise ValueError("latent_shape is no shape")
     taken["latent_shape"] = tuple(taken["latent_shape"])
-    taken["fingerprint"] = torch.tensor(taken["fingerprint"], dtype=torch.float32)
-    if taken["fingerprint"].shape != (LENGTH,):
-        raise ValueError(f"fingerprint has not {LENGTH} values")
+    for name, least, most in (("steps", 1, MOST_STEPS), ("seeds", 1, MOST_SAMPLES), ("first_seed", 0, MOST_SEED)):
+        check_whole(name, taken[name], least, most)
+    values = taken["fingerprint"]
+    if len(values) != LENGTH or not all(type(value) in (int, float) and abs(value) < MOST_NORM for value in values):
+        raise ValueError(f"fingerprint has not {LENGTH} values that are numbers")
+    taken["fingerprint"] = torch.tensor(values, dtype=torch.float32)
     return About(**taken)
 
 
@@ -172,7 +182,8 @@ def _sample(data: Any, about: About) -> Sample | None:
     if not isinstance(data, dict) or set(data) != {each.name for each in fields(Sample)}:
         return None
     number, shape, negative = data["number"], data["shape"], data["negative"]
-    whole = all(type(data[name]) is int and data[name] >= 0 for name in ("number", "seed"))
+    whole = all(type(data[name]) is int and 0 <= data[name] <= MOST_SEED for name in ("number", "seed"))
+    whole = whole and number < MOST_SAMPLES
     texts = all(isinstance(data[name], str) for name in ("prompt", "latent", "sha256", "positive"))
     if not (whole and texts and _is_shape(shape) and tuple(shape) == about.latent_shape):
         return None
@@ -194,4 +205,6 @@ def has_files(folder: Path, sample: Sample) -> bool:
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) >= 3 and all(type(size) is int and size > 0 for size in value)
+    if not isinstance(value, list) or not 3 <= len(value) <= MOST_DIMS:
+        return False
+    return all(type(size) is int and size > 0 for size in value) and math.prod(value) <= MOST_NUMBERS

@@ -69,7 +69,7 @@ def test_parameters_left_out_take_defaults(kind):
         ([{"heads": [0, 2], "spec": {"kind": "dense"}}], "without gap"),
         ([{"heads": ["0"], "spec": {"kind": "dense"}}], "whole numbers"),
         ([{"head": 0}], "heads and spec"),
-        ([{"heads": [0], "spec": []}], "once each"),
+        ([{"heads": [0], "spec": []}], "one spec, not a list"),
         ([], "once each"),
     ],
 )
