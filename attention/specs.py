@@ -229,6 +229,8 @@ def spec_from_json(data: object) -> SiteSpec:
         ValueError: unknown kind or parameter (named), or a value out of range.
     """
     if isinstance(data, list):
+        if len(data) > MOST_HEADS:
+            raise ValueError(f"a site has at most {MOST_HEADS} heads, got {len(data)} groups")
         return HeadSplit(tuple(_group_from_json(entry) for entry in data))
     if not isinstance(data, Mapping):
         raise ValueError(f"a spec is an object with a kind, or a list of heads and specs, got {quote(data)}")

@@ -213,10 +213,15 @@ def student_of(file: TensorFile) -> StudentFile:
     _check_format(file)
     missing = [name for name in (*METADATA, CHECKSUM) if name not in file.metadata]
     if missing:
-        raise problem(file.path, f"is not a whole student file: its metadata lacks {', '.join(missing)}")
+        raise problem(
+            file.path, f"is not a whole student file: its metadata lacks {', '.join(missing)}; download it again"
+        )
     strange = [name for name in file.tensors if not (name == FINGERPRINT or _is_delta(name) or _is_parameter(name))]
     if strange:
-        raise problem(file.path, f"holds {quote_some(strange)}, which no student of format {STUDENT_FORMAT} has")
+        raise problem(
+            file.path,
+            f"holds {quote_some(strange)}, which no student of format {STUDENT_FORMAT} has; choose another file",
+        )
     tensors = file.load(file.tensors)
     if _checksum(file.metadata, tensors) != file.metadata[CHECKSUM]:
         raise problem(file.path, "changed after it was saved, its checksum does not agree; download it again")
@@ -232,7 +237,11 @@ def _check_format(file: TensorFile) -> None:
     found = FORMAT_NAME.fullmatch(version or "")
     if found is None:
         told = "its metadata names no format" if version is None else f"its format is {quote(version)}"
-        raise problem(file.path, f"is not a Linearize student, which has format {STUDENT_FORMAT}: {told}")
+        raise problem(
+            file.path,
+            f"is not a Linearize student, which has format {STUDENT_FORMAT}: {told}; choose a file"
+            " that Save Linearized Attention wrote",
+        )
     if version != STUDENT_FORMAT:
         raise problem(
             file.path,

@@ -61,22 +61,28 @@ def student_maps(student: StudentFile, specs: Mapping[str, SiteSpec], sites: Seq
     Raises:
         ValueError: a parameter of a map is missing, unknown, or of another shape; or the map does not fit the site.
     """
-    found = {}
+    found: dict[str, Maps] = {}
+    shared: dict[tuple[SiteSpec, int], Maps] = {}  # maps without parameters are drawn, which takes its time
     for site in sites:
         spec = specs[site.id]
-        if isinstance(spec, MappedSpec):
-            try:
-                shapes = map_shapes(spec, site.num_heads, site.head_dim)
-            except ValueError as error:
-                raise ValueError(f"the student does not fit {site.id}: {error}") from None
-            # before memory is taken for them: a file of a few bytes can ask for any size
-            for part in ("phi_q", "phi_k"):
-                _check_shapes(spec.feature_map, shapes, f"{site.id}.{part}.", student.parameters)
-            found[site.id] = empty_maps(spec, site.num_heads, site.head_dim)
-            for part, feature_map in zip(("phi_q", "phi_k"), found[site.id], strict=True):
-                _fill(feature_map, f"{site.id}.{part}.", student.parameters)
+        if not isinstance(spec, MappedSpec):
+            continue
+        try:
+            shapes = map_shapes(spec, site.num_heads, site.head_dim)
+        except ValueError as error:
+            raise ValueError(f"the student does not fit {site.id}: {error}") from None
+        # before memory is taken for them: a file of a few bytes can ask for any size
+        for part in ("phi_q", "phi_k"):
+            _check_shapes(spec.feature_map, shapes, f"{site.id}.{part}.", student.parameters)
+        maps = None if shapes else shared.get((spec, site.head_dim))
+        if maps is None:
+            maps = shared[spec, site.head_dim] = empty_maps(spec, site.num_heads, site.head_dim)
+            for feature_map in maps:
                 if isinstance(feature_map, Favor):
                     feature_map.take_draw(student.draw)
+        found[site.id] = maps
+        for part, feature_map in zip(("phi_q", "phi_k"), maps, strict=True):
+            _fill(feature_map, f"{site.id}.{part}.", student.parameters)
     return found
 
 

@@ -37,6 +37,7 @@ MAX_DIMS = 64  # of a PyTorch tensor that can be computed with
 MAX_NAME = 500  # characters of a tensor's name; real ones have under 100
 FINITE_CHUNK = 2**22  # values looked at together, so that the check needs little memory
 LONGEST_QUOTE = 80
+LONGEST_FAULT = 240  # characters of what is wrong with a file
 
 
 class FileProblem(ValueError):
@@ -63,9 +64,9 @@ def quote_some(names: Sequence[object]) -> str:
     return ", ".join(quote(name) for name in names[:3]) + more
 
 
-def cut(text: str) -> str:
+def cut(text: str, most: int = LONGEST_QUOTE) -> str:
     """Return a text, cut where it is long."""
-    return text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "..."
+    return text if len(text) <= most else text[:most] + "..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +150,13 @@ def open_tensor_file(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) ->
     """
     path = Path(path)
     start, text, data_bytes = _read_header(path, max_header_bytes)
-    header = _parse_header(path, text)
-    metadata = _metadata(path, header.pop("__metadata__", {}))
-    tensors = {name: _entry(path, name, entry) for name, entry in header.items()}
-    _check_extents(path, tensors, data_bytes)
+    try:
+        header = _parse_header(path, text)
+        metadata = _metadata(path, header.pop("__metadata__", {}))
+        tensors = {name: _entry(path, name, entry) for name, entry in header.items()}
+        _check_extents(path, tensors, data_bytes)
+    except FileProblem as fault:
+        raise FileProblem(f"{cut(str(fault), LONGEST_FAULT)}; download it again, or choose another file") from None
     return TensorFile(path, metadata, tensors, 8 + len(text), hashlib.sha256(start + text).hexdigest())
 
 
@@ -172,7 +176,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     except FileProblem:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise problem(path, f"cannot be read: {_one_line(error)}") from None
+        raise problem(path, f"cannot be read: {_one_line(error)}; choose a file that ComfyUI may read") from None
 
 
 def _read_header(path: Path, max_header_bytes: int) -> tuple[bytes, bytes, int]:
@@ -194,19 +198,22 @@ def _check_start(path: Path, start: bytes, size: int, length: int, max_header_by
     if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise problem(path, "is a pickle file, which can run code; convert it to safetensors")
     if size < 8:
-        raise problem(path, f"is not a safetensors file: it has {size} bytes, the length of its header alone takes 8")
+        raise problem(
+            path, f"is not a safetensors file: it has {size} bytes, the length of its header takes 8; download it again"
+        )
     if length == 0:
-        raise problem(path, "is not a safetensors file: it says that its header is empty")
+        raise problem(path, "is not a safetensors file: it says that its header is empty; choose another one")
     if length > max_header_bytes and start[8:] == b"{":
         raise problem(
-            path,
-            f"says that its header has {length} bytes, at most {max_header_bytes} are read; "
-            "no file that fits here has so many, choose another one",
+            path, f"says that its header has {length} bytes, at most {max_header_bytes} are read; choose another one"
         )
     if start[8:] not in (b"{", b""):
-        raise problem(path, "is not a safetensors file: its header does not begin with {")
+        raise problem(path, "is not a safetensors file: its header does not begin with {; choose another one")
     if length > size - 8:
-        raise problem(path, f"is truncated in its header: {length} bytes are announced and {size - 8} are there")
+        raise problem(
+            path,
+            f"is truncated in its header: {length} bytes are announced and {size - 8} are there; download it again",
+        )
 
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
@@ -281,9 +288,9 @@ def _check_extents(path: Path, tensors: Mapping[str, TensorInfo], data_bytes: in
             )
         end += info.num_bytes
     if end > data_bytes:
-        raise problem(path, f"is truncated: its tensors take {end} bytes and {data_bytes} are there; download it again")
+        raise problem(path, f"is truncated: its tensors take {end} bytes and {data_bytes} are there")
     if end < data_bytes:
-        raise problem(path, f"has {data_bytes - end} bytes too many after its tensors; download it again")
+        raise problem(path, f"has {data_bytes - end} bytes too many after its tensors")
 
 
 def _are_counts(values: object) -> bool:

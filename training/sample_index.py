@@ -137,7 +137,7 @@ def _about(data: dict[str, Any]) -> About:
     for each in fields(About):
         value, kind = data[each.name], kinds.get(each.name, str)
         value = float(value) if kind is float and type(value) is int else value
-        if type(value) is not kind or (kind is float and not abs(value) <= MOST_CFG):
+        if type(value) is not kind or (kind is float and not 0 <= value <= MOST_CFG):
             raise ValueError(f"{each.name} is {quote(value)}")
         if kind is str and len(value) > MOST_TEXT:
             raise ValueError(f"{each.name} has {len(value)} characters")
