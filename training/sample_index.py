@@ -139,7 +139,7 @@ def _about(data: dict[str, Any]) -> About:
         value = float(value) if kind is float and type(value) is int else value
         if type(value) is not kind or (kind is float and not 0 <= value <= MOST_CFG):
             raise ValueError(f"{each.name} is {quote(value)}")
-        if kind is str and len(value) > MOST_TEXT:
+        if isinstance(value, str) and len(value) > MOST_TEXT:
             raise ValueError(f"{each.name} has {len(value)} characters")
         taken[each.name] = value
     if not _is_shape(taken["latent_shape"]):
