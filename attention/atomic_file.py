@@ -69,24 +69,23 @@ def clear_drafts(folder: Path, young_s: float = YOUNG_S) -> None:
         young_s: seconds since the last change for which a draft stays whoever holds it.
     """
     with contextlib.suppress(OSError):
-        for path in [path for path in folder.iterdir() if DRAFT.fullmatch(path.name)]:
+        # before every write, so quick in folders of many files
+        for path in [folder / name for name in os.listdir(folder) if name[0] == "." and DRAFT.fullmatch(name)]:
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime >= young_s:
                     _remove_unlocked(path)
 
 
 def _remove_unlocked(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    if fcntl is None:
+        path.unlink()
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # whatever it is, nothing is waited for
     try:
-        if fcntl is None:
-            os.close(descriptor)
-            descriptor = -1
-        else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
     finally:
-        if descriptor >= 0:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def _nameless(folder: Path) -> int | None:

@@ -11,6 +11,7 @@ came before it is taken.
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,10 @@ class JobFolder:
             FileProblem: it could not be written, for example because the disk is full; the states before are still
                 there.
         """
-        self._write(STATE, tensors, values, before=self.path / STATE_BEFORE)
+        state, before = self.path / STATE, self.path / STATE_BEFORE
+        if state.exists() and shutil.disk_usage(self.path).free < 2 * state.stat().st_size:
+            before.unlink(missing_ok=True)  # where three do not fit, there are two while one is written
+        self._write(STATE, tensors, values, before=before)
 
     def result(self) -> Saved | None:
         """Return tensors and values of the finished job, or None if it is not finished."""

@@ -3,6 +3,7 @@
 import logging
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import run_toy
@@ -100,6 +101,19 @@ def test_what_is_kept(job):
     job.finish({"weight": torch.ones(2)}, {"text": "done"})
     assert names(job) == ["result.safetensors", "state.safetensors"]
     assert job.result()[1] == {"text": "done"} and job.state()[1]["done"] == 4
+
+
+def test_on_a_full_disk_two_states_are_there_while_one_is_written(job, monkeypatch):
+    for done in (1, 2):
+        save(job, done)
+    usage = SimpleNamespace(free=(job.path / "state.safetensors").stat().st_size)
+    monkeypatch.setattr("linearize.training.job.shutil.disk_usage", lambda _: usage)
+    seen = []
+    write = JobFolder._write
+    monkeypatch.setattr(JobFolder, "_write", lambda *a, **more: (seen.append(names(job)), write(*a, **more)))
+    save(job, 3)
+    assert seen == [["state.safetensors"]] and names(job) == ["state.safetensors", "state_before.safetensors"]
+    assert read_values(job.path / "state_before.safetensors")[1]["done"] == 2
 
 
 def test_files_of_earlier_versions_are_read(job):
