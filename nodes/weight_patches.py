@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import comfy.lora
+import comfy.utils
 from torch import Tensor
 
 from ..attention.hosts import WeightTarget
@@ -86,15 +87,17 @@ def replace_deltas(
     if not deltas:
         return
     keys = comfy.lora.model_lora_keys_unet(patched.model, {})
-    shapes = {name: tuple(value.shape) for name, value in patched.model_state_dict().items()}
+    names = patched.model_state_dict().keys()
     for name, tensor in deltas.items():
         found = DELTA_SUFFIX.search(name)
         key = keys.get(name[: found.start()]) if found else None
         if found and found[1] == "diff_b" and key is not None:
             key = key.removesuffix(".weight") + ".bias"
-        if found is None or key not in shapes:
+        if found is None or key not in names:
             raise ValueError(f"the student changes {name}, which this model does not have")
-        _check_delta(name, found[1], tuple(tensor.shape), shapes[key])
+        # the parameter tells the shape of its numbers, the state dict that of packed bytes
+        shape = tuple(comfy.utils.get_attr(patched.model, key).shape)
+        _check_delta(name, found[1], tuple(tensor.shape), shape)
     loaded = comfy.lora.load_lora(dict(deltas), keys)
     accepted = patched.add_patches(loaded)
     if len(accepted) != len(loaded):

@@ -103,6 +103,12 @@ def comfy():
     return SimpleNamespace(nodes=nodes, node=node, module=module)
 
 
+@pytest.fixture(scope="session")
+def packed_models(comfy):
+    """What writes and loads copies of the tiny models whose weights are stored packed."""
+    return load_file(ROOT / "tests" / "packed_models.py")
+
+
 def load_file(path: Path):
     """Import a file that is not part of a package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.model_management
+import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -44,10 +45,25 @@ def model_fingerprint(model: Any) -> Tensor:
 
 
 def parameter(model: Any, name: str) -> Tensor:
-    """Return a parameter of the diffusion model, on the CPU and without any patch."""
-    backup = model.backup.get(f"diffusion_model.{name}")
-    value = backup.weight if backup is not None else model.model_state_dict()[f"diffusion_model.{name}"]
-    return value.detach().cpu().clone()
+    """Return a parameter of the diffusion model as numbers, however it is stored, on the CPU and without any patch."""
+    key = f"diffusion_model.{name}"
+    with model.use_ejected():
+        # a state dict may hold packed bytes, or nothing, where the module has what they mean
+        layer = comfy.utils.get_attr(model.model, key.rpartition(".")[0])
+        value = comfy.utils.get_attr(model.model, key)
+    backup = model.backup.get(key)
+    return _unpacked(layer, value if backup is None else backup.weight).detach().cpu().clone()
+
+
+def _unpacked(layer: Any, value: Any) -> Tensor:
+    """Return the numbers of a layer's weight that may be packed; only the layer knows how."""
+    if getattr(value, "tensor_type", None) is not None:  # of a GGUF pack
+        bare = value.to("cpu", copy=True)
+        bare.patches = []  # `get_weight` would add them
+        value = layer.get_weight(bare, torch.float32)
+    elif hasattr(layer, "convert_weight"):  # the core's way to what a LoRA is added to
+        value = layer.convert_weight(value, inplace=False)
+    return value.as_subclass(torch.Tensor)
 
 
 def is_as_loaded(model: Any) -> bool:
