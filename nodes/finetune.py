@@ -11,6 +11,7 @@ from ..attention.site_call import SiteCall
 from ..attention.student_file import StudentFile
 from ..attention.student_fit import check_student
 from ..training.comfy_model import stop_if_interrupted
+from ..training.comfy_patch import weights_without_backward
 from ..training.comfy_trainee import ComfyTrainee, with_trainee
 from ..training.conditioning import content_sha256
 from ..training.estimate import Estimate, estimate
@@ -167,7 +168,8 @@ def needed_memory(trainee: ComfyTrainee, stage: Finetune) -> Estimate:
     trainee.watch(stage.held_out[0], lambda call: None if seen else seen.append(call))
     (call,) = seen
     batch, heads, tokens, head_dim = call.query.shape
-    weights = list(trainee.module.parameters())
+    weights, unpacked = list(trainee.module.parameters()), weights_without_backward(trainee.module).values()
+    cast = [each for each in weights if each.dtype != call.query.dtype]
     return estimate(
         sum(each.nbytes for each in weights),
         sum(each.numel() for each in stage.trainables.trained().values()),
@@ -178,7 +180,7 @@ def needed_memory(trainee: ComfyTrainee, stage: Finetune) -> Estimate:
         num_blocks=len(trainee.blocks),
         checkpointing=trainee.checkpointing,
         value_bytes=call.query.element_size(),
-        num_cast=sum(each.numel() for each in weights if each.dtype != call.query.dtype),
+        num_cast=sum(each.numel() for each in (*cast, *unpacked)),
     )
 
 

@@ -11,6 +11,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from torch import Tensor
 
 from ..attention.fingerprint import fingerprint
@@ -138,10 +139,27 @@ def trainable(model: Any) -> tuple[Any, Runtime]:
     in_bf16 = comfy.model_management.should_use_bf16(patched.load_device, prioritize_performance=False)
     patched.set_model_compute_dtype(torch.bfloat16 if in_bf16 else torch.float32)
     patched.model.requires_grad_(False)
+    for name in weights_without_backward(patched.model):
+        patched.add_weight_wrapper(name, _unpacked_by_layer)
     runtime = Runtime(host, {}, LongLived(pause_recording))
     install_runtime(patched, runtime, patched.get_model_object("diffusion_model"))
     patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _load_whole)
     return patched, runtime
+
+
+def weights_without_backward(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the weights, by name, that the core multiplies with as they are packed, which it does forward only."""
+    return {
+        f"{name}.weight": layer.weight
+        for name, layer in module.named_modules()
+        if isinstance(getattr(layer, "weight", None), QuantizedTensor)
+        and not QUANT_ALGOS.get(getattr(layer, "quant_format", ""), {}).get("quantize_input", True)
+    }
+
+
+def _unpacked_by_layer(weight: Tensor) -> Tensor:
+    """Change nothing: a layer unpacks its weight before it gives it to any function."""
+    return weight
 
 
 def _load_whole(executor: Any, *args: Any, **kwargs: Any) -> Any:

@@ -79,7 +79,12 @@ def changes(seed=4):
 
 
 QKV, BIAS = "double_blocks.0.img_attn.qkv.weight", "double_blocks.0.txt_attn.proj.bias"
-COARSE = {"float8_e4m3fn": 0.05, "nvfp4": 0.25, "convrot_w4a4": 0.25, "gguf": 0.01}  # relative errors, rounding at random
+COARSE = {
+    "float8_e4m3fn": 0.05,
+    "nvfp4": 0.25,
+    "convrot_w4a4": 0.25,
+    "gguf": 0.01,
+}  # relative errors, rounding at random
 
 
 @pytest.mark.parametrize("kind", COARSE)

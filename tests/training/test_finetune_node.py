@@ -430,10 +430,12 @@ def lora_on(model, strength=1.0):
     return comfy_sd.load_lora_for_models(model, None, lora, strength, 0)[0]
 
 
-@pytest.mark.parametrize("full_rank", [False, True])
-@pytest.mark.parametrize("kind", ["float8_e4m3fn", "nvfp4", "convrot_w4a4"])
+@pytest.mark.parametrize(
+    "kind, full_rank",
+    [("float8_e4m3fn", True), ("mxfp8", False), ("nvfp4", True), ("int8_tensorwise", False), ("convrot_w4a4", True)],
+)
 def test_a_student_of_a_packed_base_loads_on_it(lab, comfy, packed_models, kind, full_rank, tmp_path):
-    """From samples to a file that runs on the base it was distilled on; its estimate counts what layers unpack."""
+    """From samples to a file that runs on the base it was distilled on."""
     import comfy.sd as comfy_sd
     import folder_paths
 
@@ -442,8 +444,9 @@ def test_a_student_of_a_packed_base_loads_on_it(lab, comfy, packed_models, kind,
     with torch.inference_mode():
         model = comfy_sd.load_diffusion_model(str(tmp_path / "base.safetensors"))
     spec = lab.specs.HybridSpec(2, "hedgehog")
-    found, losses = lab.finetune(model, lab.student("flux", spec), lab.samples("flux"), full_rank=full_rank, seed=21)
-    assert len(losses["loss"]) == 5 and found.deltas
+    found, losses = lab.finetune(model, lab.student("flux", spec), lab.samples("flux"), full_rank=full_rank, delta_rate=1e-5, seed=21,
+                                 block_updates=1, updates=1)  # fmt: skip
+    assert len(losses["loss"]) == 2 and found.deltas
     saved = tmp_path / "student.safetensors"
     files = lab.module("attention.student_file")
     files.save_student(saved, found.student())
@@ -460,7 +463,7 @@ def test_memory_counts_what_layers_unpack(lab, packed_models, tmp_path):
 
     source = Path(folder_paths.get_full_path("diffusion_models", "linearize_tiny_flux.safetensors"))
     needed = {}
-    for kind in ("plain", "nvfp4"):
+    for kind in ("plain", "convrot_w4a4"):
         path = source
         if kind != "plain":
             packed_models.write_packed(source, path := tmp_path / "base.safetensors", kind)
@@ -474,5 +477,5 @@ def test_memory_counts_what_layers_unpack(lab, packed_models, tmp_path):
                 return lab.module("nodes.finetune").needed_memory(trainee, stage)
 
             needed[kind] = lab.module("training.comfy_trainee").with_trainee(model, lab.samples("flux"), work)
-    assert needed["nvfp4"].base < 0.5 * needed["plain"].base
-    assert needed["nvfp4"].activations > needed["plain"].activations
+    assert needed["convrot_w4a4"].base < 0.5 * needed["plain"].base
+    assert needed["convrot_w4a4"].activations > needed["plain"].activations
