@@ -182,6 +182,8 @@ class Runtime:
             forget_running()
             self.record.forwards += 1
             self._hook(call.module)
+            if torch.is_grad_enabled():
+                self.parameters.let_autograd_save()
             facts = CallFacts(self.host.layout(call), self._outside(options), tuple(options.get(HALF_KEY) or ()))
             if isinstance(facts.layout, TokenLayout):
                 self._check_named_backends(call, facts, facts.layout)

@@ -113,6 +113,16 @@ class StudentParameters(nn.Module):
         pool = None if found.windows is None else found.windows.pool.to(device)
         return Learned(pool, found.maps, None if found.output is None else found.output.weight)
 
+    def let_autograd_save(self) -> None:
+        """Replace what inference mode made or moved, which autograd refuses to save, by equal tensors."""
+        with torch.inference_mode(False):
+            for module in self.modules():
+                for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                    if value.is_inference():
+                        copy_of = value.detach().clone()
+                        is_learned = isinstance(value, nn.Parameter)
+                        setattr(module, name, nn.Parameter(copy_of, value.requires_grad) if is_learned else copy_of)
+
     def without(self, sites: frozenset[str] | set[str]) -> "StudentParameters":
         """Return the parameters of the other sites."""
         return StudentParameters(

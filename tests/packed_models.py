@@ -36,7 +36,7 @@ def write_packed(source: Path, path: Path, kind: str) -> None:
 
 
 class Packed(torch.Tensor):
-    """Rows of blocks: a scale in fp16 and 32 numbers of 8 bits. `shape` is that of the numbers, `size()` of the bytes."""
+    """Rows of blocks: a scale in fp16 and 32 numbers of 8 bits. `shape` counts the numbers, `size()` the bytes."""
 
     tensor_type: str
     tensor_shape: torch.Size

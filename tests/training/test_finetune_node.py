@@ -444,8 +444,8 @@ def test_a_student_of_a_packed_base_loads_on_it(lab, comfy, packed_models, kind,
     with torch.inference_mode():
         model = comfy_sd.load_diffusion_model(str(tmp_path / "base.safetensors"))
     spec = lab.specs.HybridSpec(2, "hedgehog")
-    found, losses = lab.finetune(model, lab.student("flux", spec), lab.samples("flux"), full_rank=full_rank, delta_rate=1e-5, seed=21,
-                                 block_updates=1, updates=1)  # fmt: skip
+    settings = {"full_rank": full_rank, "delta_rate": 1e-5, "seed": 21, "block_updates": 1, "updates": 1}
+    found, losses = lab.finetune(model, lab.student("flux", spec), lab.samples("flux"), **settings)
     assert len(losses["loss"]) == 2 and found.deltas
     saved = tmp_path / "student.safetensors"
     files = lab.module("attention.student_file")
