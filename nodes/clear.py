@@ -1,11 +1,14 @@
 """CLEAR Attention: local windows on the self-attention of a loaded model."""
 
+from functools import partial
+
 from comfy_api.latest import io
 
 from ..attention.plans import Plan, group_sites, select_sites
 from ..attention.runtime import SiteSettings
 from ..attention.specs import ClearSpec
 from ..attention.student import StudentParameters
+from ..training.comfy_patch import parameter
 from . import model_files, patching
 from .clear_source import AUTO, choices, clear_source, published_name
 from .kind_inputs import clear_inputs, place_inputs
@@ -41,9 +44,10 @@ class LinearizeCLEAR(io.ComfyNode):
                     "weights",
                     options=choices(),
                     default=AUTO,
-                    tooltip="Attention weights distilled for these windows. auto takes CLEAR's published file for "
-                    "FLUX.1 where one fits and is there; choosing one that is not there downloads it (3.6 GB). none "
-                    "uses the model's own weights, which were never trained for windows.",
+                    tooltip="Attention weights distilled for these windows. auto takes CLEAR's published file "
+                    "where it is there and this model is FLUX.1-dev or close to it by its weights; choosing a file "
+                    "uses it on any model that it fits, and downloads it if it is not there (3.6 GB). none uses the "
+                    "model's own weights, which were never trained for windows.",
                 ),
                 *windows,
                 *place_inputs(),
@@ -80,7 +84,7 @@ class LinearizeCLEAR(io.ComfyNode):
         part = patching.part_of_sampling(start_percent, end_percent)
         chosen = select_sites(sites, [site.id for site in host.sites(module)])
         spec = ClearSpec(radius, temporal_radius, down_factor, proportional)
-        source = clear_source(weights, spec, host, module)
+        source = clear_source(weights, spec, host, module, partial(parameter, model))
         origin = model_files.identity(source.weights.file.path) if source.weights else ""
         settings = SiteSettings(source.spec, backend, part, min_tokens, bool(source.weights), origin)
         notes = (*source.notes, *patching.replaced_notes(model, chosen))

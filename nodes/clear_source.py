@@ -1,16 +1,22 @@
-"""Which weights the CLEAR node uses: none, a file, or the published one that fits, and what to tell about it."""
+"""Which weights the CLEAR node uses: none, a file, or the published one that fits, and what to tell about it.
 
+A file that the user chose is used wherever it fits; `auto` only where the model's own weights are those it began as.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..attention.clear_weights import ClearWeights, clear_weights, published_radius
+from torch import Tensor
+
+from ..attention.clear_weights import SAME_BASE, ClearWeights, clear_weights, published_radius
 from ..attention.hosts import Host
 from ..attention.specs import ClearSpec
 from ..attention.tensor_file import FileProblem, open_tensor_file
 from . import model_files
 
 AUTO, NONE = "auto", "none"
-PUBLISHED_HOST, PUBLISHED_WIDTH = "flux", 3072  # FLUX.1-dev, and the rows of its projections
+PUBLISHED_HOST, PUBLISHED_WIDTH, PUBLISHED_DEPTH = "flux", 3072, (19, 38)  # FLUX.1-dev, double and single blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +39,16 @@ def choices() -> list[str]:
     return [AUTO, NONE, *dict.fromkeys([*model_files.local_files(), *model_files.published_files()])]
 
 
-def clear_source(choice: str, spec: ClearSpec, host: Host, module: Any) -> ClearSource:
+def clear_source(
+    choice: str, spec: ClearSpec, host: Host, module: Any, read: Callable[[str], Tensor] | None = None
+) -> ClearSource:
     """Return the weights for a choice.
 
     Args:
         choice: `auto`, `none` or a file's name; a published file that is not there is downloaded.
         spec: what the node asks for.
         host, module: the model that receives them.
+        read: returns a parameter of that model without patches; without it `auto` takes no weights.
 
     Raises:
         ValueError: a chosen file is not there, cannot be read, or does not fit the model or the spec.
@@ -47,7 +56,7 @@ def clear_source(choice: str, spec: ClearSpec, host: Host, module: Any) -> Clear
     if choice == NONE:
         return ClearSource(spec, None, ("untrained: the model's own weights",))
     if choice == AUTO:
-        return _automatic(spec, host, module)
+        return _automatic(spec, host, module, read)
     if choice in model_files.published_files() and model_files.find(choice) is None:
         _check_before_download(choice, spec, host, module)
     weights = clear_weights(open_tensor_file(model_files.fetch(choice)), host, module)
@@ -70,24 +79,68 @@ def published_name(radius: int, down_factor: int) -> str:
     return next((name for name in names if published_radius(name) == (radius, down_factor)), "")
 
 
-def _automatic(spec: ClearSpec, host: Host, module: Any) -> ClearSource:
+def _automatic(spec: ClearSpec, host: Host, module: Any, read: Callable[[str], Tensor] | None) -> ClearSource:
     name = published_name(spec.radius, spec.down_factor)
+    reason = _why_not_offered(name, spec, host, module)
+    if not reason:
+        try:
+            source = clear_source(name, spec, host, module)
+            reason = _why_not_taken(name, source, spec, host, module, read)
+            if not reason:
+                return source
+        except (FileProblem, ValueError) as problem:
+            reason = str(problem)
+    return ClearSource(spec, None, (f"untrained: {reason}",))
+
+
+def _why_not_offered(name: str, spec: ClearSpec, host: Host, module: Any) -> str:
+    """Return why `auto` does not open a published file, empty if it does."""
     if not name or host.name != PUBLISHED_HOST:
         pooled = f" and down_factor {spec.down_factor}" if spec.down_factor > 1 else ""
-        note = f"untrained: nobody publishes weights for {host.title} with radius {spec.radius}{pooled}"
-        return ClearSource(spec, None, (note,))
-    if model_files.find(name) is None:
-        note = f"untrained: {name} would fit; choose it under weights to download it"
-        return ClearSource(spec, None, (note,))
-    try:
-        source = clear_source(name, spec, host, module)
-    except (FileProblem, ValueError) as problem:
-        return ClearSource(spec, None, (f"untrained: {problem}",))
-    if source.spec.down_factor != spec.down_factor:
-        return ClearSource(
-            spec, None, (f"untrained: {name} holds pooling weights for down_factor {source.spec.down_factor}",)
-        )
-    return source
+        return f"nobody publishes weights for {host.title} with radius {spec.radius}{pooled}"
+    if getattr(module, "in_channels", 0) != getattr(module, "out_channels", 0):
+        return f"{name} was made for FLUX.1-dev, and this model takes more than a latent, as Fill and Canny do"
+    if model_files.find(name) is not None:
+        return ""
+    other = _another_shape(host, module)
+    if other:
+        return f"{name} was made for {other}"
+    return (
+        f"{name} was made for FLUX.1-dev; if this model is FLUX.1-dev or schnell, choose the file under weights to "
+        "download it"
+    )
+
+
+def _why_not_taken(
+    name: str, source: ClearSource, spec: ClearSpec, host: Host, module: Any, read: Callable[[str], Tensor] | None
+) -> str:
+    """Return why `auto` does not take a file that fits by its shapes, empty if it does."""
+    weights, num_sites = source.weights, len(host.diffusers_sites(module))
+    assert weights is not None
+    if weights.down_factor != spec.down_factor:
+        return f"{name} holds pooling weights for down_factor {weights.down_factor}"
+    if weights.num_sites != num_sites:
+        return f"{name} belongs to another model: it has {weights.num_sites} sites, this one has {num_sites}"
+    apart = weights.distance(read) if read else float("inf")
+    if apart < SAME_BASE:
+        return ""
+    return (
+        f"{name} was made for FLUX.1-dev, and this model's own projections are {apart:.0%} away from it; to use it all "
+        "the same, choose the file under weights"
+    )
+
+
+def _another_shape(host: Host, module: Any) -> str:
+    """Return what the published files were made for and what this model is instead, empty if its shape is theirs."""
+    widths = {target.shape[0] for target in host.diffusers_targets(module).values()}
+    depth = len(module.double_blocks), len(module.single_blocks)
+    if widths == {PUBLISHED_WIDTH} and depth == PUBLISHED_DEPTH:
+        return ""
+    wanted, found = (f"{double} + {single} blocks" for double, single in (PUBLISHED_DEPTH, depth))
+    return (
+        f"FLUX.1-dev, {PUBLISHED_WIDTH} wide with {wanted}; this model is {', '.join(map(str, sorted(widths)))} wide "
+        f"with {found}"
+    )
 
 
 def _check_before_download(choice: str, spec: ClearSpec, host: Host, module: Any) -> None:
@@ -100,6 +153,6 @@ def _check_before_download(choice: str, spec: ClearSpec, host: Host, module: Any
             f"{choice} was distilled with down_factor {published[1]}, the node says {spec.down_factor}; choose the file"
             " that fits, or set down_factor to 1 to take the file's"
         )
-    widths = {target.shape[0] for target in host.diffusers_targets(module).values()}
-    if widths != {PUBLISHED_WIDTH}:
-        raise ValueError(f"{choice} was made for FLUX.1-dev, {PUBLISHED_WIDTH} wide; this model's projections differ")
+    other = _another_shape(host, module)
+    if other:
+        raise ValueError(f"{choice} was made for {other}; choose weights {NONE}")
