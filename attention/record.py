@@ -35,6 +35,7 @@ class RunRecord:
         passed_over: why a backend that `auto` would have preferred was not taken.
         below: what a later node put in place of this one's override; it runs the calls that stay dense.
         planned: the sites whose spec is not dense.
+        merged: what another node's merge left of trained weights, in one sentence.
         sampled: whether a sampling run began with this record.
         forwards: of the model, as far as they were shown to this pack.
         finished: forwards that came to their end.
@@ -48,6 +49,7 @@ class RunRecord:
     passed_over: set[Reason] = field(default_factory=set)
     below: str = ""
     planned: tuple[str, ...] = ()
+    merged: str = ""
     sampled: bool = False
     forwards: int = 0
     finished: int = 0
@@ -138,6 +140,8 @@ class RunRecord:
         lines += sorted(reason.text for reason in self.passed_over if reason.code != "device")
         if self.below:
             lines.append(f"{self.below} comes after this node; it runs the calls that stay dense")
+        if self.merged:
+            lines.append(self.merged)
         if self.non_finite:
             lines.append(f"infinite or NaN output at {', '.join(self.non_finite)}")
         return "\n".join(lines)

@@ -24,7 +24,7 @@ from ..attention.specs import MappedSpec
 from ..attention.student import StudentParameters, new_maps
 from ..training.comfy_patch import KEY, host_of, install_runtime, pause_recording, runtime_of
 from .receipt import write_receipt
-from .weight_patches import PlacedTensor, replace_deltas, replace_projections
+from .weight_patches import MERGES, PlacedTensor, count_merges, merge_note, replace_deltas, replace_projections
 
 PROPORTIONAL_KEY = "linearize_proportional"  # in the transformer options: clear windows use the proportional scale
 ROPE_KEY = "diffusion_model.pe_embedder"
@@ -103,6 +103,7 @@ def patch_model(
         patched.add_callback_with_key(event, KEY, callback)
     replace_projections(patched, sites, projections)
     replace_deltas(patched, host.site_weights(module), sites, deltas or {})
+    patched.set_attachments(MERGES, count_merges(patched))
     patched.remove_additional_models(KEY)
     if len(runtime.parameters.sites):
         patched.set_additional_models(KEY, [parameter_patcher(runtime.parameters)])
@@ -190,6 +191,8 @@ def _on_pre_run(patcher: Any) -> None:
     runtime = runtime_of(patcher)
     if runtime is not None:
         runtime.start_run(patcher.get_model_object("model_sampling").percent_to_sigma)
+        trained = [site for site, settings in runtime.sites.items() if settings.trained]
+        runtime.record.merged = merge_note(patcher, trained)
 
 
 def _on_cleanup(patcher: Any) -> None:

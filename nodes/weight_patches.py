@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.lora
 import comfy.utils
+import torch
 from torch import Tensor
 
 from ..attention.hosts import WeightTarget
@@ -17,6 +18,7 @@ from ..attention.runtime import SiteSettings
 
 PROJECTIONS = "linearize"  # attachment: by site, the patches of its distilled projections
 DELTAS = "linearize_deltas"  # attachment: the trained sites that a student still has, and its `Delta`s
+MERGES = "linearize_merges"  # attachment: how many merges other nodes had made when a node of the pack came last
 DELTA_SUFFIX = re.compile(r"\.(lora_up|lora_down|lora_A|lora_B|alpha|diff_b|diff|set_weight)(?:\.weight)?$")
 PlacedTensor = tuple[str, WeightTarget, Tensor]  # site, rows of the model's parameter, what replaces them
 Delta = tuple[str, Any, frozenset[str]]  # parameter, its patch, the sites whose attention it is part of
@@ -48,9 +50,14 @@ def replace_projections(patched: Any, sites: Iterable[str], projections: Sequenc
 
 
 def _put_under(patched: Any, key: str, value: Any) -> Any:
-    """Move the patch that holds `value` below all others of its parameter, and return it."""
+    """Move the patch that holds `value` below all LoRAs of its parameter, and return it.
+
+    It stays above merges: those made the model that it changes, and scale all that lies below them.
+    """
     entry = next(each for each in patched.patches[key] if each[1] is value)
-    patched.patches[key] = [entry, *(each for each in patched.patches[key] if each is not entry)]
+    others = [each for each in patched.patches[key] if each is not entry]
+    below = max((i + 1 for i, each in enumerate(others) if _is_merge(each)), default=0)
+    patched.patches[key] = [*others[:below], entry, *others[below:]]
     return entry
 
 
@@ -135,3 +142,70 @@ def _check_delta(name: str, suffix: str, found: tuple[int, ...], needed: tuple[i
     }
     if not fits.get(suffix, True):
         raise ValueError(f"the student's {name} has shape {found}, which does not fit this model's {needed}")
+
+
+def count_merges(patched: Any) -> int:
+    """Return how many patches of a model are merges with other models."""
+    return sum(_is_merge(each) for patches in patched.patches.values() for each in patches)
+
+
+def merge_note(patched: Any, trained: Iterable[str]) -> str:
+    """Return what merges behind the pack's nodes left of trained sites, in one sentence; empty where there are none.
+
+    ComfyUI merges by scaling the weights of a clone and adding another model's, with the patches of both. So changes of
+    weights get weaker, while the clone has the first model's plan and feature maps, whole.
+    """
+    trained = frozenset(trained)
+    if not trained or count_merges(patched) <= (patched.get_attachment(MERGES) or 0):
+        return ""
+    placed = patched.get_attachment(PROJECTIONS) or {}
+    _, deltas = patched.get_attachment(DELTAS) or (frozenset(), ())
+    entries = [entry for site in trained for entry in placed.get(site, ())]
+    entries += [(key, entry) for key, entry, owners in deltas if owners & trained or not owners]
+    left = sorted({round(_strength(entry, patched.patches.get(key, ())), 2) for key, entry in entries})
+    if left in ([], [1.0]):
+        return "another node merged weights into this model that were not trained for its attention"
+    shares = " to ".join(f"{share:.0%}" for share in dict.fromkeys((left[0], left[-1])))
+    return (
+        f"another node merged this model with another: its trained changes of weights count {shares}, while its plan "
+        "and feature maps run whole"
+    )
+
+
+def _is_merge(entry: Any) -> bool:
+    strength, value, kept = entry[:3]
+    return kept != 1.0 or (isinstance(value, list) and strength != 0.0)
+
+
+def _strength(wanted: Any, patches: Iterable[Any]) -> float:
+    """Return how much of a patch is in what a list of patches computes, those of merged models included."""
+    found = 0.0
+    for each in patches:
+        strength, value, kept = each[:3]
+        found *= kept
+        if _are_equal(each, wanted):
+            found += strength
+        elif isinstance(value, list):
+            found += strength * _strength(wanted, value[1:])
+    return found
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Return whether two patches change the same rows alike; two nodes may have read one file."""
+    if one is other:
+        return True
+    mine, theirs = _tensors(one[1]), _tensors(other[1])
+    return (
+        one[3] == other[3]
+        and [each.shape for each in mine] == [each.shape for each in theirs]
+        and len(mine) > 0
+        and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple):
+        return [tensor for each in value for tensor in _tensors(each)]
+    return _tensors(tuple(getattr(value, "weights", None) or ()))
