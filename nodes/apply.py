@@ -12,6 +12,7 @@ from ..attention.student_fit import check_student, student_parameters
 from ..training.comfy_patch import model_fingerprint
 from . import patching
 from .kind_inputs import untrained_notes
+from .model_takers import NOT_SAMPLED, taker_notes
 
 
 def apply_plan(model: Any, plan: Plan, node_id: str | None) -> Any:
@@ -53,8 +54,11 @@ def apply_student(model: Any, student: StudentFile | Candidates, node_id: str | 
         site: SiteSettings(spec, trained=site in learned and not isinstance(spec, DenseSpec), origin=student.origin)
         for site, spec in specs.items()
     }
+    takers = taker_notes(node_id) if learned else ()
     notes = (student_note(student), *choice, *base_notes(model, student), *patching.replaced_notes(model, settings))
-    status = patching.show_on_node(node_id, notes)
+    status = patching.show_on_node(node_id, (*notes, *takers))
+    if takers:  # the model that they take may never be sampled
+        status(NOT_SAMPLED)
     return patching.patch_model(model, settings, status, parameters=parameters, deltas=student.deltas)[0]
 
 

@@ -12,6 +12,7 @@ from ..training.comfy_patch import parameter
 from . import model_files, patching
 from .clear_source import AUTO, choices, clear_source, published_name
 from .kind_inputs import clear_inputs, place_inputs
+from .model_takers import NOT_SAMPLED, taker_notes
 from .sockets import CATEGORY, AttentionPlan
 
 
@@ -87,11 +88,15 @@ class LinearizeCLEAR(io.ComfyNode):
         source = clear_source(weights, spec, host, module, partial(parameter, model))
         origin = model_files.identity(source.weights.file.path) if source.weights else ""
         settings = SiteSettings(source.spec, backend, part, min_tokens, bool(source.weights), origin)
-        notes = (*source.notes, *patching.replaced_notes(model, chosen))
+        takers = taker_notes(cls.hidden.unique_id) if source.weights else ()
+        notes = (*source.notes, *patching.replaced_notes(model, chosen), *takers)
+        status = patching.show_on_node(cls.hidden.unique_id, notes)
+        if takers:  # the model that they take may never be sampled
+            status(NOT_SAMPLED)
         patched, runtime = patching.patch_model(
             model,
             dict.fromkeys(chosen, settings),
-            patching.show_on_node(cls.hidden.unique_id, notes),
+            status,
             projections=source.weights.projections(chosen) if source.weights else (),
             parameters=StudentParameters(source.weights.pool_weights(chosen)) if source.weights else None,
         )

@@ -100,7 +100,7 @@ def replace_deltas(
         key = keys.get(name[: found.start()]) if found else None
         if found and found[1] == "diff_b" and key is not None:
             key = key.removesuffix(".weight") + ".bias"
-        if found is None or key not in names:
+        if found is None or key is None or key not in names:
             raise ValueError(f"the student changes {name}, which this model does not have")
         # the parameter tells the shape of its numbers, the state dict that of packed bytes
         shape = tuple(comfy.utils.get_attr(patched.model, key).shape)

@@ -149,12 +149,12 @@ def trainable(model: Any) -> tuple[Any, Runtime]:
 
 def weights_without_backward(module: torch.nn.Module) -> dict[str, Tensor]:
     """Return the weights, by name, that the core multiplies with as they are packed, which it does forward only."""
-    return {
-        f"{name}.weight": layer.weight
-        for name, layer in module.named_modules()
-        if isinstance(getattr(layer, "weight", None), QuantizedTensor)
-        and not QUANT_ALGOS.get(getattr(layer, "quant_format", ""), {}).get("quantize_input", True)
-    }
+    found = {}
+    for name, layer in module.named_modules():
+        weight, kind = getattr(layer, "weight", None), getattr(layer, "quant_format", "")
+        if isinstance(weight, QuantizedTensor) and not QUANT_ALGOS.get(kind, {}).get("quantize_input", True):
+            found[f"{name}.weight"] = weight
+    return found
 
 
 def _unpacked_by_layer(weight: Tensor) -> Tensor:

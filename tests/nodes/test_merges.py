@@ -128,3 +128,79 @@ def test_a_student_behind_a_merge_is_whole(comfy, studio, student, other):
     again = merge("ModelMergeSimple", patched, other, ratio=0.5)
     studio.sample(again, steps=1)
     assert "count 50%" in studio.record(again).summary()
+
+
+@pytest.fixture
+def in_graph(comfy):
+    """A function: run something as node "2" of a prompt, whose other nodes are given as (class, inputs) by id."""
+    from comfy_execution.graph import DynamicPrompt
+    from comfy_execution.progress import reset_progress_state
+    from comfy_execution.utils import CurrentNodeContext
+
+    def run(work, **others):
+        graph = {"1": ("UNETLoader", {}), "2": ("LinearizeApply", {"model": ["1", 0]}), **others}
+        nodes = {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in graph.items()}
+        reset_progress_state("here", DynamicPrompt(nodes))
+        with CurrentNodeContext("here", "2"):
+            return work()
+
+    yield run
+    reset_progress_state("", DynamicPrompt({}))
+
+
+LORA = ("LoraLoaderModelOnly", {"model": ["2", 0], "lora_name": "a", "strength_model": 1.0})
+SAMPLER = ("KSampler", {"model": ["2", 0], "seed": 1})
+WEIGHTS_ONLY = {
+    "sampled": ({"3": SAMPLER}, ()),
+    "first of a merge": ({"3": ("ModelMergeSimple", {"model1": ["2", 0], "model2": ["1", 0]})}, ()),
+    "second of a merge": ({"3": ("ModelMergeSimple", {"model1": ["1", 0], "model2": ["2", 0]})}, ("as model2",)),
+    "second of another, behind a LoRA": (
+        {"3": LORA, "4": ("ModelMergeFlux1", {"model1": ["1", 0], "model2": ["3", 0]}), "5": SAMPLER},
+        ("ModelMergeFlux1",),
+    ),
+    "saved": ({"3": ("ModelSave", {"model": ["2", 0]})}, ("ModelSave writes weights only",)),
+    "merged and saved": (
+        {"3": ("ModelMergeAdd", {"model1": ["2", 0], "model2": ["1", 0]}), "4": ("CheckpointSave", {"model": ["3", 0]})
+        },
+        ("CheckpointSave writes weights only",),
+    ),
+    "saved without it": ({"3": ("ModelSave", {"model": ["1", 0]}), "4": SAMPLER}, ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WEIGHTS_ONLY)
+def test_who_takes_weights_without_the_attention_is_named(comfy, studio, student, in_graph, monkeypatch, case):
+    """At once, because the model that they take may never be sampled."""
+    from types import SimpleNamespace
+
+    takers, (others, words) = comfy.module("nodes.model_takers"), WEIGHTS_ONLY[case]
+    from comfy_extras import nodes_model_merging as core
+
+    for name in ("ModelMergeSimple", "ModelMergeAdd", "ModelSave", "CheckpointSave"):
+        monkeypatch.setitem(takers.NODE_CLASS_MAPPINGS, name, core.NODE_CLASS_MAPPINGS[name])
+    monkeypatch.setitem(takers.NODE_CLASS_MAPPINGS, "ModelMergeFlux1", core.ModelMergeBlocks)
+    shown = []
+    server = SimpleNamespace(send_progress_text=lambda text, node: shown.append(text))
+    import server as server_module
+
+    monkeypatch.setattr(server_module.PromptServer, "instance", server, raising=False)
+    apply, untrained = comfy.module("nodes.apply"), comfy.module("attention.plans").Plan("flux")
+    made = student()[0]
+    in_graph(lambda: apply.apply_student(studio.model, made, "2"), **others)
+    assert len(shown) == len(words) and all(word in shown[0] for word in words)
+    shown.clear()
+    in_graph(lambda: apply.apply_plan(studio.model, untrained, "2"), **others)
+    assert not shown, "nothing was trained"
+
+
+def test_what_a_saved_model_holds(comfy, studio, student, tmp_path):
+    """As the sentence says: the changes of weights, and dense attention when it is loaded."""
+    import comfy.sd as comfy_sd
+
+    made, change = student()
+    patched = comfy.node("LinearizeApply")(model=studio.model, attention=made)[0]
+    with torch.inference_mode():
+        comfy_sd.save_checkpoint(str(tmp_path / "saved.safetensors"), patched)
+        loaded = comfy_sd.load_diffusion_model(str(tmp_path / "saved.safetensors"))
+    assert torch.allclose(weight(loaded), weight(studio.model) + change, atol=1e-6)
+    assert studio.patching.runtime_of(loaded) is None
