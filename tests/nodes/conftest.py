@@ -1,9 +1,11 @@
 """The tiny models through ComfyUI's own loader and sampler, and what the run record must say."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 SITES = ("double.0", "double.1", "single.0", "single.1")
 
@@ -95,3 +97,34 @@ def notes(studio, monkeypatch):
 
     monkeypatch.setattr(studio.patching, "show_on_node", note)
     return told
+
+
+@pytest.fixture
+def place(comfy):
+    """A function that puts tensors into models/linearize or models/diffusion_models, and takes them away at the end."""
+    import folder_paths
+
+    made = []
+
+    def put(kind, name, tensors, metadata=None):
+        folder = Path(folder_paths.get_folder_paths(kind)[0])
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / name
+        made.append(path)
+        if isinstance(tensors, bytes):
+            path.write_bytes(tensors)
+        else:
+            save_file(tensors, path, metadata)
+        return name
+
+    yield put
+    for path in made:
+        path.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="session")
+def base_tensors(comfy):
+    """The checkpoint of the tiny model."""
+    import folder_paths
+
+    return load_file(folder_paths.get_full_path("diffusion_models", "linearize_tiny_flux.safetensors"))
