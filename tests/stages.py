@@ -19,6 +19,7 @@ STAGES: tuple[tuple[str, int, list[str]], ...] = (  # name, minutes it may take 
     ("kernels", 6, ["tests/kernels"]),
     ("hosts", 3, ["tests/hosts"]),
     ("nodes", 3, ["tests/nodes"]),
+    ("templates", 4, ["tests/templates"]),
     ("benchmarks", 3, ["tests/benchmarks"]),
     ("distill", 8, ["tests/training"]),
     ("demo", 3, ["tests/demo"]),

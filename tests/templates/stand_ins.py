@@ -1,4 +1,4 @@
-"""What stands in for downloads: text encoders, autoencoders, pictures and sound of a family, and nodes that give them."""
+"""What stands in for downloads: encoders, pictures and sound of a family, and the nodes that give them."""
 
 import math
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from families import noise
+from families import default_operations, noise, seeded
 from template_models import Tiny
 from torch import Tensor
 
 FRAMES, HEIGHT, WIDTH = 9, 128, 192  # of pictures and videos, in pixels
-LARGEST = 256  # side of a picture beyond which the autoencoder takes it smaller
+LARGEST = 512  # pixels of a side beyond which the autoencoder takes a picture smaller, as WIDTH
 
 
 class TextEncoder:
@@ -33,21 +33,22 @@ class TextEncoder:
     def clip_layer(self, _: int) -> None:
         """All layers are alike."""
 
-    def tokenize(self, text: str, **_: Any) -> str:
-        return str(text)
+    def tokenize(self, text: str, **_: Any) -> dict[str, str]:
+        return dict.fromkeys(("l", "g", "t5xxl", "llama"), str(text))
 
-    def encode_from_tokens(self, tokens: str, return_pooled: bool = False, return_dict: bool = False) -> Any:
+    def encode_from_tokens(self, tokens: dict[str, str], return_pooled: bool = False, return_dict: bool = False) -> Any:
         text, extra = self.encode(tokens)
         if return_dict:
             return {"cond": text, **extra}
         return (text, extra.get("pooled_output")) if return_pooled else text
 
-    def encode_from_tokens_scheduled(self, tokens: str, add_dict: dict | None = None, **_: Any) -> list:
+    def encode_from_tokens_scheduled(self, tokens: dict[str, str], add_dict: dict | None = None, **_: Any) -> list:
         text, extra = self.encode(tokens)
         return [[text, {**extra, **(add_dict or {})}]]
 
-    def encode(self, tokens: str) -> tuple[Tensor, dict[str, Any]]:
-        text = noise(1, 5 + len(tokens) % 4, self.family.width, seed=len(tokens))
+    def encode(self, tokens: dict[str, str]) -> tuple[Tensor, dict[str, Any]]:
+        length = len(tokens["l"])
+        text = noise(1, 5 + length % 4, self.family.width, seed=length)
         extra = self.family.extra(text)
         if self.family.pooled:
             extra["pooled_output"] = noise(1, self.family.pooled, seed=1)
@@ -59,14 +60,20 @@ class Autoencoder:
 
     device = torch.device("cpu")
     vae_dtype = torch.float32
-    patcher = None
 
     def __init__(self, latent_format: Any) -> None:
+        import comfy.model_patcher
+
+        self.patcher = comfy.model_patcher.ModelPatcher(torch.nn.Module(), self.device, self.device)
         self.latent_channels = latent_format.latent_channels
         self.side = latent_format.spacial_downscale_ratio
         self.step = latent_format.temporal_downscale_ratio
         self.latent_dim = latent_format.latent_dimensions
-        self.downscale_ratio = (lambda frames: max(0, math.floor((frames + self.step - 1) / self.step)), self.side, self.side)
+        self.downscale_ratio = (
+            lambda frames: max(0, math.floor((frames + self.step - 1) / self.step)),
+            self.side,
+            self.side,
+        )
         self.upscale_ratio = (lambda frames: max(0, frames * self.step - self.step + 1), self.side, self.side)
         self.downscale_index_formula = self.upscale_index_formula = (self.step, self.side, self.side)
         if self.latent_dim == 2:
@@ -85,7 +92,7 @@ class Autoencoder:
 
     def encode(self, pixels: Tensor) -> Tensor:
         count, height, width = pixels.shape[-4:-1] if pixels.ndim > 3 else (1, *pixels.shape[:2])
-        smaller = max(1, round(max(height, width) / LARGEST))
+        smaller = round(max(height, width) / WIDTH) if max(height, width) > LARGEST else 1
         size = (height // smaller // self.side, width // smaller // self.side)
         if self.latent_dim == 3:
             return noise(1, self.latent_channels, (count - 1) // self.step + 1, *size, seed=4)
@@ -168,6 +175,27 @@ def control_net() -> Any:
     return Control()
 
 
+def model_patch(family: Tiny) -> Any:
+    """Return the tiny control of a family, of ComfyUI's own class, as its loader returns it."""
+    import comfy.model_patcher
+    from comfy.ldm.lumina.controlnet import ZImage_Control
+    from comfy_extras import nodes_model_patch
+
+    if "qwen" in family.files:
+        sizes = {"num_layers": 2, "in_dim": 64, "dim": 32}
+        model = nodes_model_patch.QwenImageBlockWiseControlNet(**sizes, **default_operations())
+    elif "z_image" in family.files:
+        sizes = {"dim": 256, "n_heads": 4, "n_kv_heads": 4, "n_control_layers": 1}
+        sizes |= {"additional_in_dim": 17, "refiner_control": True}  # as version 2.1 has them
+        model = ZImage_Control(**sizes, **default_operations())
+    else:
+        sizes = {"intermediate_dim": 8, "in_dim": 160, "num_layers": 2}  # its 40 heads divide this
+        operations = {key: each for key, each in default_operations().items() if key != "dtype"}
+        model = nodes_model_patch.MultiTalkModelPatch(**sizes, **operations)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(seeded(model), cpu, cpu)
+
+
 def sound() -> dict[str, Any]:
     """Return two seconds of sound."""
     return {"waveform": noise(1, 2, 32000, seed=7) * 0.1, "sample_rate": 16000}
@@ -181,15 +209,19 @@ def video() -> Any:
     return InputImpl.VideoFromComponents(Types.VideoComponents(images=images, audio=sound(), frame_rate=Fraction(16)))
 
 
-def encoded_sound() -> dict[str, Any]:
-    """Return what an encoder of sound gives: 33 layers of 4 channels."""
-    layers = [noise(1, 100, 4, seed=n) for n in range(33)]
+def encoded_sound(number: int, channels: int) -> dict[str, Any]:
+    """Return what an encoder of sound gives of two seconds, its layers."""
+    layers = [noise(1, 100, channels, seed=n) for n in range(number)]
     return {"encoded_audio": layers[-1], "encoded_audio_all_layers": layers, "audio_samples": 32000}
 
 
 def given(family: Tiny, latent_format: Any) -> dict[str, Callable[..., Any]]:
     """Return what stands in for an output of each type."""
-    audio = (32, 2) if "minimax" in family.files else (8, 16)
+    import comfy.latent_formats
+
+    audio = (8, 16)
+    if "minimax" in family.files:  # its format is that of the sound
+        audio, latent_format = (32, 2), comfy.latent_formats.MiniMaxH3Video()
     return {
         "CLIP": lambda: TextEncoder(family),
         "VAE": lambda: Autoencoder(latent_format),
@@ -201,7 +233,9 @@ def given(family: Tiny, latent_format: Any) -> dict[str, Callable[..., Any]]:
         "MASK": lambda: (torch.rand(1, HEIGHT, WIDTH) > 0.5).float(),
         "VIDEO": video,
         "AUDIO": sound,
-        "AUDIO_ENCODER_OUTPUT": encoded_sound,
+        "AUDIO_ENCODER_OUTPUT": lambda: encoded_sound(*family.sound),
+        "LATENT": lambda: {"samples": noise(1, latent_format.latent_channels, 3, HEIGHT // 8, WIDTH // 8, seed=9)},
+        "MODEL_PATCH": lambda: model_patch(family),
         "STRING": lambda: "a lake below mountains",
         "INT": lambda: 1,
         "FLOAT": lambda: 1.0,

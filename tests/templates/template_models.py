@@ -64,6 +64,11 @@ def with_mask(text: Tensor) -> dict[str, Any]:
     return {"attention_mask": torch.ones(1, text.shape[1], dtype=torch.long)}
 
 
+def unprocessed(_: Tensor) -> dict[str, Any]:
+    """Return the mark of text that LTX-2's own connectors are to read."""
+    return {"unprocessed_ltxav_embeds": True}
+
+
 def with_llama(text: Tensor) -> dict[str, Any]:
     """Return the layers of Llama that HiDream's text encoders give."""
     return {"conditioning_llama3": noise(1, 3, text.shape[1], 24, seed=2)}
@@ -81,6 +86,7 @@ class Tiny:
         extra: what its text encoder gives beside the text, from the text.
         pooled: width of the pooled text, 0 for none.
         vision: width of what its image encoder gives.
+        sound: layers and channels of what its encoder of sound gives.
         finish: changes what random weights do not fill, or what is too large.
     """
 
@@ -91,6 +97,7 @@ class Tiny:
     extra: Extra = nothing_more
     pooled: int = 0
     vision: int = 1280
+    sound: tuple[int, int] = (33, 8)
     finish: Finish = nothing
 
     def build(self) -> Any:
@@ -98,6 +105,8 @@ class Tiny:
         import comfy.supported_models
 
         config = getattr(comfy.supported_models, self.config)(dict(self.shapes))
+        for name in config.unet_config.keys() & self.shapes.keys():  # ComfyUI takes some for granted of a class
+            config.unet_config[name] = self.shapes[name]
         config.set_inference_dtype(torch.float32, None)
         model = config.get_model({}, "")
         self.finish(model.diffusion_model)
@@ -121,10 +130,10 @@ def without_adapter(model: Any) -> None:
 
 
 def small_audio(model: Any) -> None:
-    """Take HuMo's sound in 4 channels, not 1280."""
+    """Take HuMo's sound in 8 channels, not 1280."""
     from comfy.ldm.wan.model import AudioProjModel
 
-    model.audio_proj = AudioProjModel(seq_len=8, blocks=5, channels=4, intermediate_dim=8, **default_operations())
+    model.audio_proj = AudioProjModel(seq_len=8, blocks=5, channels=8, intermediate_dim=8, **default_operations())
 
 
 def tiny(files: str, config: str, shapes: Mapping[str, Any], width: int, **more: Any) -> Tiny:
@@ -135,8 +144,10 @@ def flux(files: str, config: str = "Flux", **shapes: Any) -> Tiny:
     return tiny(files, config, {**family_flux.CONFIG, **shapes}, 64, pooled=32)
 
 
-def wan(files: str, config: str = "WAN21_T2V", finish: Finish = nothing, **shapes: Any) -> Tiny:
-    return tiny(files, config, {**WAN, **shapes}, 16, finish=finish)
+def wan(
+    files: str, config: str = "WAN21_T2V", finish: Finish = nothing, sound: tuple[int, int] = (33, 8), **shapes: Any
+) -> Tiny:
+    return tiny(files, config, {**WAN, **shapes}, 16, finish=finish, sound=sound)
 
 
 def channels(shapes: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -151,8 +162,13 @@ FAMILIES = (
     tiny("longcat", "LongCatImage", {**family_flux.CONFIG, "vec_in_dim": None, "txt_ids_dims": [1, 2]}, 64),
     tiny("ovis", "Flux", family_flux.OVIS, 64),
     tiny(r"flux-2|flux2", "Flux2", channels(family_flux2.CONFIG, 128), 24),
-    tiny("chroma-radiance", "ChromaRadiance", {**CHROMA, **family_chroma.RADIANCE, **channels({}, 3), "patch_size": 4}, 24),
-    tiny("chroma1", "Chroma", {**CHROMA, **channels({}, 16), "patch_size": 2}, 24),
+    tiny(
+        "chroma-radiance",
+        "ChromaRadiance",
+        {**CHROMA, **family_chroma.RADIANCE, **channels({}, 3), "patch_size": 4},
+        24,
+    ),
+    tiny("chroma1", "Chroma", {**CHROMA, **channels({}, 64), "patch_size": 2}, 24),
     tiny("qwen_image|firered", "QwenImage", {**family_qwen_image.CONFIG, "in_channels": 64, "out_channels": 16}, 24),
     tiny("mage_flow", "MageFlow", channels(family_mage_flow.CONFIG, 128), 24),
     tiny("z_image", "ZImage", {**family_lumina.Z_IMAGE, "in_channels": 16}, 24, extra=with_mask),
@@ -164,6 +180,7 @@ FAMILIES = (
         "HunyuanVideo15",
         {**family_hunyuan_video.VIDEO15, "in_channels": 65, "out_channels": 32},
         24,
+        pooled=12,
         vision=20,
     ),
     tiny("kandinsky5lite_t2i", "Kandinsky5Image", {**KANDINSKY, "visual_embed_dim": 64}, 24, pooled=12),
@@ -181,13 +198,13 @@ FAMILIES = (
     tiny("pixeldit", "PixelDiTT2I", family_pixeldit.CONFIG, 16, extra=with_mask),
     tiny("pid_flux1", "PiD", PID, 16, extra=with_mask),
     tiny("ltx-video", "LTXV", {**family_ltx.CONFIG, "in_channels": 128}, 16, extra=with_mask),
-    tiny("ltx-2", "LTXAV", LTX_2, 16, extra=with_mask),
+    tiny("ltx-2", "LTXAV", LTX_2, 16, extra=unprocessed),
     tiny("void_", "CogVideoX_Inpaint", {**family_cogvideox.CONFIG, "in_channels": 48, "out_channels": 16}, 16),
     wan("vace", "WAN21_Vace", model_type="vace", num_layers=4, vace_layers=2, vace_in_dim=96),
     wan("scail_2", "WAN21_SCAIL2", model_type="scail2", in_dim=20),
     wan("dancer", "WAN22_WanDancer", model_type="wandancer", in_dim=36, audio_inject_layers=[0], music_dim=256),
     wan("humo", "WAN21_HuMo", model_type="humo", in_dim=36, finish=small_audio),
-    wan("s2v", "WAN22_S2V", model_type="s2v", audio_dim=8, cond_dim=16, audio_inject_layers=[0]),
+    wan("s2v", "WAN22_S2V", model_type="s2v", audio_dim=8, cond_dim=16, audio_inject_layers=[0], sound=(25, 8)),
     wan("causal_forcing", "WAN21_CausalAR_T2V", causal_ar=True),
     wan("fun_control_5b", "WAN22_T2V", in_dim=148, out_dim=48, in_dim_ref_conv=48),
     wan("fun_inpaint_5b", "WAN22_T2V", in_dim=100, out_dim=48),
@@ -196,9 +213,10 @@ FAMILIES = (
     wan("wan2.1_fun_control", "WAN21_FunControl2V", model_type="i2v", in_dim=48),
     wan("wan2.1_fun_camera", "WAN21_Camera", model_type="camera", in_dim=32),
     wan("wan2.2_fun_camera", "WAN22_Camera", model_type="camera_2.2", in_dim=36),
+    wan("wan2_1-i2v-14b", "WAN21_I2V", model_type="i2v", in_dim=36, dim=160, sound=(13, 768)),  # with InfiniteTalk
     wan("flf2v", "WAN21_I2V", model_type="i2v", in_dim=36, flf_pos_embed_token_number=514),
     wan("wan2.2_(i2v|fun_inpaint)", in_dim=36),
-    wan("wan2.1_(i2v|fun_inp)|wan2_1-i2v|wanmove|chrono_edit", "WAN21_I2V", model_type="i2v", in_dim=36),
+    wan("wan2.1_(i2v|fun_inp)|wan2_1-i2v-ati|wanmove|chrono_edit", "WAN21_I2V", model_type="i2v", in_dim=36),
     wan("wan2.[12]_(t2v|bernini)"),
 )
 

@@ -5,9 +5,11 @@ everything else, as one would put it there.
 """
 
 import copy
+import importlib.util
 import json
+import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from template_models import Tiny, family_of
 
 Prompt = dict[str, dict[str, Any]]
 
+PACKAGE = "comfyui_workflow_templates_json"
+MUTED, BYPASSED = 2, 4  # modes of a node in the interface's form
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
 MODEL_LOADERS = ("UNETLoader", "CheckpointLoaderSimple", "ImageOnlyCheckpointLoader")
 GIVEN = {  # what reads a file or runs a network of its own: each output is given, by its type
@@ -23,17 +27,20 @@ GIVEN = {  # what reads a file or runs a network of its own: each output is give
     "LTXVAudioVAELoader", "CLIPVisionLoader", "ControlNetLoader", "ModelPatchLoader", "StyleModelLoader",
     "AudioEncoderLoader", "AudioEncoderEncode", "LoadImage", "LoadVideo", "LoadAudio", "Painter", "TextGenerate",
     "TextGenerateLTX2Prompt", "DA3Render", "MoGeRender", "SAM3_Detect", "SCAIL2ColoredMask", "VOIDWarpedNoise",
-    "GetICLoRAParameters", *MODEL_LOADERS,
+    *MODEL_LOADERS,
 }  # fmt: skip
 PASSED = {  # what would make things large, or needs a file to change them: output and the input that it passes on
     "FluxKontextImageScale": {0: "image"},
     "ImageUpscaleWithModel": {0: "image"},
+    "Video Slice": {0: "video"},
+    "AnimaLLLiteApply": {0: "model"},
 }
 CLEAR = {"radius": 2, "weights": "none", "min_tokens": 0}
 AT_MOST = {  # inputs by name, and the largest number for a tiny model
     "width": 192, "height": 128, "target_width": 192, "target_height": 128, "largest_size": 192, "longer_edge": 192,
     "longer_size": 192, "shorter_size": 128, "megapixels": 0.0234, "resolution": 192, "length": 9, "num_frames": 9,
-    "frames_number": 9, "video_frames": 9, "ref_max_size": 192, "left": 64, "right": 64, "top": 64, "bottom": 64,
+    "frames_number": 9, "video_frames": 9, "amount": 9, "ref_max_size": 192, "left": 64, "right": 64,
+    "top": 64, "bottom": 64,
 }  # fmt: skip
 
 
@@ -61,6 +68,26 @@ def convert(python: Path, nodes: Mapping[str, Any], folder: Path, work: Path) ->
     return json.loads(result.read_text(encoding="utf-8"))
 
 
+def template_folder() -> Path | None:
+    """Return where the installed package has its templates."""
+    package = importlib.util.find_spec(PACKAGE)
+    return Path(package.submodule_search_locations[0]) / "templates" if package else None
+
+
+def served_templates() -> list[str]:
+    """Return the names of the installed templates that load a model of a served family and sample something."""
+    folder, found = template_folder(), []
+    for path in sorted(folder.glob("*.json")) if folder else ():
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        if "nodes" in workflow:
+            parts = (workflow, *(workflow.get("definitions") or {}).get("subgraphs", ()))
+            nodes = [node for part in parts for node in part["nodes"] if node.get("mode", 0) not in (MUTED, BYPASSED)]
+            files = [str(next(iter(node["widgets_values"]))) for node in nodes if node["type"] in MODEL_LOADERS]
+            if any(family_of(file) for file in files) and any(node["type"] in SAMPLERS for node in nodes):
+                found.append(path.stem)
+    return found
+
+
 def is_link(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
 
@@ -70,6 +97,17 @@ def links_of(node: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
     for name, value in node["inputs"].items():
         if is_link(value):
             yield name, value[0], value[1]
+
+
+def upstream(prompt: Prompt, places: Iterable[str]) -> Prompt:
+    """Return the part of a prompt that these nodes need."""
+    needed, waiting = {}, list(places)
+    while waiting:
+        place = waiting.pop()
+        if place not in needed:
+            needed[place] = prompt[place]
+            waiting += [source for _, source, _ in links_of(prompt[place])]
+    return needed
 
 
 def model_file(node: Mapping[str, Any]) -> str:
@@ -129,10 +167,9 @@ class Template:
         fitted = copy.deepcopy(self.prompt)
         for place in self.prompt:
             self._relink(fitted, place, samplers)
-        for place in list(fitted):
-            if place in self.prompt:
-                self._shrink(fitted, place)
-        return fitted
+        for place in self.prompt:
+            self._shrink(fitted, place)
+        return upstream(fitted, samplers)
 
     def _relink(self, fitted: Prompt, place: str, samplers: list[str]) -> None:
         node = fitted[place]
@@ -155,8 +192,12 @@ class Template:
         link = origin["inputs"].get(name) if name else None
         return (link[0], link[1]) if is_link(link) else None
 
-    def _given(self, fitted: Prompt, source: str, output: int, node: Mapping[str, Any], name: str) -> list:
+    def _given(self, fitted: Prompt, source: str, output: int, node: Mapping[str, Any], name: str) -> Any:
         kind = self.output_type(source, output, node, name)
+        if name == "audio_vae":
+            kind = "AUDIO_VAE"
+        if name in AT_MOST:
+            return AT_MOST[name]
         if kind == "MODEL":
             loader = {"class_type": "GivenModel", "inputs": {"file": model_file(self.prompt[source])}}
             fitted.setdefault(f"model {source}", loader)
@@ -186,7 +227,15 @@ class Template:
         elif node["class_type"] in ("LoraLoader", "LoraLoaderModelOnly"):
             kept = {name: inputs[name] for name in ("model", "clip", "strength_model") if name in inputs}
             fitted[place] = {"class_type": "GivenLoRA", "inputs": kept}
+        elif node["class_type"] == "ComfyMathExpression":  # the converter loses some of its numbers
+            for letter in set(re.findall(r"\b[a-z]\b", inputs["expression"])):
+                inputs.setdefault(f"values.{letter}", 1)
+        elif node["class_type"] == "ComfySwitchNode":  # and texts that a subgraph shows outside
+            inputs.setdefault("on_true", "")
+            inputs.setdefault("on_false", "")
         for name, value in list(inputs.items()):
+            if self.input_type(node, name) in ("IMAGE", "MASK") and not is_link(value):
+                del inputs[name]  # the converter's slip
             if name == "sigmas" and node["class_type"] in SAMPLERS:
                 fitted[f"few {place}"] = {"class_type": "FewSteps", "inputs": {"sigmas": value}}
                 inputs[name] = [f"few {place}", 0]
