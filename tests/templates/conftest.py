@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,13 +54,13 @@ def templates(descriptions, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def models(core):
-    """A function: the tiny model of a family, made once."""
+    """A function: the tiny model of a family, made once; one for each of several loaders."""
     made = {}
 
-    def model(family):
-        if family.files not in made:
-            made[family.files] = family.build()
-        return made[family.files]
+    def model(family, number=0):
+        if (family.files, number) not in made:
+            made[family.files, number] = family.build()
+        return made[family.files, number]
 
     return model
 
@@ -67,6 +68,7 @@ def models(core):
 @pytest.fixture
 def execute(core, models, monkeypatch):
     """A function that executes a `Run`, and returns the record and the planned sites of every sampling run in it."""
+    import comfy.model_management
     import comfy.model_patcher
     import execution
     from comfy.patcher_extension import CallbacksMP
@@ -80,7 +82,7 @@ def execute(core, models, monkeypatch):
         monkeypatch.setitem(core.nodes.NODE_CLASS_MAPPINGS, cls.__name__, cls)
 
     def execute(run: Run):
-        runtimes = {}
+        runtimes, loaded = {}, Counter()
 
         def note(patcher):
             runtime = runtime_of(patcher)
@@ -88,8 +90,9 @@ def execute(core, models, monkeypatch):
             runtimes[id(runtime.record)] = runtime.record, tuple(runtime.sites)
 
         def load(file):
-            cpu = torch.device("cpu")
-            patcher = comfy.model_patcher.ModelPatcher(models(family_of(file)), cpu, cpu)
+            cpu, family = torch.device("cpu"), family_of(file)
+            patcher = comfy.model_patcher.ModelPatcher(models(family, loaded[family.files]), cpu, cpu)
+            loaded[family.files] += 1
             patcher.add_callback(CallbacksMP.ON_CLEANUP, note)
             return patcher
 
@@ -97,6 +100,7 @@ def execute(core, models, monkeypatch):
         monkeypatch.setattr(Given, "sources", {**sources, "MODEL": load})
         executor = execution.PromptExecutor(server, execution.CacheType.CLASSIC, {"ram": 0, "ram_inactive": 0})
         executor.execute(run.prompt, "template", execute_outputs=list(run.samplers))
+        comfy.model_management.unload_all_models()  # the next template finds them as they were
         for event, data in executor.status_messages:
             if event == "execution_error":
                 trace = "".join(data["traceback"][-4:])

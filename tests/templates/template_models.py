@@ -161,7 +161,8 @@ FAMILIES = (
     flux("flux1-", guidance_embed=True),
     tiny("longcat", "LongCatImage", {**family_flux.CONFIG, "vec_in_dim": None, "txt_ids_dims": [1, 2]}, 64),
     tiny("ovis", "Flux", family_flux.OVIS, 64),
-    tiny(r"flux-2|flux2", "Flux2", channels(family_flux2.CONFIG, 128), 24),
+    tiny("flux-2-klein", "Flux2", {**channels(family_flux2.CONFIG, 128), "guidance_embed": False}, 24),
+    tiny("flux2", "Flux2", channels(family_flux2.CONFIG, 128), 24),
     tiny(
         "chroma-radiance",
         "ChromaRadiance",
