@@ -8,6 +8,7 @@ import comfy.samplers
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..training.comfy_identity import model_digest
 from ..training.comfy_sampling import Order, describe_samples, generate_samples, latent_shape, ready_conditioning
 from ..training.sample_index import INDEX, About
 from . import patching
@@ -195,6 +196,7 @@ def _order(one: dict[str, Any], prompts: list[str], positive: list[Any]) -> Orde
         seeds=one["seeds"],
         first_seed=one["first_seed"],
         base_model=_file_name(model),
+        model=model_digest(model),
     )
     if about.uses_negative and negative is None and clip is None:
         raise ValueError(f"cfg {about.cfg} needs a negative conditioning; wire one to negative, or set cfg to 1")

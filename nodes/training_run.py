@@ -3,7 +3,6 @@
 A job is found again by what it is made of; finished, it answers without the model, unfinished, it goes on.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,20 +11,18 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import folder_paths
-import torch
 
+from ..training.comfy_identity import job_digest, model_digest, norms_digest
 from ..training.comfy_model import stop_if_interrupted
-from ..training.comfy_patch import change_names
+from ..training.comfy_patch import model_fingerprint
 from ..training.job import JobFolder
 from ..training.loop import Losses, Progress, Stage, progress_of, run_stage
 from ..training.results import Finished, unpack
-from ..training.samples import TeacherSamples, check_samples
+from ..training.samples import OTHER_MODEL, TeacherSamples, check_samples
 from . import patching
-from .apply import model_fingerprint
 
 VERSION = 1  # of what the stages do; a change of results starts every job anew
 TEXT_INTERVAL_S = 0.5
-PERCENTS = (0.1, 0.5, 0.9)
 _cancelled: list[str] = []
 
 
@@ -38,8 +35,8 @@ def check_model(model: Any, samples: TeacherSamples) -> str:
     host, _ = patching.host_of(model)
     if patching.runtime_of(model) is not None:
         raise ValueError("this model is linearized already; connect the one that goes into the Linearize node")
-    found = check_samples(samples, host.name, model_fingerprint(model))
-    return "the samples are of a model that this one is a fine-tune of" if found == "fine-tune" else ""
+    found = check_samples(samples, host.name, model_fingerprint(model), model_digest(model))
+    return "" if found == "same" else OTHER_MODEL
 
 
 def job_folder(kind: str, model: Any, samples: TeacherSamples, recipe: Mapping[str, Any], **more: Any) -> JobFolder:
@@ -54,42 +51,11 @@ def job_folder(kind: str, model: Any, samples: TeacherSamples, recipe: Mapping[s
     """
     host, _ = patching.host_of(model)
     description = {
-        "kind": kind, "version": VERSION, "host": host.name, "model": model_digest(model), "samples": samples.digest,
+        "kind": kind, "version": VERSION, "host": host.name, "model": job_digest(model), "samples": samples.digest,
         "recipe": dict(recipe), **more,
     }  # fmt: skip
-    return JobFolder(Path(folder_paths.get_output_directory()) / "linearize" / "jobs", description)
-
-
-def model_digest(model: Any) -> str:
-    """Return a hash of what tells models apart: norm weights, types of all, LoRAs, noise schedule, other patches."""
-    digest = hashlib.sha256(model_fingerprint(model).numpy().tobytes())
-    sampling = model.get_model_object("model_sampling")
-    _add(digest, [float(sampling.percent_to_sigma(percent)) for percent in PERCENTS])
-    _add(digest, {str(key): entries for key, entries in model.patches.items()})
-    for name, weight in model.model_state_dict().items():
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-    _add(digest, change_names(model))
-    return digest.hexdigest()
-
-
-def _add(digest: Any, value: Any) -> None:
-    """Add a patch to a hash: contents of tensors, whatever device they lie on."""
-    if isinstance(value, torch.Tensor):
-        digest.update(repr((str(value.dtype), tuple(value.shape))).encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    elif isinstance(value, Mapping):
-        for name in sorted(value, key=str):
-            digest.update(str(name).encode())
-            _add(digest, value[name])
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"[{len(value)}]".encode())
-        for each in value:
-            _add(digest, each)
-    elif hasattr(value, "weights"):  # a weight adapter of ComfyUI
-        digest.update(type(value).__name__.encode())
-        _add(digest, value.weights)
-    else:
-        digest.update(repr(value if isinstance(value, (int, float, str, type(None))) else type(value)).encode())
+    root = Path(folder_paths.get_output_directory()) / "linearize" / "jobs"
+    return JobFolder(root, description, {**description, "model": norms_digest(model)})
 
 
 def run_with_progress(

@@ -18,6 +18,7 @@ from ..attention.specs import SiteSpec
 from ..attention.student_file import load_student, save_student
 from ..attention.student_fit import check_student
 from ..attention.tensor_file import cut
+from .comfy_identity import model_digest
 from .comfy_model import with_teacher
 from .comfy_patch import host_of, model_fingerprint, weight_types
 from .comfy_trainee import with_trainee
@@ -30,7 +31,7 @@ from .progress_file import ProgressFile
 from .recipe import TransferRecipe
 from .results import Finished, pack, unpack
 from .runs import resolved_plans, run_finetune, run_transfer
-from .samples import TeacherSamples, check_samples
+from .samples import OTHER_MODEL, TeacherSamples, check_samples
 
 VERSION = 1  # of what the stages do; a change of results starts every job anew
 LINE_INTERVAL_S = 5.0
@@ -55,11 +56,12 @@ def train(job: TrainingJob, workers: Together) -> str:
     samples = TeacherSamples.open(job.samples)
     fingerprint = model_fingerprint(model)
     host, module = host_of(model)
-    kinship = check_samples(samples, host.name, fingerprint)
+    digest = model_digest(model)
+    kinship = check_samples(samples, host.name, fingerprint, digest)
     sites = host.sites(module)
     specs: Sequence[Mapping[str, SiteSpec]] = ()
-    student, notes = None, ["the samples are of a model that this one is a fine-tune of"] if kinship != "same" else []
-    description = describe(job, host.name, model, fingerprint, samples, workers)
+    student, notes = None, [OTHER_MODEL] if kinship != "same" else []
+    description = describe(job, host.name, model, digest, samples, workers)
     if job.student is None:
         specs = resolved_plans(host, sites, job.plans)
     else:
@@ -68,7 +70,9 @@ def train(job: TrainingJob, workers: Together) -> str:
         notes += [note] if note else []
         description["student"] = content_sha256(*pack(Finished(student, {}, "")))
     device = comfy.model_management.get_torch_device()
-    with shared_job(job.folder, description, workers) as folder:
+    # earlier versions knew a model by its norm weights
+    norms = hashlib.sha256(fingerprint.numpy().tobytes()).hexdigest()
+    with shared_job(job.folder, description, workers, {**description, "model": norms}) as folder:
         saved = folder.result()
         if saved:
             result = unpack(*saved)
@@ -104,12 +108,12 @@ def load_model(model: ModelFile) -> Any:
 
 
 def describe(
-    job: TrainingJob, host: str, model: Any, fingerprint: torch.Tensor, samples: TeacherSamples, workers: Together
+    job: TrainingJob, host: str, model: Any, digest: str, samples: TeacherSamples, workers: Together
 ) -> dict[str, Any]:
     """Return what a job's saved state depends on, as JSON holds it."""
     return {
         "kind": job.recipe.stage, "version": VERSION, "host": host, "weight_dtype": job.model.weight_dtype,
-        "model": hashlib.sha256(fingerprint.numpy().tobytes()).hexdigest(), "weights": weight_types(model),
+        "model": digest, "weights": weight_types(model),
         "samples": samples.digest,
         "recipe": job.recipe.to_json(), "plans": [plan.to_json() for plan in job.plans], "processes": workers.count,
     }  # fmt: skip

@@ -208,7 +208,9 @@ class FollowedJob(JobFolder):
 
 
 @contextlib.contextmanager
-def shared_job(root: Path, description: Mapping[str, Any], workers: Together) -> Iterator[JobFolder]:
+def shared_job(
+    root: Path, description: Mapping[str, Any], workers: Together, earlier: Mapping[str, Any] | None = None
+) -> Iterator[JobFolder]:
     """Open a job for all processes: the first one owns the folder, the others read the state where it went on.
 
     Raises:
@@ -217,7 +219,7 @@ def shared_job(root: Path, description: Mapping[str, Any], workers: Together) ->
     """
     with contextlib.ExitStack() as stack:
         if workers.rank == 0:
-            job = stack.enter_context(JobFolder(root, description))
+            job = stack.enter_context(JobFolder(root, description, earlier))
         workers.wait()
         if workers.rank:
             job = FollowedJob(root, description)

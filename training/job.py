@@ -50,19 +50,23 @@ class JobFolder:
     Args:
         root: the folder of all jobs; made where it is missing.
         description: what the job is, values that JSON can hold.
+        earlier: how earlier versions described it; a folder of theirs is taken over where there is none yet.
 
     Raises:
         JobProblem: on entering; another process runs this job, or the folder cannot be written.
     """
 
-    def __init__(self, root: Path, description: Mapping[str, Any]) -> None:
+    def __init__(self, root: Path, description: Mapping[str, Any], earlier: Mapping[str, Any] | None = None) -> None:
         self.description = dict(description)
         self.path = Path(root) / job_key(description)
         self.notes: list[str] = []  # what was set aside, for people
+        self._earlier = Path(root) / job_key(earlier) if earlier else None
         self._lock = FileLock(self.path / "lock")
 
     def __enter__(self) -> "JobFolder":
         try:
+            if self._earlier is not None and self._earlier.is_dir() and not self.path.exists():
+                self._earlier.rename(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
             clear_drafts(self.path, 0)

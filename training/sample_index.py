@@ -21,6 +21,7 @@ MOST_SAMPLES = 10**6  # as many as six digits number
 MOST_STEPS, MOST_CFG, MOST_TEXT = 10**5, 1e6, 1000
 MOST_NORM = 1e30
 MOST_DIMS, MOST_NUMBERS = 8, 2**31  # of a latent
+OTHER = "model is another one: other weights, LoRAs or noise levels, or the same weights in another dtype"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -37,6 +38,7 @@ class About:
         seeds: samples per prompt.
         first_seed: of sample 0; sample k has first_seed + k.
         base_model: name of the model's file, or empty.
+        model: digest of the model's weights, LoRAs and noise levels, or empty where an earlier version took none.
     """
 
     host: str
@@ -50,6 +52,7 @@ class About:
     seeds: int
     first_seed: int
     base_model: str = ""
+    model: str = ""
 
     @property
     def uses_negative(self) -> bool:
@@ -62,19 +65,25 @@ class About:
 
     def differences(self, other: "About") -> list[str]:
         """Return what is set otherwise in `other`, as "steps is 20 there and 4 here"; the model's name may differ."""
-        names = [each.name for each in fields(self) if each.name not in ("fingerprint", "base_model")]
+        names = [each.name for each in fields(self) if each.name not in ("fingerprint", "base_model", "model")]
         found = [
             f"{name} is {getattr(other, name)} there and {getattr(self, name)} here"
             for name in names
             if getattr(self, name) != getattr(other, name)
         ]
-        if not found and match(self.fingerprint, other.fingerprint) != "same":
+        if found:
+            return found
+        if self.model and other.model:
+            return [OTHER] if self.model != other.model else []
+        if match(self.fingerprint, other.fingerprint) != "same":
             found.append(f"model is another one (norms {distance(self.fingerprint, other.fingerprint):.0%} apart)")
         return found
 
     def to_json(self) -> dict[str, Any]:
         """Return it as `about.json` holds it."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
+        if not self.model:
+            del values["model"]  # folders of earlier versions keep their digest
         return {
             "format": FORMAT,
             **values,
@@ -135,6 +144,8 @@ def _about(data: dict[str, Any]) -> About:
     kinds |= dict.fromkeys(("steps", "seeds", "first_seed"), int)
     taken: dict[str, Any] = {}
     for each in fields(About):
+        if each.name == "model" and each.name not in data:
+            continue
         value, kind = data[each.name], kinds.get(each.name, str)
         value = float(value) if kind is float and type(value) is int else value
         if type(value) is not kind or (kind is float and not 0 <= value <= MOST_CFG):
@@ -144,6 +155,8 @@ def _about(data: dict[str, Any]) -> About:
         taken[each.name] = value
     if not _is_shape(taken["latent_shape"]):
         raise ValueError("latent_shape is no shape")
+    if "model" in taken and not SHA256.fullmatch(taken["model"]):
+        raise ValueError(f"model is {quote(taken['model'])}")
     taken["latent_shape"] = tuple(taken["latent_shape"])
     for name, least, most in (("steps", 1, MOST_STEPS), ("seeds", 1, MOST_SAMPLES), ("first_seed", 0, MOST_SEED)):
         check_whole(name, taken[name], least, most)

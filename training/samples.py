@@ -14,6 +14,10 @@ from ..attention.fingerprint import Match, distance, match
 from .conditioning import NODE, Conditioning, SamplesProblem, content_sha256, load_tensors, read_conditioning
 from .sample_index import ABOUT, About, Sample, has_files, read_about, read_index
 
+OTHER_MODEL = (
+    "the samples are of another model than this one: a fine-tune or merge of it, the same weights in another dtype, or "
+    "other LoRAs or noise levels; samples of its own are better teachers"
+)
 LATENT = "samples"  # name of the tensor in a latent's file, as in ComfyUI's LATENT
 
 
@@ -102,8 +106,13 @@ class TeacherSamples:
         )
 
 
-def check_samples(samples: TeacherSamples, host_name: str, fingerprint: Tensor) -> Match:
-    """Return whether samples are of the "same" model or of one that is its "fine-tune".
+def check_samples(samples: TeacherSamples, host_name: str, fingerprint: Tensor, model: str = "") -> Match:
+    """Return whether samples are of the "same" model or of one that is its "fine-tune", in the sense of OTHER_MODEL.
+
+    Args:
+        samples: of any model.
+        host_name, fingerprint: of the model that is to be trained.
+        model: its digest; where one is not known, only the norm weights of the fingerprint are compared.
 
     Raises:
         SamplesProblem: they are of another host, or of an unrelated model.
@@ -121,4 +130,5 @@ def check_samples(samples: TeacherSamples, host_name: str, fingerprint: Tensor) 
             f"the samples in {samples.folder} are of another model, {base} (norms "
             f"{distance(fingerprint, about.fingerprint):.0%} apart); make this model's own with {NODE}"
         )
-    return found
+    is_other = bool(model and about.model and model != about.model)
+    return "fine-tune" if is_other else found

@@ -51,13 +51,13 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_each_change_of_a_model_is_named(comfy, tiny, name):
-    patch, run = comfy.module("training.comfy_patch"), comfy.module("nodes.training_run")
+    patch, identity = comfy.module("training.comfy_patch"), comfy.module("training.comfy_identity")
     change, expected = CHANGES[name]
     changed = tiny.clone()
     change(changed)
     assert patch.change_names(tiny) == [] and patch.is_as_loaded(tiny)
     assert patch.change_names(changed) == [expected] and not patch.is_as_loaded(changed)
-    assert run.model_digest(changed) != run.model_digest(tiny)
+    assert identity.job_digest(changed) != identity.job_digest(tiny)
 
 
 def test_what_was_taken_back_is_no_change(comfy, tiny):
