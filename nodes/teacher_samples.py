@@ -8,8 +8,9 @@ import comfy.samplers
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..training.comfy_conditioning import ready_conditioning
 from ..training.comfy_identity import model_digest
-from ..training.comfy_sampling import Order, describe_samples, generate_samples, latent_shape, ready_conditioning
+from ..training.comfy_sampling import Order, describe_samples, generate_samples, latent_shape, many
 from ..training.sample_index import INDEX, About
 from . import patching
 from .apply import model_fingerprint
@@ -18,7 +19,7 @@ from .sockets import CATEGORY_DISTILL, TeacherSamples
 FOLDER = "linearize"  # in ComfyUI's output folder
 NAME = re.compile(r"\w([\w .-]{0,78}\w)?")
 WINDOWS_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-LISTS = ("prompts", "positive")  # inputs that take several values
+LISTS = ("prompts", "positive", "negative")  # inputs that take several values
 MAX_SEED = 2**64 - 1
 
 
@@ -60,13 +61,14 @@ class LinearizeTeacherSamples(io.ComfyNode):
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="Ready conditionings instead of prompts, one or a list, for models without a text encoder.",
+                    tooltip="Ready conditionings instead of prompts, one or a list: of models without a text encoder, "
+                    "and those with reference pictures, control clips or a ControlNet.",
                 ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="Negative conditioning of all samples. Used where cfg is not 1; without one, clip reads an "
-                    "empty prompt.",
+                    tooltip="Negative conditioning of all samples, or a list with one for each of positive. Used where "
+                    "cfg is not 1; without one, clip reads an empty prompt.",
                 ),
                 *_sampling_inputs(),
             ],
@@ -83,7 +85,8 @@ class LinearizeTeacherSamples(io.ComfyNode):
         one = {name: _single(name, values) for name, values in inputs.items() if name not in LISTS}
         folder = samples_folder(one["name"])
         prompts = [*split_prompts(inputs["prompts"]), *read_prompts_file(one.get("prompts_file", ""))]
-        order = _order(one, prompts, [each for each in inputs.get("positive", ()) if each is not None])
+        positive, negative = ([each for each in inputs.get(name, ()) if each is not None] for name in LISTS[1:])
+        order = _order(one, prompts, positive, negative)
         show = patching.show_on_node(cls.hidden.unique_id)
         samples = generate_samples(one["model"], folder, order, show)
         text = describe_samples(samples)
@@ -161,17 +164,17 @@ def _single(name: str, values: list[Any]) -> Any:
         ValueError: there are several.
     """
     if len(values) != 1:
-        raise ValueError(f"{name} takes one value, got {len(values)}; only prompts and positive take a list")
+        raise ValueError(f"{name} takes one value, got {len(values)}; only prompts, positive and negative take a list")
     return values[0]
 
 
-def _order(one: dict[str, Any], prompts: list[str], positive: list[Any]) -> Order:
+def _order(one: dict[str, Any], prompts: list[str], positive: list[Any], negative: list[Any]) -> Order:
     """Return what is to be made, from the node's inputs.
 
     Raises:
         ValueError: an input is missing, or two contradict each other; one sentence.
     """
-    model, clip, negative = one["model"], one.get("clip"), one.get("negative")
+    model, clip = one["model"], one.get("clip")
     host, _ = patching.host_of(model)
     if patching.runtime_of(model) is not None:
         raise ValueError(
@@ -198,13 +201,18 @@ def _order(one: dict[str, Any], prompts: list[str], positive: list[Any]) -> Orde
         base_model=_file_name(model),
         model=model_digest(model),
     )
-    if about.uses_negative and negative is None and clip is None:
+    if about.uses_negative and len(negative) > 1 and len(negative) != len(positive):
+        raise ValueError(
+            f"negative is one conditioning for all samples or one for each of positive, got {len(negative)} for "
+            f"{many(len(positive), 'ready conditioning')}"
+        )
+    if about.uses_negative and not negative and clip is None:
         raise ValueError(f"cfg {about.cfg} needs a negative conditioning; wire one to negative, or set cfg to 1")
     return Order(
         about,
         prompts,
         [ready_conditioning(each, about.guidance) for each in positive],
-        ready_conditioning(negative, about.guidance) if about.uses_negative and negative is not None else None,
+        [ready_conditioning(each, about.guidance) for each in negative if about.uses_negative],
         None if clip is None else lambda text: clip.encode_from_tokens_scheduled(clip.tokenize(text)),
     )
 

@@ -120,6 +120,10 @@ def train_in_processes(
         InterruptProcessingException: the user cancelled; the processes saved their state.
     """
     check_count(gpus)
+    if samples.live:
+        raise ValueError(
+            "these samples need their ControlNet beside the model, and other processes do not have it; set gpus to 1"
+        )
     on_cpu = comfy.model_management.get_torch_device().type == "cpu"
     folder = job.path / "worker"
     file = model_file(model)

@@ -4,6 +4,7 @@ A run of training is one "sampling" to ComfyUI: the core loads the model, places
 cleans up, and in between the training loop makes the forwards.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 from ..attention.site_call import SiteCall
+from .comfy_conditioning import CONTROL, from_conditioning
+from .comfy_control import ControlWithoutGradient
 from .comfy_patch import host_of, watched
-from .comfy_sampling import from_conditioning
 from .model import Draw, Observe
 from .samples import TeacherSamples
 from .schedule import generator
 
+KEPT = 32  # conditionings on the device; those of clips take 50 MB each
 T = TypeVar("T")
 
 
@@ -37,7 +40,7 @@ class ComfyTeacher:
         self.device = device
         self._model, self._runtime, self._options = guider.inner_model, runtime, options
         self._samples = samples
-        self._conditions: dict[tuple[str, torch.Size], Any] = {}
+        self._conditions: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 
     def watch(self, draw: Draw, observe: Observe) -> Tensor:
         """See `model.Teacher`."""
@@ -66,21 +69,29 @@ class ComfyTeacher:
         return sampling.noise_scaling(sigma, noise, clean, False), sigma, clean
 
     def _velocity(self, draw: Draw, noised: Tensor, sigma: Tensor, options: dict[str, Any]) -> Tensor:
-        conditions = self._conditions_of(draw, noised)
-        denoised = comfy.samplers.calc_cond_batch(self._model, [conditions], noised, sigma, options)[0]
+        conditions: list[Any] = [None, None]
+        conditions[draw.negative] = self._conditions_of(draw, noised)["negative" if draw.negative else "positive"]
+        denoised = comfy.samplers.calc_cond_batch(self._model, conditions, noised, sigma, options)[draw.negative]
         return (noised - denoised).float() / sigma
 
-    def _conditions_of(self, draw: Draw, noised: Tensor) -> Any:
-        """Return the processed conditioning of a draw; prompts are few beside draws, so they are kept."""
+    def _conditions_of(self, draw: Draw, noised: Tensor) -> dict[str, Any]:
+        """Return the processed conditionings of a draw's sample, as its sampler had them; the last ones are kept."""
         entry = self._samples.entries[draw.sample]
-        name = (entry.negative if draw.negative else entry.positive) or ""
-        key = (name, noised.shape)
+        key = (entry.positive, entry.negative, entry.seed, noised.shape)
         if key not in self._conditions:
-            plain = from_conditioning(self._samples.conditioning(draw.sample, negative=draw.negative))
-            ready = {"positive": comfy.sampler_helpers.convert_cond(plain)}
-            processed = comfy.samplers.process_conds(self._model, noised, ready, self.device, noised, None, draw.seed,
-                                                     latent_shapes=[noised.shape])  # fmt: skip
-            self._conditions[key] = processed["positive"]
+            names = ("positive", "negative") if self.has_negative else ("positive",)
+            plain = {name: self._samples.conditioning(draw.sample, negative=name == "negative") for name in names}
+            ready = {name: comfy.sampler_helpers.convert_cond(from_conditioning(plain[name])) for name in names}
+            empty = torch.zeros_like(noised)
+            self._conditions[key] = comfy.samplers.process_conds(
+                self._model, noised, ready, self.device, empty, None, entry.seed, latent_shapes=[noised.shape]
+            )
+            for each in (entry for entries in self._conditions[key].values() for entry in entries):
+                if each.get(CONTROL) is not None:
+                    each[CONTROL] = ControlWithoutGradient(each[CONTROL])
+        self._conditions.move_to_end(key)
+        while len(self._conditions) > KEPT:
+            self._conditions.popitem(last=False)
         return self._conditions[key]
 
 
@@ -119,7 +130,10 @@ def run_session(patched: Any, samples: TeacherSamples, run: Callable[[Any, dict[
     """Call `run(guider, model options)` while the core has a model in place for sampling."""
     with torch.inference_mode(False), torch.enable_grad():
         guider = comfy.samplers.CFGGuider(patched)
-        guider.inner_set_conds({"positive": from_conditioning(samples.conditioning(0))})
+        # the core loads the ControlNets that it is shown, and cleans them up
+        places = [(0, False), *(place for place in samples.control_nets() if place != (0, False))]
+        shown = [from_conditioning(samples.conditioning(number, negative)) for number, negative in places]
+        guider.inner_set_conds({"positive": [entry for entries in shown for entry in entries]})
         latent = samples.latent(0)
         sigmas = torch.tensor([1.0, 0.0])
         guider.sample(torch.zeros_like(latent), latent, _Session(run), sigmas, disable_pbar=True, seed=0)

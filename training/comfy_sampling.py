@@ -1,4 +1,4 @@
-"""Makes a teacher's samples with ComfyUI's own sampler, and turns CONDITIONING into what a file holds, and back.
+"""Makes a teacher's samples with ComfyUI's own sampler.
 
 Where the samples lie and how they survive a kill is known to `samples_writer.py`.
 """
@@ -17,64 +17,13 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from .conditioning import CROSS_ATTN, Conditioning, SamplesProblem, can_store
+from .comfy_conditioning import from_conditioning, ready_conditioning
+from .conditioning import Conditioning, SamplesProblem
 from .sample_index import About
 from .samples import TeacherSamples
 from .samples_writer import SamplesWriter, Wanted
 
-GUIDANCE = "guidance"
-# where and when an entry counts; samples are made of entries that count everywhere, always
-PARTIAL = ("area", "mask", "mask_strength", "set_area_to_bounds", "strength", "start_percent", "end_percent",
-           "clip_start_percent", "clip_end_percent", "timestep_start", "timestep_end")  # fmt: skip
 LATENT_FLOAT_BYTES = 4
-
-
-def to_conditioning(entries: Sequence[Any]) -> Conditioning:
-    """Return a CONDITIONING of one entry as tensors on the CPU and plain values.
-
-    Raises:
-        SamplesProblem: it has no entry or several, or holds what no file can, such as a ControlNet or a mask.
-    """
-    if len(entries) != 1:
-        raise SamplesProblem(
-            f"samples are made of a conditioning with one entry, this one has {len(entries)}; leave out nodes that "
-            "combine conditionings or schedule them"
-        )
-    cross_attn, options = entries[0][0], entries[0][1]
-    tensors = {name: value.detach().cpu() for name, value in options.items() if isinstance(value, Tensor)}
-    values = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
-    refused = [name for name in options if name in (*PARTIAL, CROSS_ATTN) or not can_store(options[name])]
-    refused += [CROSS_ATTN] if cross_attn is not None and not isinstance(cross_attn, Tensor) else []
-    if refused:
-        raise SamplesProblem(
-            f"samples cannot be made of a conditioning with {refused[0]}; leave out the node that puts it there "
-            "(ControlNet, mask, area, hook, reference picture or the like)"
-        )
-    return Conditioning(None if cross_attn is None else cross_attn.detach().cpu(), tensors, values)
-
-
-def from_conditioning(conditioning: Conditioning) -> list[Any]:
-    """Return it as ComfyUI's CONDITIONING; its tensors are normal ones, which autograd can save."""
-    with torch.inference_mode(False):
-        tensors = {name: _normal(tensor) for name, tensor in conditioning.tensors.items()}
-        cross_attn = None if conditioning.cross_attn is None else _normal(conditioning.cross_attn)
-    return [[cross_attn, {**tensors, **conditioning.values}]]
-
-
-def _normal(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor
-
-
-def ready_conditioning(entries: Sequence[Any], guidance: float) -> Conditioning:
-    """Return a CONDITIONING as samples are made of it: with FLUX's guidance, unless it has its own or `guidance` is 0.
-
-    Raises:
-        SamplesProblem: as in `to_conditioning`.
-    """
-    found = to_conditioning(entries)
-    if not guidance or GUIDANCE in found.values:
-        return found
-    return replace(found, values={**found.values, GUIDANCE: guidance})
 
 
 def latent_shape(model: Any, latent: Mapping[str, Any]) -> tuple[int, ...]:
@@ -124,25 +73,32 @@ class Order:
         about: how they are made.
         prompts: texts, for `encode`.
         positives: ready conditionings instead of prompts.
-        negative: for all of them, where `about.uses_negative`; None has `encode` make it of the empty text.
+        negatives: where `about.uses_negative`, one for all of them or one for each of `positives`; none has `encode`
+            make it of the empty text.
         encode: makes a CONDITIONING of a text.
     """
 
     about: About
     prompts: Sequence[str] = ()
     positives: Sequence[Conditioning] = ()
-    negative: Conditioning | None = None
+    negatives: Sequence[Conditioning] = ()
     encode: Callable[[str], Sequence[Any]] | None = None
 
     def wanted(self) -> list[Wanted]:
         """Return the samples in their order."""
-        negative = self.negative.file if self.negative and self.about.uses_negative else None
         rows = [(text, None) for text in self.prompts] or [("", each.file) for each in self.positives]
+        negatives = [each.file for each in self.negatives] if self.about.uses_negative else []
+        negatives = negatives if len(negatives) == len(rows) else [negatives[0] if negatives else None] * len(rows)
         return [
             Wanted(place * self.about.seeds + seed, text, file, negative)
-            for place, (text, file) in enumerate(rows)
+            for place, ((text, file), negative) in enumerate(zip(rows, negatives, strict=True))
             for seed in range(self.about.seeds)
         ]
+
+    @property
+    def live(self) -> dict[str, Mapping[str, Any]]:
+        """The objects of ready conditionings that no file holds, by file."""
+        return {each.file: each.live for each in (*self.positives, *self.negatives) if each.live}
 
 
 def generate_samples(
@@ -168,8 +124,8 @@ def generate_samples(
             files = _store_conditionings(writer, order, missing, show)
             size = folder_bytes(folder) + len(missing) * LATENT_FLOAT_BYTES * math.prod(order.about.latent_shape)
             show(f"{_counted(order, wanted)}, {len(missing)} to make; {describe_bytes(size)} in {folder}")
-            _sample_all(model, writer, missing, files, show)
-    return TeacherSamples.open(folder)
+            _sample_all(model, writer, missing, files, order.live, show)
+    return TeacherSamples.open(folder, order.live)
 
 
 def _store_conditionings(
@@ -184,15 +140,16 @@ def _store_conditionings(
         comfy.model_management.throw_exception_if_processing_interrupted()
         return ready_conditioning(order.encode(text), order.about.guidance)
 
-    negative = None
+    negatives: list[str | None] = [None]
     if order.about.uses_negative:
-        negative = writer.put(encoded("") if order.negative is None else order.negative)
+        negatives = [writer.put(each) for each in order.negatives or (encoded(""),)]
     files: dict[int, tuple[str, str | None]] = {}
     for each in missing:
-        key = each.prompt if order.prompts else each.number // order.about.seeds
+        place = each.number // order.about.seeds
+        key = each.prompt if order.prompts else place
         if key not in stored:
             stored[key] = writer.put(encoded(key) if isinstance(key, str) else order.positives[key])
-        files[each.number] = (stored[key], negative)
+        files[each.number] = (stored[key], negatives[place if len(negatives) > 1 else 0])
     return files
 
 
@@ -201,10 +158,15 @@ def _sample_all(
     writer: SamplesWriter,
     missing: Sequence[Wanted],
     files: Mapping[int, tuple[str, str | None]],
+    live: Mapping[str, Mapping[str, Any]],
     show: Callable[[str], None],
 ) -> None:
     preview = latent_preview.prepare_callback(model, writer.about.steps * len(missing))
     start = time.monotonic()
+
+    def read(file: str) -> Conditioning:
+        return replace(writer.conditioning(file), live=live.get(file, {}))
+
     for done, each in enumerate(missing):
         positive, negative = files[each.number]
 
@@ -215,8 +177,8 @@ def _sample_all(
             model,
             writer.about,
             writer.about.seed(each.number),
-            writer.conditioning(positive),
-            None if negative is None else writer.conditioning(negative),
+            read(positive),
+            None if negative is None else read(negative),
             callback,
         )
         writer.add(each.number, each.prompt, latent, positive, negative)

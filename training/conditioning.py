@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.bounds import MOST_SEED
-from ..attention.tensor_file import DTYPES, open_tensor_file, write_tensor_file
+from ..attention.tensor_file import open_tensor_file, write_tensor_file
+from .nested import has_record, is_scalar, pack, unpack
 
 FORMAT = "linearize/samples/1"
 NODE = "Generate Teacher Samples"
 FOLDER = "conditioning"
 FILE = re.compile(FOLDER + r"/[0-9a-f]{64}\.safetensors")
-CROSS_ATTN, OPTION = "cross_attn", "option."  # names of tensors in the files
+CROSS_ATTN, OPTION, NESTED = "cross_attn", "option.", "nested."  # names of tensors in the files
+CONTROL_NET = "control_net"  # a record of a network that no folder holds
 
 Value = str | int | float | bool | None
 
@@ -38,24 +39,38 @@ class Conditioning:
         cross_attn: (1, T, width) text tokens, None where the model takes none.
         tensors: options that are tensors, such as `pooled_output`.
         values: options that JSON holds exactly, such as `guidance`.
+        nested: options that are lists, maps or records, such as `reference_latents`; see `nested.py`.
+        live: by option, the objects that records in `nested` describe and no file holds, such as a ControlNet; only
+            where they are at hand.
     """
 
     cross_attn: Tensor | None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     values: Mapping[str, Value] = field(default_factory=dict)
+    nested: Mapping[str, Any] = field(default_factory=dict)
+    live: Mapping[str, Any] = field(default_factory=dict)
 
     def stored(self) -> dict[str, Tensor]:
         """Return all tensors under the names that they have in a file."""
         options = {OPTION + name: tensor for name, tensor in self.tensors.items()}
+        options |= {f"{NESTED}{number}": tensor for number, tensor in enumerate(self._packed()[1])}
         return options if self.cross_attn is None else {CROSS_ATTN: self.cross_attn, **options}
+
+    def stored_values(self) -> dict[str, Any]:
+        """Return what a file holds beside them, as JSON."""
+        return {**self.values, **self._packed()[0]}
+
+    def _packed(self) -> tuple[dict[str, Any], list[Tensor]]:
+        tensors: list[Tensor] = []
+        return {name: pack(self.nested[name], tensors) for name in sorted(self.nested)}, tensors
 
     @property
     def file(self) -> str:
         """The file that holds it, named after its contents."""
-        return f"{FOLDER}/{content_sha256(self.stored(), self.values)}.safetensors"
+        return f"{FOLDER}/{content_sha256(self.stored(), self.stored_values())}.safetensors"
 
 
-def content_sha256(tensors: Mapping[str, Tensor], values: Mapping[str, Value] | None = None) -> str:
+def content_sha256(tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> str:
     """Return the sha256 of names, dtypes, shapes and bytes of tensors, in any order, and of values beside them."""
     digest = hashlib.sha256(json.dumps(dict(values or {}), sort_keys=True, allow_nan=False).encode())
     for name in sorted(tensors):
@@ -72,11 +87,29 @@ def read_conditioning(path: Path) -> Conditioning:
         ValueError: it cannot be read, or is another kind of file; one sentence.
     """
     tensors, values = load_tensors(path)
-    options = {name.removeprefix(OPTION): tensor for name, tensor in tensors.items() if name != CROSS_ATTN}
-    return Conditioning(tensors.get(CROSS_ATTN), options, values)
+    options = {name.removeprefix(OPTION): tensor for name, tensor in tensors.items() if name.startswith(OPTION)}
+    plain = {name: value for name, value in values.items() if is_scalar(value)}
+    try:
+        nested = {
+            name: unpack(value, lambda number: tensors[f"{NESTED}{number}"])
+            for name, value in values.items()
+            if name not in plain
+        }
+    except (ValueError, LookupError):
+        raise _unknown(path) from None
+    return Conditioning(tensors.get(CROSS_ATTN), options, plain, nested)
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Value]]:
+def needs_control_net(path: Path) -> bool:
+    """Return whether the conditioning of a file has a ControlNet; no tensor is read.
+
+    Raises:
+        ValueError: as `read_conditioning`.
+    """
+    return has_record(parse_json(open_tensor_file(path).metadata.get("values", "")), CONTROL_NET)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return tensors and values of a file of a samples folder, as normal tensors, not those of inference mode.
 
     Raises:
@@ -84,29 +117,23 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Value]]:
     """
     file = open_tensor_file(path)
     values = parse_json(file.metadata.get("values", ""))
-    known = isinstance(values, dict) and all(map(can_store, values.values()))
-    if file.metadata.get("format") != FORMAT or not known:
-        raise SamplesProblem(f"{path} is no file of teacher samples; delete it, and run {NODE} again")
+    if file.metadata.get("format") != FORMAT or not isinstance(values, dict):
+        raise _unknown(path)
     with torch.inference_mode(False):  # a trainer saves these tensors for its backward pass
         return file.load(file.tensors), values
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Value] | None = None) -> None:
+def _unknown(path: Path) -> SamplesProblem:
+    return SamplesProblem(f"{path} is no file of teacher samples; delete it, and run {NODE} again")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> None:
     """Write a file of a samples folder; it is there as a whole or not at all.
 
     Raises:
         FileProblem: a value is NaN or infinite, or the disk refuses.
     """
     write_tensor_file(path, tensors, {"format": FORMAT, "values": json.dumps(dict(values or {}), allow_nan=False)})
-
-
-def can_store(value: object) -> bool:
-    """Return whether a conditioning can hold an option: a dense tensor of a known dtype, or a plain finite value."""
-    if isinstance(value, Tensor):
-        return value.dtype in DTYPES.values() and value.layout == torch.strided and not value.is_nested
-    if isinstance(value, (int, float)):
-        return -MOST_SEED <= value <= MOST_SEED  # NaN is not
-    return value is None or isinstance(value, str)
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -6,18 +6,31 @@ safetensors files beside them. `samples_writer.py` writes them, `comfy_sampling.
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
 from ..attention.fingerprint import Match, distance, match
-from .conditioning import NODE, Conditioning, SamplesProblem, content_sha256, load_tensors, read_conditioning
+from .conditioning import (
+    NODE,
+    Conditioning,
+    SamplesProblem,
+    content_sha256,
+    load_tensors,
+    needs_control_net,
+    read_conditioning,
+)
 from .sample_index import ABOUT, About, Sample, has_files, read_about, read_index
 
 OTHER_MODEL = (
     "the samples are of another model than this one: a fine-tune or merge of it, the same weights in another dtype, or "
     "other LoRAs or noise levels; samples of its own are better teachers"
 )
+EMPTY: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 LATENT = "samples"  # name of the tensor in a latent's file, as in ComfyUI's LATENT
 
 
@@ -28,15 +41,19 @@ class TeacherSamples:
         folder: that holds them.
         about: how they were made.
         entries: the samples, each at the place of its number.
+        live: by file of a conditioning, the objects that it needs and no file holds, such as a ControlNet.
     """
 
-    def __init__(self, folder: Path, about: About, entries: tuple[Sample, ...]) -> None:
+    def __init__(
+        self, folder: Path, about: About, entries: tuple[Sample, ...], live: Mapping[str, Mapping[str, Any]] = EMPTY
+    ) -> None:
         self.folder = folder
         self.about = about
         self.entries = entries
+        self.live = live
 
     @classmethod
-    def open(cls, folder: Path) -> "TeacherSamples":
+    def open(cls, folder: Path, live: Mapping[str, Mapping[str, Any]] = EMPTY) -> "TeacherSamples":
         """Return the samples of a folder, finished or not; a last line that was torn by a kill does not count.
 
         Raises:
@@ -54,7 +71,7 @@ class TeacherSamples:
         lost += [number for number, sample in found.items() if not has_files(folder, sample)]
         if lost:
             raise SamplesProblem(f"sample {min(lost)} in {folder} lost its files; run {NODE} again to make it anew")
-        return cls(folder, about, tuple(found[number] for number in range(len(found))))
+        return cls(folder, about, tuple(found[number] for number in range(len(found))), live)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -97,7 +114,26 @@ class TeacherSamples:
         conditioning = read_conditioning(self.folder / file)
         if conditioning.file != file:
             raise self._changed(file)
-        return conditioning
+        return replace(conditioning, live=self.live.get(file, {}))
+
+    def control_nets(self) -> list[tuple[int, bool]]:
+        """Return samples whose conditionings have a ControlNet, each of those once: its number, and if it is negative.
+
+        Raises:
+            SamplesProblem: one is not at hand. ValueError: a file cannot be read.
+        """
+        found: dict[str, tuple[int, bool]] = {}
+        for number, sample in enumerate(self.entries):
+            for file, negative in ((sample.positive, False), (sample.negative, True)):
+                if file is not None and file not in found:
+                    found[file] = (number, negative)
+        needing = {file: place for file, place in found.items() if needs_control_net(self.folder / file)}
+        if any(file not in self.live for file in needing):
+            raise SamplesProblem(
+                f"the samples in {self.folder} were made with a ControlNet, which no folder holds; run {NODE} with the "
+                "same conditionings in the same graph, and train in one process"
+            )
+        return list(needing.values())
 
     def _changed(self, file: str) -> SamplesProblem:
         return SamplesProblem(

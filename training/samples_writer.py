@@ -113,7 +113,7 @@ class SamplesWriter:
             raise SamplesProblem(f"a conditioning holds NaN or infinity in {quote(broken[0])}; no sample is made of it")
         if not (self.folder / file).is_file():
             with self._saving():
-                save_tensors(self.folder / file, tensors, conditioning.values)
+                save_tensors(self.folder / file, tensors, conditioning.stored_values())
         return file
 
     def conditioning(self, file: str) -> Conditioning:

@@ -45,8 +45,9 @@ def lab(comfy, tmp_path_factory):
         with torch.inference_mode():
             comfy.nodes.KSampler().sample(model, 1, 1, 1.0, "euler", "simple", positive, positive, empty, 1.0)
 
+    fingerprint = comfy.module("training.comfy_patch").model_fingerprint
     return SimpleNamespace(load=load, merged=merged, sample=sample, weights=identity.weights_digest,
-                           model=identity.model_digest, fingerprint=comfy.module("training.comfy_patch").model_fingerprint,
+                           model=identity.model_digest, fingerprint=fingerprint,
                            match=comfy.module("attention.fingerprint").match)  # fmt: skip
 
 
@@ -161,9 +162,7 @@ def studio(comfy, tmp_path, monkeypatch):
     monkeypatch.setattr(comfy.module("nodes.patching"), "show_on_node", lambda *_: shown.append)
     schema = comfy.nodes.NODE_CLASS_MAPPINGS["LinearizeTeacherSamples"].define_schema()
     defaults = {each.id: each.default for each in schema.inputs if getattr(each, "default", None) is not None}
-    generator = torch.Generator().manual_seed(5)
-    positive = [[[torch.randn(1, 7, 64, generator=generator), {"pooled_output": torch.randn(1, 32, generator=generator)}]]
-                for _ in range(3)]  # fmt: skip
+    positive = [[[torch.full((1, 7, 64), number / 4), {"pooled_output": torch.ones(1, 32)}]] for number in range(3)]
 
     def samples(model, name="teacher"):
         values = {**defaults, "model": model, "latent_image": {"samples": torch.zeros(SIZE)}, "steps": 1, "name": name}
