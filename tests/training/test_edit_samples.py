@@ -1,7 +1,7 @@
 """Samples of edit and control models: the model is called as its sampler called it, and students learn from them."""
 
-import copy
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +81,7 @@ class Calls:
 
     def __init__(self, model):
         self.model, self.seen, self.inputs, self.halves = model.clone(), [], [], []
+        self.asked = {}  # what the arguments were made of, by positive and negative; the last call counts
         self.model.set_model_unet_function_wrapper(self._wrap)
         self._module = model.model.diffusion_model
 
@@ -91,13 +92,21 @@ class Calls:
 
     def __enter__(self):
         def see(_, args, kwargs):
+            self.options = list(kwargs["transformer_options"]["cond_or_uncond"])
             self.seen.append((plain(args), plain(kwargs)))
 
+        def ask(**given):
+            names = ("seed", "latent_image", "denoise_mask", "latent_shapes", "width", "height", "device")
+            self.asked[given["prompt_type"]] = [given.get(name) for name in names] + [given["noise"].shape]
+            return base(**given)
+
         self._hook = self._module.register_forward_pre_hook(see, with_kwargs=True)
+        base, self.model.model.extra_conds = self.model.model.extra_conds, ask
         return self
 
     def __exit__(self, *_):
         self._hook.remove()
+        del self.model.model.extra_conds
 
 
 def assert_equal(found, expected, row, rows, where="", tolerance=0.0):
@@ -131,11 +140,10 @@ def replayed(studio, model, samples, place, negative, noised, sigma):
         teacher.noised = lambda _: (noised, sigma, None)
         with Calls(model) as calls:
             teacher.watch(draw(place, 0.5, 77, negative), lambda _: None)
-        return calls.seen
+        return calls
 
     with torch.inference_mode():
-        (call,) = teacher_module.with_teacher(model, samples, work)
-    return call
+        return teacher_module.with_teacher(model, samples, work)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -147,11 +155,14 @@ def test_training_calls_the_model_as_its_sampler_did(studio, name, cfg):
         with Calls(model) as calls:
             result = studio.ksampler(name, pair, 3 + place, cfg, calls.model)
         assert torch.equal(samples.latent(place), result), "the sample is the one of the core's own sampler"
+        assert {half for halves in calls.halves for half in halves} == ({0} if cfg == 1.0 else {0, 1})
         for call, (noised, sigma), halves in zip(calls.seen, calls.inputs, calls.halves, strict=True):
-            assert sorted(halves) == ([0] if cfg == 1.0 else [0, 1])
             for row, half in enumerate(halves):
                 one = replayed(studio, model, samples, place, bool(half), noised[row : row + 1], sigma[row : row + 1])
-                assert_equal(list(one), list(call), row, len(halves))
+                assert_equal(list(one.seen[0]), list(call), row, len(halves))
+                kind = "negative" if half else "positive"
+                assert_equal(one.asked[kind], calls.asked[kind], 0, 1)
+                assert one.options == [half], "which half it is stands in the transformer options"
 
 
 def test_what_a_model_was_given_matters_and_reaches_it(studio):
@@ -171,49 +182,54 @@ def relative(first, second):
     return float((first - second).norm() / second.norm())
 
 
-@pytest.mark.parametrize("name", DISTILLED)
-def test_a_student_of_an_edit_model_learns_is_saved_and_runs(studio, name, comfy):
-    specs, plans = studio.module("attention.specs"), studio.module("attention.plans")
-    pairs, model = studio.conditions(name, 3), studio.model(name)
-    samples = studio.samples(name, pairs, cfg=2.0)
-    host, module = studio.patching.host_of(model)
-    plan = plans.Plan(host.name, specs.LinearSpec("hedgehog"))
-    errors = {}
-    for updates in (0, 60):
-        inputs = {"updates": updates, "held_out": 2, "learning_rate": 0.02, "queries": 0, "repeats": 1}
+@pytest.fixture
+def distill(studio, comfy):
+    """A function: linear candidates of all sites after some updates, without matrices behind them."""
+
+    def run(name, model, samples, updates):
+        host, _ = studio.patching.host_of(model)
+        plan = studio.module("attention.plans").Plan(host.name, studio.module("attention.specs").LinearSpec("hedgehog"))
+        inputs = {"updates": updates, "held_out": 2, "learning_rate": 0.01, "queries": 0, "output_draws": 0}
         with torch.inference_mode():
-            out = comfy.node("LinearizeTransfer")(model=model, samples=samples, plans={"plan0": plan}, **inputs).args
-        errors[updates] = {site: each.error for site, (each,) in out[0].sites.items()}
-    assert errors[60].keys() == {site.id for site in host.sites(module)}
-    better = [site for site in errors[60] if errors[60][site] < 0.9 * errors[0][site]]
-    assert len(better) == len(errors[60]), errors
+            run = comfy.node("LinearizeTransfer")
+            return run(model=model, samples=samples, plans={"plan0": plan}, **inputs).args[0]
+
+    return run
+
+
+@pytest.mark.parametrize("name", DISTILLED[:3])
+def test_a_student_of_an_edit_model_learns_is_saved_and_runs(studio, name, distill, comfy):
+    pairs, model = studio.conditions(name, 6), studio.model(name)
+    samples = studio.samples(name, pairs, cfg=2.0)
+    found = {updates: distill(name, model, samples, updates) for updates in (0, 40)}
+    errors = {updates: {site: each.error for site, (each,) in one.sites.items()} for updates, one in found.items()}
+    host, module = studio.patching.host_of(model)
+    assert errors[40].keys() == {site.id for site in host.sites(module)}
+    assert sum(errors[40].values()) < 0.95 * sum(errors[0].values()), errors
     with torch.inference_mode():
-        comfy.node("LinearizeSaveStudent")(student=out[0], filename="edit", licence="mit")
-        loaded = comfy.node("LinearizeLoadStudent")(model=model, student="edit.safetensors").args[0]
+        text = comfy.node("LinearizeSaveStudent")(student=found[40], name="edit").args[0]
+        file = re.search(r"student (\S+) \(press", text)
+        assert file is not None, text
+        loaded = comfy.node("LinearizeLoadStudent")(model=model, student=file[1]).args[0]
     dense, student = studio.ksampler(name, pairs[0], cfg=2.0), studio.ksampler(name, pairs[0], cfg=2.0, model=loaded)
     record = studio.patching.runtime_of(loaded).record
-    assert {(each.site, each.kind) for each in record.ran} == {(site, "linear") for site in errors[60]}
+    assert {(each.site, each.kind) for each in record.ran} == {(site, "linear") for site in errors[40]}
     assert not record.declined and 0 < relative(student, dense) < 0.7
 
 
 @pytest.mark.parametrize("name", DISTILLED)
-def test_fine_tuning_works_on_samples_of_edit_models(studio, name, comfy):
-    specs, candidates = studio.module("attention.specs"), studio.module("attention.candidates")
-    pairs, model = studio.conditions(name, 4), studio.model(name)
+def test_fine_tuning_works_on_samples_of_edit_models(studio, name, distill, comfy):
+    pairs, model = studio.conditions(name, 6), studio.model(name)
     samples = studio.samples(name, pairs, cfg=2.0)
-    host, module = studio.patching.host_of(model)
-    spec = specs.ClearSpec(radius=1)
-    given = candidates.Candidates(
-        host.name, {site.id: (candidates.Candidate(spec, 1.0, {}),) for site in host.sites(module)}
-    )
-    before = copy.deepcopy({key: value.clone() for key, value in model.model.state_dict().items()})
+    given = distill(name, model, samples, 0)
+    before = {key: value.clone() for key, value in model.model.state_dict().items()}
     with torch.inference_mode():
         found = comfy.node("LinearizeFinetune")(
-            model=model, student=given, samples=samples, block_updates=4, updates=16, rank=4, delta_rate=3e-3,
-            accumulation=1, warmup=1, held_out=2, ema=0.0, preset="ours",
+            model=model, student=given, samples=samples, block_updates=4, updates=14, rank=4, delta_rate=1e-3,
+            map_rate=5e-3, accumulation=1, warmup=1, held_out=2, ema=0.0, preset="ours",
         ).args[0]  # fmt: skip
     facts = found.recipe["finetune"]
-    assert facts["error_after"] < facts["error_before"], studio.shown[-1]
+    assert facts["error_after"] < 0.97 * facts["error_before"], studio.shown[-1]
     assert found.deltas and all(torch.equal(value, before[key]) for key, value in model.model.state_dict().items())
 
 
@@ -289,11 +305,12 @@ def test_another_reference_or_control_is_another_conditioning(studio):
     net = control_net("flux")
     base = (text(1, 64, 32), text(2, 64, 32))
     one = lambda net=net, seed=1, **more: make(controlled(base, net, seed, **more)[0]).file  # noqa: E731
-    typed = control_net("flux")
+    other, typed = control_net("sd3"), control_net("flux")
     typed.set_extra_arg("control_type", [3])
     files = [
-        make(base[0]).file, one(), one(seed=2), one(strength=0.6), one(percents=(0.0, 0.8)), one(vae=Vae()),
-        one(vae=Vae(2.0)), one(net=typed), one(net=control_net("flux", 6)),
+        make(base[0]).file, one(), one(seed=2), one(strength=0.6), one(percents=(0.0, 0.8)), one(net=other),
+        one(net=other, vae=Vae()), one(net=other, vae=Vae(2.0)), one(net=typed),
+        one(net=control_net("flux", 6)),
         make(controlled(controlled(base, net, 1), net, 1)[0]).file,
         make(text(1, 64, 32, reference_latents=[noise(1, 1, 16, 4, 4)])).file,
         make(text(1, 64, 32, reference_latents=[noise(1, 1, 16, 4, 4)] * 2)).file,
