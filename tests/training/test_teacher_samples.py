@@ -64,9 +64,10 @@ def studio(comfy, flux, tmp_path, monkeypatch):
 
     samples = comfy.module("training.samples")
     sampling = comfy.module("training.comfy_sampling")
+    conditions = comfy.module("training.comfy_conditioning")
     return SimpleNamespace(
         run=run, ksampler=ksampler, shown=shown, output=tmp_path / "output", input=tmp_path / "input",
-        open=samples.TeacherSamples.open, sampling=sampling, patching=patching,
+        open=samples.TeacherSamples.open, sampling=sampling, conditions=conditions, patching=patching,
     )  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def test_samples_are_those_of_the_ksampler(studio, flux):
         positive = Clip().encode_from_tokens_scheduled(entry.prompt)
         assert torch.equal(samples.latent(number), studio.ksampler(5 + number, positive))
         assert entry.seed == 5 + number and entry.negative is None
-        (found,) = studio.sampling.from_conditioning(samples.conditioning(number))
+        (found,) = studio.conditions.from_conditioning(samples.conditioning(number))
         assert torch.equal(found[0], positive[0][0])
         assert torch.equal(found[1]["pooled_output"], positive[0][1]["pooled_output"])
     folder = studio.output / "linearize" / "teacher"
@@ -289,16 +290,16 @@ def test_conditioning_survives_the_way_to_files_and_back(studio):
                "attention_mask": torch.tensor([[True, False]]), "ids": torch.arange(3)}  # fmt: skip
     with torch.inference_mode():
         entries = [[torch.randn(1, 4, 8).bfloat16(), options]]
-    there = studio.sampling.to_conditioning(entries)
+    there = studio.conditions.to_conditioning(entries)
     with torch.inference_mode():
-        ((tensor, back),) = studio.sampling.from_conditioning(there)
+        ((tensor, back),) = studio.conditions.from_conditioning(there)
     assert torch.equal(tensor, entries[0][0]) and tensor.dtype == torch.bfloat16 and not tensor.is_inference()
     assert back.keys() == options.keys()
     for name, value in options.items():
         same = torch.equal(back[name], value) if isinstance(value, torch.Tensor) else back[name] is value
         assert same, name
-    without = studio.sampling.to_conditioning([[None, {}]])
-    assert studio.sampling.from_conditioning(without) == [[None, {}]]
+    without = studio.conditions.to_conditioning([[None, {}]])
+    assert studio.conditions.from_conditioning(without) == [[None, {}]]
 
 
 def test_the_node_runs_again_when_folder_or_file_change(studio, comfy):

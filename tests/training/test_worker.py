@@ -1,5 +1,6 @@
 """Training without ComfyUI's server: the job's file, the worker in one process and in two, stops and bad input."""
 
+import hashlib
 import json
 import os
 import signal
@@ -305,13 +306,33 @@ atexit.register(os.abort); worker.work(["job.json"])"""
 
 def test_files_of_one_model_in_other_types_are_other_jobs(lab, comfy):
     """Their norms, which the fingerprint is made of, are the same."""
+    from linearize.training.comfy_identity import model_digest
     from linearize.training.comfy_worker import describe
 
     with torch.inference_mode():
         (other,) = comfy.nodes.UNETLoader().load_unet("linearize_tiny_flux.safetensors", "fp8_e4m3fn")
     job, samples = read_job(lab("types.safetensors")), SimpleNamespace(digest="a")
-    keys = [job_key(describe(job, "flux", model, torch.ones(256), samples, Together())) for model in (lab.model, other)]
+    both = [(model, model_digest(model)) for model in (lab.model, other)]
+    keys = [job_key(describe(job, "flux", model, digest, samples, Together())) for model, digest in both]
     assert keys[0] != keys[1]
+
+
+def test_a_job_of_an_earlier_version_goes_on(lab, monkeypatch):
+    """Its folder was named by the norm weights of the model."""
+    from linearize.training import comfy_worker
+    from linearize.training.comfy_patch import model_fingerprint
+
+    job = read_job(lab("earlier.safetensors", plans=PLANS[:1]))
+    comfy_worker.train(job, Together())
+    (folder,) = [path for path in job.folder.iterdir() if path.is_dir()]
+    described = json.loads((folder / "job.json").read_text())
+    described.pop("format")
+    norms = hashlib.sha256(model_fingerprint(lab.model).numpy().tobytes()).hexdigest()
+    assert described["model"] != norms
+    earlier = folder.rename(folder.with_name(job_key({**described, "model": norms})))
+    monkeypatch.setattr(comfy_worker, "with_teacher", lambda *_: pytest.fail("it was trained anew"))
+    comfy_worker.train(job, Together())
+    assert folder.is_dir() and not earlier.exists()
 
 
 def test_a_job_is_read_as_it_was_written(lab, tmp_path):
