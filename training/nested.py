@@ -7,7 +7,7 @@ are records is not known here, see `comfy_conditioning.py`.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Record:
     fields: Mapping[str, Any]
 
 
-def is_scalar(value: object) -> bool:
+def is_scalar(value: object) -> TypeGuard[str | int | float | bool | None]:
     """Return whether JSON holds a value exactly."""
     return isinstance(value, SCALARS) and (not isinstance(value, float) or math.isfinite(value))
 
