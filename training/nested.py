@@ -4,7 +4,6 @@ Tensors are numbered in the order in which they are met; what else there is stan
 are records is not known here, see `comfy_conditioning.py`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -12,10 +11,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from ..attention.bounds import MOST_SEED
 from ..attention.tensor_file import DTYPES
 
 MAX_DEPTH = 8
-SCALARS = (str, bool, int, float, type(None))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,8 +31,10 @@ class Record:
 
 
 def is_scalar(value: object) -> TypeGuard[str | int | float | bool | None]:
-    """Return whether JSON holds a value exactly."""
-    return isinstance(value, SCALARS) and (not isinstance(value, float) or math.isfinite(value))
+    """Return whether JSON holds a value exactly, and everybody reads it: no number is out of all bounds."""
+    if isinstance(value, (int, float)):
+        return -MOST_SEED <= value <= MOST_SEED  # NaN is not
+    return value is None or isinstance(value, str)
 
 
 def can_store(value: object, depth: int = 0) -> bool:
