@@ -7,6 +7,7 @@ import hashlib
 
 import torch
 from comfy_api.latest import ComfyExtension, io
+from comfy_execution.graph_utils import GraphBuilder
 
 TOKENS = 12
 GRAY_TO_WHITE = 4.0  # standard deviations of a latent between black and white
@@ -100,12 +101,42 @@ class LinearizeTestDecode(io.ComfyNode):
         return io.NodeOutput(larger.clamp(0, 1))
 
 
+class LinearizeTestExpand(io.ComfyNode):
+    """A node that becomes ComfyUI's sampler while the prompt runs, as loops and other packs' samplers do."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return inputs and outputs."""
+        return io.Schema(
+            node_id="LinearizeTestExpand",
+            category="linearize/test",
+            inputs=[
+                io.Model.Input("model"),
+                io.Conditioning.Input("positive"),
+                io.Latent.Input("latent_image"),
+                io.Int.Input("seed", min=0, max=2**31),
+            ],
+            outputs=[io.Latent.Output()],
+            enable_expand=True,
+        )
+
+    @classmethod
+    def execute(cls, model, positive: list, latent_image: dict, seed: int) -> io.NodeOutput:
+        """Return the sampler that takes this node's place."""
+        graph = GraphBuilder()
+        sampler = graph.node(
+            "KSampler", model=model, seed=seed, steps=1, cfg=1.0, sampler_name="euler", scheduler="simple",
+            positive=positive, negative=positive, latent_image=latent_image, denoise=1.0,
+        )  # fmt: skip
+        return io.NodeOutput(sampler.out(0), expand=graph.finalize())
+
+
 class StandIns(ComfyExtension):
     """The nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes."""
-        return [LinearizeTestText, LinearizeTestEncoder, LinearizeTestDecode]
+        return [LinearizeTestText, LinearizeTestEncoder, LinearizeTestDecode, LinearizeTestExpand]
 
 
 async def comfy_entrypoint() -> ComfyExtension:
