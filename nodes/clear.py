@@ -4,6 +4,7 @@ from functools import partial
 
 from comfy_api.latest import io
 
+from ..attention import backends
 from ..attention.plans import Plan, group_sites, select_sites
 from ..attention.runtime import SiteSettings
 from ..attention.specs import ClearSpec
@@ -14,6 +15,8 @@ from .clear_source import AUTO, choices, clear_source, published_name
 from .kind_inputs import clear_inputs, place_inputs
 from .model_takers import NOT_SAMPLED, taker_notes
 from .sockets import CATEGORY, AttentionPlan
+
+WINDOWS = ClearSpec()
 
 
 class LinearizeCLEAR(io.ComfyNode):
@@ -71,14 +74,14 @@ class LinearizeCLEAR(io.ComfyNode):
         model,
         radius: int,
         weights: str,
-        temporal_radius: int,
-        down_factor: int,
-        proportional: bool,
-        sites: str,
-        start_percent: float,
-        end_percent: float,
-        min_tokens: int,
-        backend: str,
+        temporal_radius: int = WINDOWS.temporal_radius,
+        down_factor: int = WINDOWS.down_factor,
+        proportional: bool = WINDOWS.proportional,
+        sites: str = "all",
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        min_tokens: int = 0,
+        backend: str = backends.AUTO,
     ) -> io.NodeOutput:
         """Return the patched model and its plan."""
         host, module = patching.host_of(model)

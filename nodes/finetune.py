@@ -83,9 +83,9 @@ class LinearizeFinetune(io.ComfyNode):
         updates: int,
         preset: str,
         rank: int,
-        full_rank: bool,
-        preview_every: int,
-        gpus: int,
+        full_rank: bool = False,
+        preview_every: int = 0,
+        gpus: int = 1,
         **advanced: Any,
     ) -> io.NodeOutput:
         """Return the student and the losses."""
@@ -197,53 +197,55 @@ def _advanced_inputs() -> list[Any]:
     default = FinetuneRecipe()
     return [
         io.Int.Input(
-            "block_updates", default=default.block_updates, min=0, max=10**6, advanced=True,
+            "block_updates", default=default.block_updates, min=0, max=10**6, optional=True, advanced=True,
             tooltip="Updates before those of the whole model, each block alone on the teacher's inputs. Cheap, and "
             "linear and hybrid attention gain most from it.",
         ),
         io.Boolean.Input(
-            "full_rank", default=False, advanced=True,
+            "full_rank", default=False, optional=True, advanced=True,
             tooltip="Changes whole weights instead of adding matrices of a rank, as CLEAR does. Wants a large GPU and "
             "a delta_rate of about 0.00001.",
         ),
         io.Float.Input(
-            "map_rate", default=default.map_rate, min=1e-7, max=1.0, step=1e-5, round=1e-7, advanced=True,
+            "map_rate", default=default.map_rate, min=1e-7, max=1.0, step=1e-5, round=1e-7, optional=True,
+            advanced=True,
             tooltip="Learning rate of feature maps, pooling weights and matrices. Blocks alone take twice as much.",
         ),
         io.Float.Input(
-            "delta_rate", default=default.delta_rate, min=1e-7, max=1.0, step=1e-5, round=1e-7, advanced=True,
+            "delta_rate", default=default.delta_rate, min=1e-7, max=1.0, step=1e-5, round=1e-7, optional=True,
+            advanced=True,
             tooltip="Learning rate of the changes of weights. Blocks alone take twice as much.",
         ),
         io.Combo.Input(
-            "optimizer", options=list(OPTIMIZERS), default=default.optimizer, advanced=True,
+            "optimizer", options=list(OPTIMIZERS), default=default.optimizer, optional=True, advanced=True,
             tooltip="adamw needs nothing else. adamw_8bit (package bitsandbytes) takes less memory; prodigy "
             "(prodigyopt) finds its learning rates; schedule_free (schedulefree) averages by itself, with ema 0.",
         ),
         io.Float.Input(
-            "ema", default=default.ema, min=0.0, max=0.9999, step=0.001, round=1e-4, advanced=True,
+            "ema", default=default.ema, min=0.0, max=0.9999, step=0.001, round=1e-4, optional=True, advanced=True,
             tooltip="Decay of the average over updates that is kept as the result. 0 keeps the last update.",
         ),
         io.Int.Input(
-            "accumulation", default=default.accumulation, min=1, max=1024, advanced=True,
+            "accumulation", default=default.accumulation, min=1, max=1024, optional=True, advanced=True,
             tooltip="Noised samples per update, one after the other. More are steadier and take longer.",
         ),
         io.Boolean.Input(
-            "checkpointing", default=default.checkpointing, advanced=True,
+            "checkpointing", default=default.checkpointing, optional=True, advanced=True,
             tooltip="Keeps only what goes into each block and computes it again for the gradient: much less memory, "
             "about a third more time.",
         ),
         io.Int.Input(
-            "warmup", default=default.warmup, min=0, max=10**6, advanced=True,
+            "warmup", default=default.warmup, min=0, max=10**6, optional=True, advanced=True,
             tooltip="Updates over which the learning rates rise, in each of the two stages.",
         ),
         io.Int.Input(
-            "held_out", default=default.held_out, min=1, max=1024, advanced=True,
+            "held_out", default=default.held_out, min=1, max=1024, optional=True, advanced=True,
             tooltip="Noised samples that are not trained on, by which the student is judged before and after.",
         ),
-        io.Int.Input("seed", default=default.seed, min=0, max=2**31, advanced=True,
+        io.Int.Input("seed", default=default.seed, min=0, max=2**31, optional=True, advanced=True,
                      tooltip="Of noise, noise levels and the first changes. Equal seeds train equally."),
         io.Int.Input(
-            "preview_every", default=0, min=0, max=10**6, advanced=True,
+            "preview_every", default=0, min=0, max=10**6, optional=True, advanced=True,
             tooltip="Updates between pictures of what the student sees in a noised sample. 0 shows none; pictures "
             "also want previews switched on in ComfyUI.",
         ),

@@ -48,6 +48,7 @@ class LinearizeHighRes(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
+                    optional=True,
                     advanced=True,
                     tooltip="Part of the steps that run. More adds detail and keeps less of the picture that goes in.",
                 ),
@@ -56,6 +57,7 @@ class LinearizeHighRes(io.ComfyNode):
                     default=DEFAULTS.steps,
                     min=1,
                     max=1000,
+                    optional=True,
                     advanced=True,
                     tooltip="Steps of a whole sampling; the last strength of them run. 20 at strength 0.7 runs 14.",
                 ),
@@ -65,6 +67,7 @@ class LinearizeHighRes(io.ComfyNode):
                     min=0.01,
                     max=100.0,
                     step=0.01,
+                    optional=True,
                     advanced=True,
                     tooltip="Moves the noise levels up. More starts with more noise; 1 spaces them evenly.",
                 ),
@@ -74,6 +77,7 @@ class LinearizeHighRes(io.ComfyNode):
                     min=1.0,
                     max=1000.0,
                     step=0.1,
+                    optional=True,
                     advanced=True,
                     tooltip="Multiplies the base of FLUX's rotary positions, which stretches them. 1 leaves them.",
                 ),
@@ -87,7 +91,14 @@ class LinearizeHighRes(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, width: int, height: int, strength: float, steps: int, shift: float, ntk_factor: float
+        cls,
+        model,
+        width: int,
+        height: int,
+        strength: float = DEFAULTS.strength,
+        steps: int = DEFAULTS.steps,
+        shift: float = DEFAULTS.shift,
+        ntk_factor: float = DEFAULTS.ntk_factor,
     ) -> io.NodeOutput:
         """Return the patched model and the noise levels."""
         host, module = patching.host_of(model)

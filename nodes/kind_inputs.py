@@ -30,6 +30,7 @@ def feature_map_inputs() -> list[Any]:
             default=0,
             min=0,
             max=1024,
+            optional=True,
             advanced=True,
             tooltip="Features per head. 0 takes the map's own number; more cost more.",
         ),
@@ -52,6 +53,7 @@ def clear_inputs(*, advanced: bool = False) -> list[Any]:
             default=default.temporal_radius,
             min=0,
             max=1024,
+            optional=True,
             advanced=advanced,
             tooltip="Video only: radius in latent frames. 0 sees every frame.",
         ),
@@ -60,6 +62,7 @@ def clear_inputs(*, advanced: bool = False) -> list[Any]:
             default=default.down_factor,
             min=1,
             max=16,
+            optional=True,
             advanced=advanced,
             tooltip="Also shows every token the average of each square of this many tokens a side. 1 is off. "
             "CLEAR's pooled weights use 4. Cost grows with the square of the pixels again.",
@@ -67,6 +70,7 @@ def clear_inputs(*, advanced: bool = False) -> list[Any]:
         io.Boolean.Input(
             "proportional",
             default=default.proportional,
+            optional=True,
             advanced=advanced,
             tooltip="Sharpens attention for pictures above 1024 x 1024, as CLEAR's high-resolution recipe does.",
         ),
@@ -89,6 +93,7 @@ def hybrid_inputs() -> list[Any]:
             "stabilizer",
             options=list(STABILIZERS),
             default=STABILIZERS[0],
+            optional=True,
             advanced=True,
             tooltip="How linear keys of maps that learn are weighed against exact ones: max as in Attention Surgery, "
             "lse so that exact keys weigh 1 in all, common by one measure for both. Trained maps work with the one "
@@ -123,11 +128,12 @@ def chunked_inputs() -> list[Any]:
 
 def place_inputs() -> list[Any]:
     """Return the advanced inputs that say where, when and how a kind runs."""
-    percent = {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}
+    percent = {"min": 0.0, "max": 1.0, "step": 0.01, "optional": True, "advanced": True}
     return [
         io.String.Input(
             "sites",
             default="all",
+            optional=True,
             advanced=True,
             tooltip="Which self-attention sites: all, double, single, single.10-37, or several with commas.",
         ),
@@ -148,6 +154,7 @@ def place_inputs() -> list[Any]:
             default=0,
             min=0,
             max=2**20,
+            optional=True,
             advanced=True,
             tooltip="Calls with fewer tokens stay dense. 4096 image tokens are 1024 x 1024 pixels of FLUX.",
         ),
@@ -155,6 +162,7 @@ def place_inputs() -> list[Any]:
             "backend",
             options=[AUTO, *BACKENDS],
             default=AUTO,
+            optional=True,
             advanced=True,
             tooltip="auto takes triton, the kernels for GPUs, or else torch, which runs everywhere. reference is "
             "float64 on every pair, for checking.",
@@ -175,12 +183,13 @@ def untrained_notes(specs: Iterable[SiteSpec]) -> list[str]:
 def run_kind(
     model: Any,
     spec: LinearSpec | HybridSpec,
-    sites: str,
-    start_percent: float,
-    end_percent: float,
-    min_tokens: int,
-    backend: str,
     node_id: str | None,
+    *,
+    sites: str = "all",
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+    min_tokens: int = 0,
+    backend: str = AUTO,
 ) -> tuple[Any, Plan]:
     """Return a clone of `model` that runs an untrained kind, and the plan of all its sites.
 

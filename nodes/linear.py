@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..attention.specs import HybridSpec, LinearSpec
+from ..attention.specs import STABILIZERS, HybridSpec, LinearSpec
 from .kind_inputs import feature_map_inputs, hybrid_inputs, place_inputs, run_kind
 from .sockets import CATEGORY, AttentionPlan
 
@@ -35,7 +35,7 @@ class LinearizeLinear(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, feature_map: str, feature_dim: int, **place) -> io.NodeOutput:
+    def execute(cls, model, feature_map: str, feature_dim: int = 0, **place) -> io.NodeOutput:
         """Return the patched model and its plan."""
         spec = LinearSpec(feature_map, feature_dim)
         return io.NodeOutput(*run_kind(model, spec, node_id=cls.hidden.unique_id, **place))
@@ -60,7 +60,15 @@ class LinearizeHybrid(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, rate: int, feature_map: str, stabilizer: str, feature_dim: int, **place) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        rate: int,
+        feature_map: str,
+        stabilizer: str = STABILIZERS[0],
+        feature_dim: int = 0,
+        **place,
+    ) -> io.NodeOutput:
         """Return the patched model and its plan."""
         spec = HybridSpec(rate, feature_map, feature_dim, stabilizer)
         return io.NodeOutput(*run_kind(model, spec, node_id=cls.hidden.unique_id, **place))

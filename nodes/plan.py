@@ -58,6 +58,7 @@ class LinearizeUniformPlan(io.ComfyNode):
     def execute(cls, kind: dict, sites: str, host: str, plan: Plan | None = None) -> io.NodeOutput:
         """Return the plan."""
         base = plan or Plan(host)
+        kind = {name: value for name, value in kind.items() if value is not None}  # left out, ComfyUI gives it so
         return io.NodeOutput(Plan(base.host, base.default, (*base.rules, (sites, spec_from_json(kind)))))
 
 

@@ -35,6 +35,7 @@ class LinearizeReport(io.ComfyNode):
                     default=1,
                     min=1,
                     max=8192,
+                    optional=True,
                     advanced=True,
                     tooltip="Frames of the clip; picture models do not use it.",
                 ),
@@ -55,7 +56,7 @@ class LinearizeReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, width: int, height: int, frames: int, after=None) -> io.NodeOutput:
+    def execute(cls, model, width: int, height: int, frames: int = 1, after=None) -> io.NodeOutput:
         """Return the report as text and picture."""
         host, module = patching.host_of(model)
         runtime = patching.runtime_of(model)

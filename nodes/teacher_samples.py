@@ -21,6 +21,7 @@ NAME = re.compile(r"\w([\w .-]{0,78}\w)?")
 WINDOWS_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 LISTS = ("prompts", "positive", "negative")  # inputs that take several values
 MAX_SEED = 2**64 - 1
+ADVANCED = {"sampler_name": "euler", "scheduler": "simple", "guidance": 0.0, "first_seed": 0, "prompts_file": ""}
 
 
 class LinearizeTeacherSamples(io.ComfyNode):
@@ -82,9 +83,9 @@ class LinearizeTeacherSamples(io.ComfyNode):
     @classmethod
     def execute(cls, **inputs: list[Any]) -> io.NodeOutput:
         """Return the samples, made now or earlier."""
-        one = {name: _single(name, values) for name, values in inputs.items() if name not in LISTS}
+        one = ADVANCED | {name: _single(name, values) for name, values in inputs.items() if name not in LISTS}
         folder = samples_folder(one["name"])
-        prompts = [*split_prompts(inputs["prompts"]), *read_prompts_file(one.get("prompts_file", ""))]
+        prompts = [*split_prompts(inputs["prompts"]), *read_prompts_file(one["prompts_file"])]
         positive, negative = ([each for each in inputs.get(name, ()) if each is not None] for name in LISTS[1:])
         order = _order(one, prompts, positive, negative)
         show = patching.show_on_node(cls.hidden.unique_id)
@@ -118,38 +119,42 @@ def _sampling_inputs() -> list[Any]:
         io.Combo.Input(
             "sampler_name",
             options=comfy.samplers.KSampler.SAMPLERS,
-            default="euler",
+            default=ADVANCED["sampler_name"],
+            optional=True,
             advanced=True,
             tooltip="The sampler, as you use the model.",
         ),
         io.Combo.Input(
             "scheduler",
             options=comfy.samplers.KSampler.SCHEDULERS,
-            default="simple",
+            default=ADVANCED["scheduler"],
+            optional=True,
             advanced=True,
             tooltip="How the noise is taken away over the steps, as you use the model.",
         ),
         io.Float.Input(
             "guidance",
-            default=0.0,
+            default=ADVANCED["guidance"],
             min=0.0,
             max=100.0,
             step=0.1,
+            optional=True,
             advanced=True,
             tooltip="Guidance of models that have it built in, such as FLUX. 0 takes the model's usual value, 3.5 for "
             "FLUX.1. A conditioning that has its own keeps it.",
         ),
         io.Int.Input(
             "first_seed",
-            default=0,
+            default=ADVANCED["first_seed"],
             min=0,
             max=MAX_SEED,
+            optional=True,
             advanced=True,
             tooltip="Seed of the first sample; each further sample takes the next one.",
         ),
         io.String.Input(
             "prompts_file",
-            default="",
+            default=ADVANCED["prompts_file"],
             optional=True,
             advanced=True,
             tooltip="A .txt file in ComfyUI's input folder with more prompts, one per line.",

@@ -47,7 +47,7 @@ LAUNCHER = re.compile(r"torch[\\/]distributed[\\/]elastic.*(failed \(exitcode|cl
 def gpus_input() -> Any:
     """Return the input `gpus`, which the nodes that train share."""
     return io.Int.Input(
-        "gpus", default=1, min=1, max=64, advanced=True,
+        "gpus", default=1, min=1, max=64, optional=True, advanced=True,
         tooltip="Above 1, as many processes train together, each on a GPU of this machine (without GPUs: on the "
         "processor) and on samples of its own, and average what they learn. The model has to come straight from "
         "ComfyUI's loader; other models are unloaded. Needs the package accelerate.",

@@ -62,7 +62,7 @@ class LinearizeTransfer(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, samples: Samples, plans: dict[str, Plan], updates: int, gpus: int, **advanced: Any
+        cls, model, samples: Samples, plans: dict[str, Plan], updates: int, gpus: int = 1, **advanced: Any
     ) -> io.NodeOutput:
         """Return the candidates and the losses."""
         notes = [note for note in (check_model(model, samples),) if note]
@@ -100,37 +100,37 @@ def _advanced_inputs() -> list[Any]:
     default = TransferRecipe()
     return [
         io.Float.Input(
-            "learning_rate", default=default.learning_rate, min=1e-6, max=1.0, step=1e-4, advanced=True,
+            "learning_rate", default=default.learning_rate, min=1e-6, max=1.0, step=1e-4, optional=True, advanced=True,
             tooltip="Of AdamW, at its highest; it warms up and then falls along half a cosine.",
         ),
         io.Combo.Input(
-            "loss", options=list(VALUE_LOSSES), default=default.loss, advanced=True,
+            "loss", options=list(VALUE_LOSSES), default=default.loss, optional=True, advanced=True,
             tooltip="value compares attention outputs, as Attention Surgery does; squared weighs large differences "
             "more; score compares attention weights.",
         ),
         io.Int.Input(
-            "queries", default=default.queries, min=0, max=2**20, advanced=True,
+            "queries", default=default.queries, min=0, max=2**20, optional=True, advanced=True,
             tooltip="Queries of each call that are trained on, drawn anew each time. 0 takes all; fewer need less "
             "memory. Keys are always all.",
         ),
         io.Int.Input(
-            "replay", default=default.replay, min=1, max=1024, advanced=True,
+            "replay", default=default.replay, min=1, max=1024, optional=True, advanced=True,
             tooltip="Passes of the teacher that are kept in host memory and trained on in turns. 1 keeps none.",
         ),
         io.Int.Input(
-            "repeats", default=default.repeats, min=1, max=1024, advanced=True,
+            "repeats", default=default.repeats, min=1, max=1024, optional=True, advanced=True,
             tooltip="Updates per pass of the teacher. More are cheaper and see less variety.",
         ),
         io.Int.Input(
-            "held_out", default=default.held_out, min=1, max=1024, advanced=True,
+            "held_out", default=default.held_out, min=1, max=1024, optional=True, advanced=True,
             tooltip="Passes on samples that are not trained on, by which candidates are judged.",
         ),
         io.Int.Input(
-            "output_draws", default=default.output_draws, min=0, max=1024, advanced=True,
+            "output_draws", default=default.output_draws, min=0, max=1024, optional=True, advanced=True,
             tooltip="Passes of which, in the end, a matrix per head behind each candidate's attention is made, in "
             "closed form. It is kept where it lowers the error; 0 makes none.",
         ),
-        io.Int.Input("seed", default=default.seed, min=0, max=2**31, advanced=True,
+        io.Int.Input("seed", default=default.seed, min=0, max=2**31, optional=True, advanced=True,
                      tooltip="Of noise, noise levels and queries. Equal seeds train equally."),
         gpus_input(),
     ]  # fmt: skip

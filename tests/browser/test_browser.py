@@ -134,6 +134,22 @@ def frontend(page, server):
     return page
 
 
+def test_the_widgets_of_every_node_stand_where_stored_workflows_have_their_values(frontend, server):
+    nodes = {name: info for name, info in server.get("/object_info").items() if name.startswith("Linearize")}
+    assert "LinearizeCLEAR" in nodes
+    for name, info in nodes.items():
+        widgets = frontend.evaluate(
+            "name => (LiteGraph.createNode(name).widgets ?? []).filter(w => w.serialize !== false).map(w => w.name)",
+            name,
+        )
+        order = [each for part in ("required", "optional") for each in info["input_order"].get(part, ())]
+        found = [each.partition(".")[0] for each in widgets if each.partition(".")[0] in order]
+        assert list(dict.fromkeys(found)) == [each for each in order if each in found], name
+        given = {**info["input"]["required"], **info["input"].get("optional", {})}
+        missing = {each for each in order if given[each][1].get("default") is not None} - set(found)
+        assert not missing, f"{name} has no widget for {missing}"
+
+
 def open_workflow(page, path: str) -> None:
     """Open a workflow file as the user's own."""
     page.evaluate("workflow => app.loadGraphData(workflow)", json.loads((ROOT / path).read_text(encoding="utf-8")))

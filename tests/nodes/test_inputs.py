@@ -1,5 +1,7 @@
 """Schemas are for ever; wrong input is one clear sentence before sampling starts."""
 
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -74,6 +76,84 @@ SCHEMAS = {
         ["model", "width", "height", "strength", "steps", "shift", "ntk_factor"], ["MODEL", "SIGMAS"],
     ),
 }  # fmt: skip
+
+# what an API prompt has to name, for ever: one more here, and every stored prompt that lacks it is refused
+REQUIRED = {
+    "LinearizeCLEAR": {"model", "radius", "weights"},
+    "LinearizeHybrid": {"model", "rate", "feature_map"},
+    "LinearizeLinear": {"model", "feature_map"},
+    "LinearizeReport": {"model", "width", "height"},
+    "LinearizeLoadStudent": {"model", "student"},
+    "LinearizeApply": {"model", "attention"},
+    "LinearizeUniformPlan": {"kind", "sites", "host"},
+    "LinearizeUniformPlan.clear": {"radius"},
+    "LinearizeUniformPlan.dense": set(),
+    "LinearizeUniformPlan.hybrid": {"rate", "feature_map"},
+    "LinearizeUniformPlan.linear": {"feature_map"},
+    "LinearizeUniformPlan.chunked": {"chunk_frames", "overlap_frames", "causal", "feature_map"},
+    "LinearizeTeacherSamples": {"model", "prompts", "latent_image", "name", "seeds", "steps", "cfg"},
+    "LinearizeTransfer": {"model", "samples", "plans", "updates"},
+    "LinearizeFinetune": {"model", "student", "samples", "updates", "preset", "rank"},
+    "LinearizeBudgetPlan": {"model", "student", "budget", "width", "height", "frames"},
+    "LinearizeSaveStudent": {"student", "name"},
+    "LinearizePublish": {"student", "repo_id", "private", "dry_run"},
+    "LinearizeSiteErrors": {"student"},
+    "LinearizeCompare": {"image", "teacher"},
+    "LinearizeHighRes": {"model", "width", "height"},
+}
+
+
+def all_inputs(comfy):
+    """Yield (node, or node and option of its dynamic input; its inputs)."""
+    for name, cls in comfy.nodes.NODE_CLASS_MAPPINGS.items():
+        if name.startswith("Linearize") and f"custom_nodes.{ROOT.name}" == cls.RELATIVE_PYTHON_MODULE:
+            inputs = cls.define_schema().inputs
+            yield name, inputs
+            for each in inputs:
+                for option in getattr(each, "options", None) or ():
+                    if hasattr(option, "inputs"):
+                        yield f"{name}.{option.key}", option.inputs
+
+
+def test_no_version_asks_for_an_input_that_an_earlier_one_did_not(comfy):
+    found = {name: {each.id for each in inputs if not each.optional} for name, inputs in all_inputs(comfy)}
+    assert found == REQUIRED
+    for name, inputs in all_inputs(comfy):
+        assert all(each.optional for each in inputs if each.advanced), f"{name}: advanced inputs are optional"
+        widgets = [each for each in inputs if getattr(each, "default", None) is not None]
+        # interfaces put optional widgets last; stored workflows name widgets by their place
+        assert [each.id for each in sorted(widgets, key=lambda each: bool(each.optional))] == [
+            each.id for each in widgets
+        ], f"{name}: a required widget comes behind an optional one"
+
+
+def test_what_is_left_out_is_what_the_widget_shows(comfy):
+    module = comfy.module
+    behind = {  # where the defaults of a node's **inputs stand
+        "LinearizeHybrid": signature_defaults(module("nodes.kind_inputs").run_kind),
+        "LinearizeLinear": signature_defaults(module("nodes.kind_inputs").run_kind),
+        "LinearizeTransfer": vars_of(module("training.recipe").TransferRecipe()),
+        "LinearizeFinetune": vars_of(module("training.recipe").FinetuneRecipe()),
+        "LinearizeTeacherSamples": module("nodes.teacher_samples").ADVANCED,
+    }
+    specs = module("attention.specs")
+    for name, inputs in all_inputs(comfy):
+        node, _, option = name.partition(".")
+        taken = {**behind.get(node, {}), **signature_defaults(comfy.nodes.NODE_CLASS_MAPPINGS[node].execute)}
+        if option:
+            taken = vars_of(specs.SPECS[option]()) if option != "dense" else {}
+        for each in inputs:
+            if each.optional:
+                assert taken.get(each.id) == getattr(each, "default", None), f"{name}: {each.id}"
+
+
+def signature_defaults(function):
+    found = inspect.signature(function).parameters.values()
+    return {each.name: each.default for each in found if each.default is not each.empty}
+
+
+def vars_of(data):
+    return {each.name: getattr(data, each.name) for each in dataclasses.fields(data)}
 
 
 def pack_nodes(comfy):

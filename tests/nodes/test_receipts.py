@@ -2,7 +2,6 @@
 
 import copy
 import json
-import pickle
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -77,7 +76,7 @@ def radii(info):
     found = info.get("linearize", [])
     assert ("linearize" in info) == ("linearize" in list(info)) == ("linearize" in dict(info)) == bool(found)
     assert {**info} == dict(info.items()) == info.copy() == (info | {}) == {key: info[key] for key in info}
-    assert copy.deepcopy(info) == pickle.loads(pickle.dumps(info)) == dict(info)
+    assert copy.deepcopy(info) == dict(*info.__reduce__()[1]) == dict(info)
     assert type(copy.deepcopy(info)) is type(copy.copy(info)) is dict and len(info) == len(dict(info))
     assert info.get("workflow") is None or json.loads(json.dumps(info)) == dict(info)
     merged = {"prompt": 1}
