@@ -11,12 +11,12 @@ from comfy_execution.graph_utils import is_link
 from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 
-from nodes import NODE_CLASS_MAPPINGS  # pyright: ignore[reportAttributeAccessIssue]  # the core's
 
 from ..attention.record import once
 
 SAVES = ("ModelSave", "CheckpointSave")
 MERGES, SECOND = "ModelMerge", "model2"  # how their ids begin, and the input that gives weights only
+MODEL = "model"  # how inputs for models are named, a number behind it where there are several
 NOT_SAMPLED = "not sampled yet"  # the first line of a status before there is a record
 SAVED = (
     "{} writes weights only, trained ones without the plan and feature maps that they were trained for; to keep a "
@@ -56,11 +56,7 @@ def _notes(prompt: Any, node_id: str) -> Iterator[str]:
 
 def _takers(graph: dict[str, Any], source: str) -> Iterator[tuple[str, str]]:
     """Yield the nodes, and their inputs, that take a model from a node."""
-    outputs = (
-        getattr(NODE_CLASS_MAPPINGS.get(graph[source]["class_type"]), "RETURN_TYPES", ()) if source in graph else ()
-    )
-    models = {slot for slot, kind in enumerate(outputs) if kind == "MODEL"}
     for taker, node in graph.items():
         for name, value in node["inputs"].items():
-            if is_link(value) and value[0] == source and value[1] in models:
+            if name.startswith(MODEL) and is_link(value) and value[0] == source:
                 yield taker, name

@@ -164,6 +164,15 @@ WEIGHTS_ONLY = {
         },
         ("CheckpointSave writes weights only",),
     ),
+    "distilled, and another model saved": (
+        {
+            "3": ("LinearizeTeacherSamples", {"model": ["2", 0]}),
+            "4": ("LinearizeTransfer", {"samples": ["3", 0], "model": ["1", 0]}),
+            "5": ("LinearizeApply", {"attention": ["4", 0], "model": ["1", 0]}),
+            "6": ("ModelSave", {"model": ["5", 0]}),
+        },
+        (),
+    ),
     "saved without it": ({"3": ("ModelSave", {"model": ["1", 0]}), "4": SAMPLER}, ()),
 }  # fmt: skip
 
@@ -173,12 +182,7 @@ def test_who_takes_weights_without_the_attention_is_named(comfy, studio, student
     """At once, because the model that they take may never be sampled."""
     from types import SimpleNamespace
 
-    takers, (others, words) = comfy.module("nodes.model_takers"), WEIGHTS_ONLY[case]
-    from comfy_extras import nodes_model_merging as core
-
-    for name in ("ModelMergeSimple", "ModelMergeAdd", "ModelSave", "CheckpointSave"):
-        monkeypatch.setitem(takers.NODE_CLASS_MAPPINGS, name, core.NODE_CLASS_MAPPINGS[name])
-    monkeypatch.setitem(takers.NODE_CLASS_MAPPINGS, "ModelMergeFlux1", core.ModelMergeBlocks)
+    others, words = WEIGHTS_ONLY[case]
     shown = []
     server = SimpleNamespace(send_progress_text=lambda text, node: shown.append(text))
     import server as server_module
