@@ -11,7 +11,6 @@ from comfy_execution.graph_utils import is_link
 from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 
-
 from ..attention.record import once
 
 SAVES = ("ModelSave", "CheckpointSave")
