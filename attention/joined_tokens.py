@@ -67,7 +67,5 @@ def _note_after(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lengths(args: Mapping[str, Any]) -> tuple[int, int] | None:
-    text, picture = args.get("txt"), args.get("img")
-    if getattr(text, "ndim", 0) != 3 or getattr(picture, "ndim", 0) != 3:
-        return None
-    return text.shape[1], picture.shape[1]
+    shapes = [tuple(getattr(args.get(name), "shape", ())) for name in ("txt", "img")]
+    return None if any(len(shape) != 3 for shape in shapes) else (shapes[0][1], shapes[1][1])

@@ -14,8 +14,8 @@ from ast import AST, Assign, Attribute, Call, For, Load, Name, Subscript, Tuple,
 from collections.abc import Iterator
 from typing import Any
 
+from ..class_code import has_own_code, methods_of, names_in, parents_in, reached_from, tree_of
 from .base import Host
-from .source import has_own_code, methods_of, names_in, parents_in, reached_from, tree_of
 
 ATTENTION = re.compile(r"optimized_attention.*|scaled_dot_product_attention|attention_(pytorch|basic|split|sub_quad)")
 OPTIONS = "transformer_options"
@@ -44,10 +44,12 @@ def may_be_called(root: Any, path: str) -> bool:
     module, owner = _at(root, path), _at(root, owner_path)
     if not path or module is None or owner is None or has_own_code(module) or has_own_code(owner):
         return True
+    if _may_call_itself(type(module)):
+        return True
     callers = _callers(type(owner), name, in_list)
     if callers is None or callers - {"forward"}:
         return True
-    return bool(callers) and may_be_called(root, owner_path)
+    return bool(callers) and (_names_forward(type(owner)) or may_be_called(root, owner_path))
 
 
 def hides_its_calls(root: Any, path: str) -> bool:
@@ -87,6 +89,21 @@ def _at(root: Any, path: str) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
+def _may_call_itself(cls: type) -> bool:
+    """Return whether a method of a class may call the instance, which runs its forward."""
+    for code in (methods_of(cls) or {}).values():
+        tree, own = tree_of(code), code.co_varnames[:1]
+        if tree is None or any(isinstance(node, Call) and getattr(node.func, "id", None) in own for node in walk(tree)):
+            return True
+    return False
+
+
+def _names_forward(cls: type) -> bool:
+    """Return whether a method of a class uses a `forward`, be it its own or its base's."""
+    return any("forward" in names_in(code) for code in (methods_of(cls) or {}).values())
+
+
+@functools.lru_cache(maxsize=256)
 def _callers(cls: type, name: str, in_list: bool) -> frozenset[str] | None:
     """Return the methods of a class that may call its child; None where its code never names it or is not at hand."""
     mentioned, found = False, set()
@@ -102,13 +119,13 @@ def _callers(cls: type, name: str, in_list: bool) -> frozenset[str] | None:
                 continue
             mentioned = True
             uses = _items(node, parents, tree) if in_list else [node]
-            if any(_may_call(use, parents) for use in uses):
+            if uses is None or any(_may_call(use, parents) for use in uses):
                 found.add(method)
     return frozenset(found) if mentioned else None
 
 
-def _items(mention: AST, parents: dict[AST, AST], tree: AST) -> list[AST]:
-    """Return where items of a list are used: behind an index, or under the name that a loop gives them."""
+def _items(mention: AST, parents: dict[AST, AST], tree: AST) -> list[AST] | None:
+    """Return where items of a list are used, behind an index or under the name of a loop; None where it is unclear."""
     parent = parents[mention]
     if isinstance(parent, Subscript):
         target = parents[parent]
@@ -120,7 +137,7 @@ def _items(mention: AST, parents: dict[AST, AST], tree: AST) -> list[AST]:
     if isinstance(loop, For | comprehension) and loop.iter is looped:
         targets = loop.target.elts[1:] if function and isinstance(loop.target, Tuple) else [loop.target]
         return list(_named(targets, tree))
-    return [mention]
+    return None
 
 
 def _named(targets: list[Any], tree: AST) -> Iterator[AST]:

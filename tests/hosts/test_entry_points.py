@@ -145,6 +145,43 @@ def both_ways(base, attention):
     return Block
 
 
+def calls_itself(base, attention):
+    class Block(base):
+        def forward_tile(self, x, freqs):
+            return self(x, None, freqs, None)
+
+    Block.attention = attention
+    return Block
+
+
+def calls_its_forward(base, attention):
+    class Block(base):
+        def forward_tile(self, x, freqs):
+            return super().forward(x, None, freqs, None)
+
+    Block.attention = attention
+    return Block
+
+
+def attention_that_calls_itself(base, attention):
+    class Attention(attention):
+        def forward_generation(self, x, freqs, transformer_options=None):
+            return self(x, freqs, transformer_options=transformer_options)
+
+    block = another_method_of_the_attention(base, attention)
+    return type("Block", (block,), {"attention": Attention})
+
+
+def children(base):
+    class Model(base):
+        def forward_orig(self, x, t, context, freqs=None, **kwargs):
+            for block in self.blocks.children():
+                x = block(x)
+            return x
+
+    return Model
+
+
 def handed_on(base):
     class Model(base):
         def forward_orig(self, x, t, context, freqs=None, **kwargs):
@@ -163,6 +200,10 @@ MAY_WORK = {
     "chosen": (chosen, None),
     "checkpointed": (checkpointed, None),
     "both ways": (both_ways, None),
+    "calls itself": (calls_itself, looped),
+    "calls its forward": (calls_its_forward, looped),
+    "attention that calls itself": (attention_that_calls_itself, None),
+    "children": (None, children),
     "handed on": (None, handed_on),
     "without source": (without_source, None),
     "as it is": (None, None),

@@ -28,7 +28,8 @@ def methods_of(cls: type) -> dict[tuple[str, int], CodeType] | None:
         value = vars(bases[place])[name]
         if isinstance(value, type) or not (callable(value) or isinstance(value, property | staticmethod | classmethod)):
             continue
-        function = inspect.unwrap(value.fget if isinstance(value, property) else getattr(value, "__func__", value))
+        function: Any = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        function = inspect.unwrap(function) if callable(function) else function
         if not isinstance(function, FunctionType):
             return None
         found[name, place] = function.__code__
