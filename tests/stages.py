@@ -24,7 +24,7 @@ STAGES: tuple[tuple[str, int, list[str]], ...] = (  # name, minutes it may take 
     ("distill", 8, ["tests/training"]),
     ("demo", 3, ["tests/demo"]),
     ("server", 6, ["tests/server"]),
-    ("browser", 2, ["tests/browser"]),
+    ("browser", 4, ["tests/browser"]),
 )
 
 

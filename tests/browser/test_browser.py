@@ -40,6 +40,12 @@ FEW = {  # nodes of the blueprint for any model: settings for a run of seconds
     "9": {"updates": 2, "held_out": 1, "output_draws": 1},
     "13": {"updates": 1, "block_updates": 1, "accumulation": 1, "held_out": 1},
 }
+# not Playwright's own add_style_tag, which fails when the page is refused something else meanwhile
+HIDE_OVERLAYS = """() => {
+    const style = document.createElement('style');
+    style.textContent = '.p-toast, .minimap-main-container { display: none !important; }';
+    document.head.append(style);
+}"""
 SET_WIDGETS = """([id, values]) => {
     for (const widget of app.graph.getNodeById(id).widgets)
         if (widget.name in values) widget.value = values[widget.name];
@@ -275,7 +281,7 @@ def status_of(page, kind: str, version: str) -> str:
 
 def take_picture(page, path: Path) -> None:
     """Save a picture of the whole graph, without what the interface lays over it."""
-    page.add_style_tag(content=".p-toast, .minimap-main-container { display: none !important; }")
+    page.evaluate(HIDE_OVERLAYS)
     page.evaluate("app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', false)")
     page.wait_for_timeout(1000)  # pictures arrive
     page.evaluate("app.canvas.canvas.focus()")
