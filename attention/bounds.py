@@ -2,7 +2,7 @@
 
 import math
 
-from .tensor_file import quote
+from .shown import quote
 
 MOST_TOKENS = 2**31 - 1  # no grid has more, so a larger distance means nothing else
 MOST_SEED = 2**64 - 1

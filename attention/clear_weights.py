@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .hosts import Host
 from .hosts.base import WeightTarget
+from .shown import one_line, quote, quote_some
 from .specs import MOST_DOWN_FACTOR
-from .tensor_file import FileProblem, TensorFile, cut, quote, quote_some
+from .tensor_file import TensorFile, problem
 
 PREFIXES = ("transformer.", "module.")
 POOL_SUFFIX = ".processor.spatial_weight"
@@ -122,12 +123,12 @@ def clear_weights(file: TensorFile, host: Host, module: Any) -> ClearWeights:
     """
     targets, sites = host.diffusers_targets(module), host.diffusers_sites(module)
     if not targets:
-        raise FileProblem(f"{file.path.name}: there are no CLEAR weights for {host.title}; choose weights none")
+        raise problem(file.path, f"cannot be used: there are no CLEAR weights for {host.title}; choose weights none")
     names: dict[str, str] = {}
     for name in file.tensors:
         key = _without_prefix(name)
         if key in names and key in targets:
-            raise FileProblem(f"{file.path.name} holds {cut(key)} twice, as {cut(names[key])} and as {cut(name)}")
+            raise problem(file.path, f"holds {one_line(key)} twice, as {one_line(names[key])} and as {one_line(name)}")
         names[key] = name
     _check_projections(file, names, targets, host)
     placed = tuple(Placed(names[key], _site(key, sites), target) for key, target in targets.items())
@@ -168,35 +169,40 @@ def _check_projections(
     file: TensorFile, names: Mapping[str, str], targets: Mapping[str, WeightTarget], host: Host
 ) -> None:
     if file.metadata.get("format", "").startswith("linearize/"):
-        raise FileProblem(f"{file.path.name} is a student; load it with Load Linearized Attention")
+        raise problem(file.path, "is a student; load it with Load Linearized Attention")
     missing = [key for key in targets if key not in names]
     if missing:
-        raise FileProblem(
-            f"{file.path.name} holds {len(targets) - len(missing)} of the {len(targets)} attention tensors that this"
-            f" {host.title} needs, the first missing one is {missing[0]}; it belongs to another model"
+        raise problem(
+            file.path,
+            f"holds {len(targets) - len(missing)} of the {len(targets)} attention tensors that this"
+            f" {host.title} needs, the first missing one is {missing[0]}; it belongs to another model",
         )
     for key, target in targets.items():
         found = file.tensors[names[key]]
         if found.shape != target.shape:
-            raise FileProblem(
-                f"{file.path.name} belongs to another model: {cut(names[key])} has shape {quote(found.shape)} where"
-                f" this {host.title} needs {target.shape}"
+            raise problem(
+                file.path,
+                f"belongs to another model: {one_line(names[key])} has shape {quote(found.shape)} where this"
+                f" {host.title} needs {target.shape}",
             )
         if not found.dtype.is_floating_point:
-            raise FileProblem(f"{file.path.name}: {cut(names[key])} holds {found.dtype}, not floating point numbers")
+            raise problem(
+                file.path, f"does not fit: {one_line(names[key])} holds {found.dtype}, not floating point numbers"
+            )
 
 
 def _down_factor(file: TensorFile, pools: Mapping[str, str], num_sites: int) -> int:
     if not pools:
         return 1
     if len(pools) != num_sites:
-        raise FileProblem(f"{file.path.name} holds pooling weights for {len(pools)} of {num_sites} sites")
+        raise problem(file.path, f"holds pooling weights for {len(pools)} of {num_sites} sites")
     shapes = {file.tensors[name].shape for name in pools.values()}
     shape = next(iter(shapes))
     sides = [size for size in shape if size != 1] or [1, 1]
     if len(shapes) > 1 or len(sides) != 2 or sides[0] != sides[1] or not 2 <= sides[0] <= MOST_DOWN_FACTOR:
-        raise FileProblem(
-            f"{file.path.name}: pooling weights have the shapes {quote_some(sorted(shapes))}, where"
-            " (1, 1, 1, d, 1, d, 1) is known"
+        raise problem(
+            file.path,
+            f"does not fit: pooling weights have the shapes {quote_some(sorted(shapes))},"
+            " where (1, 1, 1, d, 1, d, 1) is known",
         )
     return sides[0]

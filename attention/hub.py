@@ -16,6 +16,7 @@ from typing import Any
 from .atomic_file import whole_file
 from .hub_partial import CHUNK, Partial, Watch, append_missing, persist, writing
 from .hub_transfer import Cut, Hub, HubError, HubFile
+from .shown import one_line
 
 log = logging.getLogger("linearize")
 RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try that follows one without a new byte
@@ -172,7 +173,7 @@ def _locked(path: Path, watch: Watch) -> Iterator[None]:
 def _find_present(path: Path, file: HubFile, watch: Watch) -> Download | None:
     if not path.is_file():
         return None
-    size = path.stat().st_size
+    size, mtime_ns = path.stat().st_size, path.stat().st_mtime_ns
     record = _read_record(path)
     if record is None:
         digest = hashlib.sha256()
@@ -182,7 +183,7 @@ def _find_present(path: Path, file: HubFile, watch: Watch) -> Download | None:
                 watch.tick(stream.tell(), size)
         found = Download(path, "", digest.hexdigest(), size, _licence_without_card(file))
         with contextlib.suppress(OSError):  # a folder that cannot be written only costs the hash next time
-            _write_record(found, file)
+            _write_record(found, file, mtime_ns)
         return found
     if record["size"] != size:
         raise HubError(
@@ -201,9 +202,11 @@ def _record_path(path: Path) -> Path:
 
 
 def recorded_sha256(path: Path) -> str | None:
-    """Return the sha256 noted when a file was fetched from the Hub, None for a file from elsewhere."""
-    record = _read_record(path)
-    return record["sha256"] if record and record["size"] == path.stat().st_size else None
+    """Return the sha256 noted when a file was fetched from the Hub, None for another file, or one changed since."""
+    record, found = _read_record(path), path.stat()
+    if record is None or (record["size"], record.get("mtime_ns")) != (found.st_size, found.st_mtime_ns):
+        return None
+    return record["sha256"]
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
@@ -216,8 +219,8 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     return record if whole and all(isinstance(record.get(key), str) for key in texts) else None
 
 
-def _write_record(found: Download, file: HubFile) -> None:
-    record = asdict(file) | asdict(found)
+def _write_record(found: Download, file: HubFile, mtime_ns: int) -> None:
+    record = asdict(file) | asdict(found) | {"mtime_ns": mtime_ns}
     del record["path"]
     with whole_file(_record_path(found.path)) as stream:
         stream.write((json.dumps(record, indent=2) + "\n").encode())
@@ -266,7 +269,7 @@ def _fetch_from(hub: Hub, file: HubFile, path: Path, watch: Watch, delays: Seque
     licence = hub.read_licence(file, remote.commit) or _licence_without_card(file)
     found = Download(path, remote.commit, partial.sha256.hexdigest(), remote.size, licence)
     with writing(path, f"run again, which takes {unfinished.name}"):
-        _write_record(found, file)
+        _write_record(found, file, unfinished.stat().st_mtime_ns)
         os.replace(unfinished, path)
-    log.info("fetched %s, commit %s, licence: %s", path.name, remote.commit[:12], licence)
+    log.info("fetched %s, commit %s, licence: %s", path.name, remote.commit[:12], one_line(licence, 200))
     return found

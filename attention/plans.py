@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .shown import one_line, quote, quote_some
 from .specs import DenseSpec, SiteSpec, spec_from_json, spec_to_json
-from .tensor_file import cut, quote, quote_some
 
 PLAN_FORMAT = "linearize/plan/1"
 PART = re.compile(r"(?P<group>[a-z][a-z0-9_]*)(?:\.(?P<first>[0-9]{1,6})(?:-(?P<last>[0-9]{1,6}))?)?")
@@ -169,4 +169,4 @@ def _named(where: str, data: object) -> SiteSpec:
     try:
         return spec_from_json(data)
     except ValueError as error:
-        raise ValueError(f"in the plan, {cut(where)}: {error}") from None
+        raise ValueError(f"in the plan, {one_line(where)}: {error}") from None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from .layout import Reason, TokenLayout
 from .plans import describe_sites
+from .shown import printable
 
 log = logging.getLogger("linearize")
 
@@ -180,7 +181,7 @@ class Once:
     def _log(self, level: int, text: str) -> None:
         if text not in self._seen:
             self._seen.add(text)
-            log.log(level, text)
+            log.log(level, printable(text))
 
 
 once = Once()

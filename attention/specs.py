@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from .bounds import MOST_TOKENS, check_whole
-from .tensor_file import quote, quote_some
+from .shown import quote, quote_some
 
 FEATURE_MAPS = ("elu1", "relu", "favor", "hedgehog", "polynomial", "linfusion")
 STABILIZERS = ("max", "lse", "common")

@@ -18,7 +18,8 @@ from .bounds import check_json
 from .feature_maps import Favor
 from .fingerprint import LENGTH
 from .plans import Plan
-from .tensor_file import TensorFile, cut, open_tensor_file, problem, quote, quote_some, write_tensor_file
+from .shown import one_line, quote, quote_some
+from .tensor_file import TensorFile, open_tensor_file, problem, write_tensor_file
 
 STUDENT_FORMAT = "linearize/1"
 FORMAT_NAME = re.compile(r"linearize/[1-9]\d{0,8}", re.ASCII)
@@ -229,7 +230,7 @@ def student_of(file: TensorFile) -> StudentFile:
         return _student(file.metadata, tensors)
     except (ValueError, RecursionError) as error:
         reason = "its metadata is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise problem(file.path, f"cannot be used: {reason[:LONGEST_REASON]}") from None
+        raise problem(file.path, f"cannot be used: {one_line(reason, LONGEST_REASON)}") from None
 
 
 def _check_format(file: TensorFile) -> None:
@@ -279,7 +280,7 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"its {name} is not JSON, {cut(str(error))}") from None
+        raise ValueError(f"its {name} is not JSON, {one_line(error)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"its {name} is not a JSON object, got {quote(value)}")
     return value

@@ -7,10 +7,10 @@ from torch import Tensor
 from .feature_maps import Favor, FeatureMap, Maps
 from .hosts.base import Site
 from .plans import describe_sites
+from .shown import quote
 from .specs import ClearSpec, DenseSpec, HeadSplit, MappedSpec, SiteSpec, groups_of
 from .student import StudentParameters, empty_maps, map_shapes
 from .student_file import PARAMETER, StudentFile
-from .tensor_file import quote
 
 
 def check_student(student: StudentFile, host_name: str, sites: Sequence[Site]) -> dict[str, SiteSpec]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .atomic_file import whole_file
+from .shown import LONGEST, one_line, quote
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,7 +38,6 @@ MAX_HEADER_BYTES = 4 * 2**20  # thirty thousand tensors; reading one of lies tak
 MAX_DIMS = 64  # of a PyTorch tensor that can be computed with
 MAX_NAME = 500  # characters of a tensor's name; real ones have under 100
 FINITE_CHUNK = 2**22  # values looked at together, so that the check needs little memory
-LONGEST_QUOTE = 80
 LONGEST_FAULT = 240  # characters of what is wrong with a file
 
 
@@ -47,27 +47,12 @@ class FileProblem(ValueError):
 
 def problem(path: Path, text: str) -> FileProblem:
     """Return the FileProblem that says `text`, a predicate such as "is empty", of the file at `path`."""
-    name = path.name if path.name.isprintable() else repr(path.name)
-    return FileProblem(f"{cut(name)} {text}")
+    return FileProblem(f"{file_name(path)} {text}")
 
 
-def quote(value: object) -> str:
-    """Return `value` from a file as quoted text on one line, cut where it is long."""
-    try:
-        return cut(repr(value[: LONGEST_QUOTE + 1] if isinstance(value, (str, bytes, list)) else value))
-    except (ValueError, RecursionError):  # thousands of digits, or of lists inside each other
-        return f"a {type(value).__name__} too long to show"
-
-
-def quote_some(names: Sequence[object]) -> str:
-    """Return the first names of a file's, quoted, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(quote(name) for name in names[:3]) + more
-
-
-def cut(text: str, most: int = LONGEST_QUOTE) -> str:
-    """Return a text, cut where it is long."""
-    return text if len(text) <= most else text[:most] + "..."
+def file_name(path: Path) -> str:
+    """Return the name of a file for people; the folder it lies in is nobody's business but its owner's."""
+    return one_line(path.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +142,7 @@ def open_tensor_file(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES) ->
         tensors = {name: _entry(path, name, entry) for name, entry in header.items()}
         _check_extents(path, tensors, data_bytes)
     except FileProblem as fault:
-        raise FileProblem(f"{cut(str(fault), LONGEST_FAULT)}; download it again, or choose another file") from None
+        raise FileProblem(f"{one_line(str(fault), LONGEST_FAULT)}; download it again, or choose another file") from None
     return TensorFile(path, metadata, tensors, 8 + len(text), hashlib.sha256(start + text).hexdigest())
 
 
@@ -305,7 +290,7 @@ def _is_text(value: object) -> bool:
 
 def _one_line(error: Exception) -> str:
     reason = error.strerror if isinstance(error, OSError) else None
-    return " ".join((reason or str(error) or type(error).__name__).split())[: 2 * LONGEST_QUOTE]
+    return one_line(" ".join((reason or str(error) or type(error).__name__).split()), 2 * LONGEST)
 
 
 def write_tensor_file(

@@ -6,6 +6,7 @@ from ..attention.candidates import Candidates, as_student
 from ..attention.fingerprint import distance, match
 from ..attention.plans import Plan, select_sites
 from ..attention.runtime import SiteSettings
+from ..attention.shown import one_line, quote
 from ..attention.specs import DenseSpec
 from ..attention.student_file import StudentFile
 from ..attention.student_fit import check_student, student_parameters
@@ -23,7 +24,7 @@ def apply_plan(model: Any, plan: Plan, node_id: str | None) -> Any:
     """
     host, module = patching.host_of(model)
     if plan.host != host.name:
-        raise ValueError(f"the plan is for host {plan.host}, this model is {host.name} ({host.title})")
+        raise ValueError(f"the plan is for host {quote(plan.host)}, this model is {host.name} ({host.title})")
     sites = [site.id for site in host.sites(module)]
     named = {site for expression, _ in plan.rules for site in select_sites(expression, sites)}
     settings = {
@@ -64,8 +65,8 @@ def apply_student(model: Any, student: StudentFile | Candidates, node_id: str | 
 
 def student_note(student: StudentFile) -> str:
     """Return one line about where a student comes from."""
-    base = student.base_model or "an unnamed model"
-    licence = f", licence {student.licence}" if student.licence else ""
+    base = one_line(student.base_model or "an unnamed model", 200)
+    licence = f", licence {one_line(student.licence, 200)}" if student.licence else ""
     return f"student of {base}{licence}"
 
 

@@ -8,10 +8,9 @@ from ..attention import backends
 from ..attention.plans import Plan, group_sites, select_sites
 from ..attention.runtime import SiteSettings
 from ..attention.specs import ClearSpec
-from ..attention.student import StudentParameters
 from ..training.comfy_patch import parameter
 from . import model_files, patching
-from .clear_source import AUTO, choices, clear_source, published_name
+from .clear_source import AUTO, choices, clear_source, published_name, read_weights
 from .kind_inputs import clear_inputs, place_inputs
 from .model_takers import NOT_SAMPLED, taker_notes
 from .sockets import CATEGORY, AttentionPlan
@@ -89,7 +88,7 @@ class LinearizeCLEAR(io.ComfyNode):
         chosen = select_sites(sites, [site.id for site in host.sites(module)])
         spec = ClearSpec(radius, temporal_radius, down_factor, proportional)
         source = clear_source(weights, spec, host, module, partial(parameter, model))
-        origin = model_files.identity(source.weights.file.path) if source.weights else ""
+        weights_read, origin = read_weights(source.weights, chosen)
         settings = SiteSettings(source.spec, backend, part, min_tokens, bool(source.weights), origin)
         takers = taker_notes(cls.hidden.unique_id) if source.weights else ()
         notes = (*source.notes, *patching.replaced_notes(model, chosen), *takers)
@@ -100,8 +99,7 @@ class LinearizeCLEAR(io.ComfyNode):
             model,
             dict.fromkeys(chosen, settings),
             status,
-            projections=source.weights.projections(chosen) if source.weights else (),
-            parameters=StudentParameters(source.weights.pool_weights(chosen)) if source.weights else None,
+            **weights_read,
         )
         plan = Plan(
             runtime.host.name, rules=group_sites({site: settings.spec for site, settings in runtime.sites.items()})

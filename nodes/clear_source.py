@@ -3,16 +3,19 @@
 A file that the user chose is used wherever it fits; `auto` only where the model's own weights are those it began as.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..attention.clear_weights import SAME_BASE, ClearWeights, clear_weights, published_radius
 from ..attention.hosts import Host
+from ..attention.shown import one_line
 from ..attention.specs import ClearSpec
-from ..attention.tensor_file import FileProblem, open_tensor_file
+from ..attention.student import StudentParameters
+from ..attention.tensor_file import MAX_NAME, FileProblem, open_tensor_file
 from . import model_files
 
 AUTO, NONE = "auto", "none"
@@ -65,12 +68,27 @@ def clear_source(
             f"{choice} was distilled with down_factor {weights.down_factor}, the node says {spec.down_factor}; set it"
             f" to {weights.down_factor}, or to 1 to take the file's"
         )
-    notes = [f"weights: {choice}"]
+    notes = [f"weights: {one_line(choice, MAX_NAME)}"]
     if weights.radius is not None and weights.radius != spec.radius:
         notes.append(f"these weights were distilled for radius {weights.radius}, the node runs radius {spec.radius}")
     if weights.ignored:
-        notes.append(f"{len(weights.ignored)} other tensors in the file were ignored, such as {weights.ignored[0]}")
+        example = one_line(weights.ignored[0])
+        notes.append(f"{len(weights.ignored)} other tensors in the file were ignored, such as {example}")
     return ClearSource(replace(spec, down_factor=weights.down_factor), weights, tuple(notes))
+
+
+def read_weights(weights: ClearWeights | None, sites: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Return the weights of `sites` as `patch_model` takes them, and the name of the file with its sha256, if known."""
+    if weights is None:
+        return {}, ""
+
+    def read(_: Path) -> dict[str, Any]:
+        return {
+            "projections": weights.projections(sites),
+            "parameters": StudentParameters(weights.pool_weights(sites)),
+        }
+
+    return model_files.read_identified(weights.file.path, read)
 
 
 def published_name(radius: int, down_factor: int) -> str:

@@ -64,7 +64,8 @@ class LinearizeLoadStudent(io.ComfyNode):
         path = model_files.student_path("" if student == NO_FILE else student, hub_file.strip(), allow_download)
         if published_radius(path.name) is not None and path.name in model_files.published_files():
             raise ValueError(f"{path.name} is one of CLEAR's own files; choose it under weights of CLEAR Attention")
-        loaded = replace(load_student(path), origin=model_files.identity(path))
+        loaded, origin = model_files.read_identified(path, load_student)
+        loaded = replace(loaded, origin=origin)
         return io.NodeOutput(apply_student(model, loaded, cls.hidden.unique_id), loaded)
 
     @classmethod

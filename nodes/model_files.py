@@ -5,17 +5,25 @@ Choosing a published file that is not there yet is the click that permits its do
 
 import hashlib
 import re
+import time
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import comfy.model_management
 import comfy.utils
 import folder_paths
 
 from ..attention import hub
+from ..attention.shown import one_line
+from ..attention.tensor_file import MAX_NAME
 
 FOLDER = "linearize"
 EXTENSION = ".safetensors"
 HASHED_BYTES = 512 * 2**20
+FRESH_NS = 4 * 10**9  # some file systems tell times to 2 s
+T = TypeVar("T")
 PART = re.compile(r"(?![. ])[^\x00-\x1f<>:\"|?*\\/]{1,100}(?<![. ])")  # of a path, on every system
 WINDOWS_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
@@ -114,12 +122,38 @@ def shown_name(path: Path) -> str:
     return str(path.relative_to(_folder()))
 
 
-def identity(path: Path) -> str:
-    """Return a file's name and sha256: the Hub's own, or counted here; none for large files put there by hand."""
-    found = hub.recorded_sha256(path)
-    if found is None and path.stat().st_size <= HASHED_BYTES:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    return f"{path.name} sha256:{found}" if found else path.name
+def read_identified(path: Path, read: Callable[[Path], T]) -> tuple[T, str]:
+    """Return what `read` makes of a file, and the file's name with the sha256 of the bytes that were read.
+
+    The sha256 is the Hub's own or counted here. The name stands alone where it is not known: of large files put there
+    by hand, and of a file that was changed or replaced meanwhile.
+    """
+    before = _stamp(path)
+    # a change right after another one may leave the same times
+    is_fresh = time.time_ns() - max(before[-2:]) < FRESH_NS
+    found = _sha256.__wrapped__(path, before) if is_fresh else _sha256(path, before)
+    result = read(path)
+    is_same = _stamp(path) == before and (not is_fresh or found == _sha256.__wrapped__(path, before))
+    name = one_line(path.name, MAX_NAME)
+    return result, f"{name} sha256:{found}" if found and is_same else name
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file does, its times last."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: Path, stamp: tuple[int, ...]) -> str | None:
+    recorded = hub.recorded_sha256(path)
+    if recorded is not None or stamp[2] > HASHED_BYTES:
+        return recorded
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _folder() -> Path:

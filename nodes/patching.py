@@ -20,6 +20,7 @@ from ..attention.high_res import with_proportional_scale
 from ..attention.memory import LongLived
 from ..attention.plans import describe_sites
 from ..attention.runtime import RUNTIME_KEY, Runtime, SiteSettings
+from ..attention.shown import printable
 from ..attention.specs import MappedSpec
 from ..attention.student import StudentParameters, new_maps
 from ..training.comfy_patch import KEY, host_of, install_runtime, pause_recording, runtime_of
@@ -182,7 +183,8 @@ def show_on_node(node_id: str | None, notes: Sequence[str] = ()) -> Callable[[st
 
         server = getattr(PromptServer, "instance", None)
         if server is not None and node_id is not None:
-            server.send_progress_text("\n".join([text, *notes]), node_id)
+            lines = "\n".join([text, *notes]).split("\n")
+            server.send_progress_text("\n".join(map(printable, lines)), node_id)
 
     return show
 

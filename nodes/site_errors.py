@@ -4,6 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..attention.candidates import Candidate, Candidates
 from ..attention.hosts import HOSTS
+from ..attention.shown import one_line
 from ..attention.student_file import StudentFile
 from .error_picture import draw_errors
 from .sockets import CATEGORY_INSPECT, AttentionStudent
@@ -37,7 +38,7 @@ class LinearizeSiteErrors(io.ComfyNode):
     def execute(cls, student: StudentFile | Candidates) -> io.NodeOutput:
         """Return the picture."""
         sites = measured_sites(student)
-        title = next((host.title for host in HOSTS if host.name == student.host), student.host)
+        title = next((host.title for host in HOSTS if host.name == student.host), one_line(student.host))
         picture = draw_errors(title, sites)
         return io.NodeOutput(picture, ui=ui.PreviewImage(picture, cls=cls))
 

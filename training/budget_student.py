@@ -14,6 +14,7 @@ from ..attention.hosts import Host
 from ..attention.layout import TokenLayout
 from ..attention.plans import Plan, describe_sites, group_sites, select_sites
 from ..attention.report import describe_spec
+from ..attention.shown import quote
 from ..attention.specs import DenseSpec, SiteSpec
 from ..attention.student_file import StudentFile
 from ..attention.student_fit import check_student
@@ -116,7 +117,7 @@ def site_options(
             has no candidate or no measured error, or has changed weights, which belong to the plan they were made for.
     """
     if student.host != host.name:
-        raise ValueError(f"the student is for host {student.host!r}, this model is {host.name!r}")
+        raise ValueError(f"the student is for host {quote(student.host)}, this model is {quote(host.name)}")
     if not student.sites:
         raise ValueError("the student has no candidates to choose from; distil some with Distill Attention")
     if not any(math.isfinite(each.error) for candidates in student.sites.values() for each in candidates):

@@ -184,7 +184,7 @@ def pause_recording() -> Iterator[None]:
         yield
         return
     try:
-        from comfy.model_prefetch import pause_malloc_graph
+        from comfy.model_prefetch import pause_malloc_graph  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError:
         pause_malloc_graph = contextlib.nullcontext
     token = _is_paused.set(True)

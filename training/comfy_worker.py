@@ -14,10 +14,10 @@ import comfy.sd
 import torch
 
 from ..attention.candidates import Candidates, decided
+from ..attention.shown import one_line
 from ..attention.specs import SiteSpec
 from ..attention.student_file import load_student, save_student
 from ..attention.student_fit import check_student
-from ..attention.tensor_file import cut
 from .comfy_identity import model_digest
 from .comfy_model import with_teacher
 from .comfy_patch import host_of, model_fingerprint, weight_types
@@ -104,7 +104,7 @@ def load_model(model: ModelFile) -> Any:
         raise
     except Exception as error:  # the core raises whatever its parsers raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"ComfyUI cannot load {model.file} as {model.kind}: {cut(reason)}") from error
+        raise ValueError(f"ComfyUI cannot load {model.file} as {model.kind}: {one_line(reason)}") from error
 
 
 def describe(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ..attention.atomic_file import whole_file
 from ..attention.plans import Plan
-from ..attention.tensor_file import cut, quote
+from ..attention.shown import one_line, quote
 from .recipe import FinetuneRecipe, TransferRecipe, check_choice
 
 JOB_FORMAT = "linearize/training/1"
@@ -116,7 +116,7 @@ def read_job(path: Path) -> TrainingJob:
     except OSError as error:
         raise ValueError(f"the job {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else cut(str(error))
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
         raise ValueError(f"the job {path} is no JSON: {reason}") from None
     try:
         return job_from_json(data, path.resolve().parent)
@@ -181,9 +181,8 @@ def _object(data: object, what: str, required: tuple[str, ...], optional: tuple[
         raise ValueError(f"{what} has no key {', '.join(missing)}")
     unknown = [name for name in data if name not in (*required, *optional)]
     if unknown:
-        raise ValueError(
-            f"{what} has no key {', '.join(map(cut, unknown[:3]))}; it may have {', '.join((*required, *optional))}"
-        )
+        named = ", ".join(map(one_line, unknown[:3]))
+        raise ValueError(f"{what} has no key {named}; it may have {', '.join((*required, *optional))}")
     return data
 
 

@@ -14,11 +14,14 @@ from pathlib import PurePosixPath
 from ..attention.hosts import HOSTS
 from ..attention.hub_transfer import HubFile
 from ..attention.report import describe_spec
+from ..attention.shown import LONGEST_REASON, one_line
 from ..attention.specs import DenseSpec, SiteSpec
 from ..attention.student_file import StudentFile
 
 HOMEPAGE = "https://github.com/linearize/linearize"
 REST = "all other sites"
+LONGEST_NAME = 200  # of a model on the Hub
+MOST_LINES = 400  # of a list from the file
 HUB_MODEL = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 HUB_LICENCES = {  # what the Hub takes as `license`; everything else is "other" with a name
     "apache-2.0", "mit", "openrail", "creativeml-openrail-m", "openrail++", "bigscience-openrail-m", "bsd-2-clause",
@@ -72,15 +75,23 @@ def describe_errors(errors: Mapping[str, float]) -> str:
     if not errors:
         return "no error measured"
     worst = max(errors, key=lambda site: errors[site])
-    return f"error mean {_mean(errors):.4g}, highest {errors[worst]:.4g} at {worst}, of {len(errors)} measured"
+    return (
+        f"error mean {_mean(errors):.4g}, highest {errors[worst]:.4g} at {one_line(worst)}, of {len(errors)} measured"
+    )
 
 
 def describe_student(student: StudentFile) -> tuple[str, ...]:
     """Return lines for people: base and licence, then a line per spec with its sites and errors."""
-    licence = f"licence {student.licence}" if student.licence else "no licence stated; name one before you share it"
-    lines = [f"student of {student.base_model or 'an unnamed model'} ({_title(student)}), {licence}"]
+    base = one_line(student.base_model or "an unnamed model", LONGEST_NAME)
+    licence = f"licence {one_line(student.licence, LONGEST_NAME)}"
+    if not student.licence:
+        licence = "no licence stated; name one before you share it"
+    lines = [f"student of {base} ({_title(student)}), {licence}"]
     rows = spec_errors(student)
-    lines += [f"{describe_spec(row.spec)} at {row.sites}: {describe_errors(row.errors)}" for row in rows]
+    lines += [
+        f"{describe_spec(row.spec)} at {one_line(row.sites, LONGEST_REASON)}: {describe_errors(row.errors)}"
+        for row in rows[:MOST_LINES]
+    ]
     return (*lines, *(() if rows else ("every site stays dense",)))
 
 
@@ -95,7 +106,7 @@ def model_card(student: StudentFile, file: HubFile, size: int) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     is_known = student.licence.lower() in HUB_LICENCES
-    names_base = HUB_MODEL.fullmatch(student.base_model) is not None
+    names_base = len(student.base_model) <= LONGEST_NAME and HUB_MODEL.fullmatch(student.base_model) is not None
     data = ModelCardData(
         license=student.licence.lower() if is_known else ("other" if student.licence else None),
         license_name=None if is_known or not student.licence else _slug(student.licence),
@@ -105,7 +116,8 @@ def model_card(student: StudentFile, file: HubFile, size: int) -> str:
     )
     body = [
         f"# {PurePosixPath(file.repo).name}", "",
-        f"Attention of {_title(student)} with linear cost, distilled with [Linearize]({HOMEPAGE}) for ComfyUI.", "",
+        f"Attention of {_cell(_title(student))} with linear cost, distilled with [Linearize]({HOMEPAGE}) for ComfyUI.",
+        "",
         *_facts(student, file, size), "",
         *_attention(student), "",
         "## How to use it", "",
@@ -144,7 +156,7 @@ def _attention(student: StudentFile) -> list[str]:
         "| attention | sites | measured | mean error | highest error |",
         "|---|---|---:|---:|---|",
     ]
-    for row in rows:
+    for row in rows[:MOST_LINES]:
         worst = max(row.errors, key=lambda site: row.errors[site], default="")
         figures = f"{_mean(row.errors):.4g} | {row.errors[worst]:.4g} at {_cell(worst)}" if worst else "not measured | "
         lines.append(f"| {_cell(describe_spec(row.spec))} | {_cell(row.sites)} | {len(row.errors)} | {figures} |")
@@ -161,11 +173,11 @@ def _recipe(student: StudentFile) -> list[str]:
     if not student.recipe:
         return ["The file does not say."]
     text = json.dumps(dict(student.recipe), indent=2, ensure_ascii=False).replace("`", "\\u0060")
-    return ["```json", text, "```"]
+    return ["```json", *(one_line(line, LONGEST_REASON) for line in text.split("\n")[:MOST_LINES]), "```"]
 
 
 def _title(student: StudentFile) -> str:
-    return next((host.title for host in HOSTS if host.name == student.host), student.host)
+    return next((host.title for host in HOSTS if host.name == student.host), one_line(student.host))
 
 
 def _mean(errors: Mapping[str, float]) -> float:
@@ -174,7 +186,8 @@ def _mean(errors: Mapping[str, float]) -> float:
 
 def _cell(text: str) -> str:
     """Return a text from a file on one line, with nothing that Markdown or HTML would act on."""
-    return re.sub(r"([|<>\[\]*_`\\])", r"\\\1", " ".join(text.split()))
+    text = re.sub(r"([!#$%&*:;<=>?@\[\\\]^_`{|}~])", r"\\\1", one_line(" ".join(text.split()), LONGEST_REASON))
+    return re.sub(r"(?i)\b(www)\.", r"\1\\.", text)
 
 
 def _slug(text: str) -> str:

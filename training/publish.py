@@ -12,6 +12,7 @@ from typing import Any
 
 from ..attention.hub import is_offline
 from ..attention.hub_transfer import Hub, HubError, HubFile
+from ..attention.shown import one_line
 from ..attention.student_file import StudentFile, load_student
 from .model_card import describe_size, describe_student, model_card
 
@@ -80,8 +81,8 @@ def publish(publication: Publication, *, private: bool, replace_card: bool = Fal
         if replace_card or CARD not in {each.rfilename for each in info.siblings or ()}:
             operations.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=publication.card.encode()))
         commit = api.create_commit(repo, operations=operations, commit_message=f"Add {name}")
-    log.info("published %s: %s", publication.file, commit.commit_url)
-    return str(commit.commit_url)
+    log.info("published %s: %s", publication.file, one_line(commit.commit_url, 300))
+    return one_line(commit.commit_url, 300)
 
 
 def describe_publication(publication: Publication, private: bool, card_path: Path) -> str:
@@ -140,7 +141,7 @@ def _explained(repo: str) -> Iterator[None]:
         raise
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(" ".join(str(error).split()), 300) or type(error).__name__
         if status in (401, 403):
             remedy = "log in with a token that may write there (hf auth login)"
         elif status == 404:

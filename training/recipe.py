@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from ..attention.backends import AUTO, BACKENDS
 from ..attention.bounds import MOST_TOKENS, check_number, check_whole
-from ..attention.tensor_file import quote
+from ..attention.shown import quote
 from .optimizers import AVERAGING, OPTIMIZERS
 
 VALUE_LOSSES = ("value", "squared", "score")

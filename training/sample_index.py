@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..attention.bounds import MOST_SEED, check_whole
 from ..attention.fingerprint import LENGTH, distance, match
-from ..attention.tensor_file import quote
+from ..attention.shown import one_line, quote
 from . import conditioning
 from .conditioning import FORMAT, NODE, SamplesProblem, parse_json
 
@@ -67,7 +67,7 @@ class About:
         """Return what is set otherwise in `other`, as "steps is 20 there and 4 here"; the model's name may differ."""
         names = [each.name for each in fields(self) if each.name not in ("fingerprint", "base_model", "model")]
         found = [
-            f"{name} is {getattr(other, name)} there and {getattr(self, name)} here"
+            f"{name} is {one_line(getattr(other, name))} there and {one_line(getattr(self, name))} here"
             for name in names
             if getattr(self, name) != getattr(other, name)
         ]

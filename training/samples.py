@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..attention.fingerprint import Match, distance, match
+from ..attention.shown import one_line
 from .conditioning import (
     NODE,
     Conditioning,
@@ -154,11 +155,11 @@ def check_samples(samples: TeacherSamples, host_name: str, fingerprint: Tensor, 
         SamplesProblem: they are of another host, or of an unrelated model.
     """
     about = samples.about
-    base = about.base_model or "an unnamed model"
+    base = one_line(about.base_model or "an unnamed model")
     if about.host != host_name:
         raise SamplesProblem(
-            f"the samples in {samples.folder} are of host {about.host} ({base}), this model is {host_name}; make its "
-            f"own with {NODE}"
+            f"the samples in {samples.folder} are of host {one_line(about.host)} ({base}), this model is "
+            f"{host_name}; make its own with {NODE}"
         )
     found = match(fingerprint, about.fingerprint)
     if found == "other":

@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..attention.atomic_file import clear_drafts, whole_file
-from ..attention.tensor_file import FileProblem, is_finite, quote
+from ..attention.shown import quote
+from ..attention.tensor_file import FileProblem, is_finite
 from . import conditioning as conditioning_files
 from .conditioning import Conditioning, SamplesProblem, content_sha256, read_conditioning, save_tensors
 from .sample_index import ABOUT, INDEX, LATENTS, About, Sample, has_files, latent_file, read_about, read_index

@@ -112,7 +112,7 @@ def test_paths_that_are_no_files(tmp_path):
         open_tensor_file(tmp_path / "nowhere.safetensors")
     with pytest.raises(FileProblem, match="is a folder or a device, not a file"):
         open_tensor_file(tmp_path)
-    with pytest.raises(FileProblem, match=r"^'a\\x00b' "):
+    with pytest.raises(FileProblem, match=r"^a\\x00b "):
         open_tensor_file(tmp_path / "a\0b")
 
 
