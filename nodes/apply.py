@@ -6,7 +6,7 @@ from ..attention.candidates import Candidates, as_student
 from ..attention.fingerprint import distance, match
 from ..attention.plans import Plan, select_sites
 from ..attention.runtime import SiteSettings
-from ..attention.shown import one_line, quote
+from ..attention.shown import one_line
 from ..attention.specs import DenseSpec
 from ..attention.student_file import StudentFile
 from ..attention.student_fit import check_student, student_parameters
@@ -24,7 +24,7 @@ def apply_plan(model: Any, plan: Plan, node_id: str | None) -> Any:
     """
     host, module = patching.host_of(model)
     if plan.host != host.name:
-        raise ValueError(f"the plan is for host {quote(plan.host)}, this model is {host.name} ({host.title})")
+        raise ValueError(f"the plan is for host {one_line(plan.host)}, this model is {host.name} ({host.title})")
     sites = [site.id for site in host.sites(module)]
     named = {site for expression, _ in plan.rules for site in select_sites(expression, sites)}
     settings = {

@@ -3,6 +3,7 @@
 Choosing a published file that is not there yet is the click that permits its download; nothing else is ever fetched.
 """
 
+import contextlib
 import hashlib
 import re
 import time
@@ -128,19 +129,24 @@ def read_identified(path: Path, read: Callable[[Path], T]) -> tuple[T, str]:
     The sha256 is the Hub's own or counted here. The name stands alone where it is not known: of large files put there
     by hand, and of a file that was changed or replaced meanwhile.
     """
-    before = _stamp(path)
+    before, found = _stamp(path), None
     # a change right after another one may leave the same times
-    is_fresh = time.time_ns() - max(before[-2:]) < FRESH_NS
-    found = _sha256.__wrapped__(path, before) if is_fresh else _sha256(path, before)
+    sha256 = _sha256.__wrapped__ if time.time_ns() - max(before[-2:], default=0) < FRESH_NS else _sha256
+    with contextlib.suppress(OSError):  # what `read` says of it is a better sentence
+        found = sha256(path, before)
     result = read(path)
-    is_same = _stamp(path) == before and (not is_fresh or found == _sha256.__wrapped__(path, before))
+    with contextlib.suppress(OSError):  # it may be gone
+        found = found if _stamp(path) == before and sha256(path, before) == found else None
     name = one_line(path.name, MAX_NAME)
-    return result, f"{name} sha256:{found}" if found and is_same else name
+    return result, f"{name} sha256:{found}" if found else name
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Return what changes when a file does, its times last."""
-    found = path.stat()
+    """Return what changes when a file does, its times last; empty where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 

@@ -285,6 +285,44 @@ def test_the_receipt_names_the_file_also_through_apply(comfy, studio, make, file
         assert origin.startswith(f"{name} sha256:") and len(origin.split(":")[1]) == 64
 
 
+def test_a_student_that_is_replaced_while_it_loads_has_no_hash(comfy, studio, make, files, monkeypatch):
+    node, receipt = comfy.module("nodes.load_student"), comfy.module("nodes.receipt")
+    read = node.load_student
+    name = files(host="flux", plan=make(default=make.clear(3)), deltas=low_rank()[0])
+
+    def meanwhile(path):
+        loaded = read(path)
+        files(name, host="flux", plan=make(default=make.clear(3)), deltas=low_rank(2)[0])
+        return loaded
+
+    monkeypatch.setattr(node, "load_student", meanwhile)
+    patched, _ = load(comfy, studio.model, name)
+    studio.sample(patched, steps=1)
+    assert receipt.receipt_of(studio.patching.runtime_of(patched))["weights"] == [name]
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "\x1b[2J", "\u202eabc", "x" * 3000])
+def test_what_a_student_says_of_itself_is_one_line_each(comfy, studio, make, files, notes, text):
+    apply = comfy.module("nodes.apply")
+    plan = make(default=make.clear(3))
+    student = comfy.module("attention.student_file").StudentFile("flux", plan, base_model=text, licence=text)
+    note = apply.student_note(student)
+    assert note.isprintable() and len(note) < 500
+    with pytest.raises(ValueError) as error:
+        apply.apply_plan(studio.model, make(host=text), None)
+    assert str(error.value).isprintable() and len(str(error.value)) < 300
+
+
+def test_a_node_shows_lines_and_nothing_else(comfy, studio, monkeypatch):
+    from server import PromptServer
+
+    sent = []
+    told = type("Told", (), {"send_progress_text": staticmethod(lambda text, node: sent.append(text))})
+    monkeypatch.setattr(PromptServer, "instance", told, raising=False)
+    studio.patching.show_on_node("3", ["a\x1bb"])("first\nsecond\u202e")
+    assert sent == ["first\nsecond\\u202e\na\\x1bb"]
+
+
 def test_a_plan_changes_only_the_sites_it_names(comfy, studio, make, files):
     name = files(host="flux", plan=make(default=make.clear(3)), deltas=low_rank()[0])
     patched, _ = load(comfy, studio.model, name)
