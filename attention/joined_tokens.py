@@ -67,5 +67,5 @@ def _note_after(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lengths(args: Mapping[str, Any]) -> tuple[int, int] | None:
-    shapes = [tuple(getattr(args.get(name), "shape", ())) for name in ("txt", "img")]
+    shapes: list[tuple[int, ...]] = [tuple(getattr(args.get(name), "shape", ())) for name in ("txt", "img")]
     return (shapes[0][1], shapes[1][1]) if all(len(shape) == 3 for shape in shapes) else None
