@@ -18,6 +18,7 @@ LAYOUTS = {
     "clip": TokenLayout((grid_segment("main", 7, 3, 2), Segment("text", 4))),
     "two grids": TokenLayout((Segment("text", 1), grid_segment("main", 3, 2, 3), grid_segment("reference", 2, 2, 2))),
     "one token": TokenLayout((grid_segment("main", 1, 1, 1),)),
+    "texts around": TokenLayout((Segment("text", 3), grid_segment("main", 3, 2, 3), Segment("pad", 2))),
 }
 SPECS = {
     "linear": (linear_attention, LinearSpec()),
