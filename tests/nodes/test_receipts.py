@@ -171,7 +171,7 @@ def test_a_long_chain_of_nodes_is_no_recursion(prompts):
 
 def test_the_receipt_holds_no_text_of_an_exception(comfy, prompts):
     decisions, layout = comfy.module("attention.decisions"), comfy.module("attention.layout")
-    failed = decisions.why_failed("triton", RuntimeError("cannot open /home/ada/secret.cu"))
+    failed = decisions.why_failed("triton", RuntimeError("cannot open /data/ada/secret.cu"))
     trained = layout.Reason("mask", "trained weights on dense attention: an attention mask is given")
     assert prompts.receipt_of(prompts.sampled(reason=failed))["fell_back"] == ["failed"]
     assert prompts.receipt_of(prompts.sampled(reason=trained, trained=True))["fell_back"] == ["mask (trained weights)"]
