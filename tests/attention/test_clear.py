@@ -46,6 +46,10 @@ ADVERSARIAL = {
     ),
     "pooled": (flux(12, 20, 7), ClearSpec(3, down_factor=4)),
     "pooled ragged": (flux(13, 22, 7), ClearSpec(3, down_factor=4)),
+    "pooled, two grids": (
+        TokenLayout.of((Segment("text", 3), grid_segment("main", 1, 9, 19), grid_segment("reference", 2, 7, 3))),
+        ClearSpec(4, down_factor=4),
+    ),
     "pooled beyond the grid": (flux(5, 6, 2), ClearSpec(30, down_factor=4)),
     "video, every frame": (TokenLayout.of((grid_segment("main", 3, 9, 11), Segment("text", 4))), ClearSpec(4)),
     "video, near frames": (TokenLayout.of((grid_segment("main", 5, 9, 11), Segment("text", 4))), ClearSpec(4, 2)),

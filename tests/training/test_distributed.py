@@ -79,6 +79,24 @@ class Peer(Together):
         return tensor + torch.tensor(self.said.pop(0) if self.said else [0.0, 0.0])
 
 
+class Tripling(Peer):
+    """The other process has three times the numbers of this one."""
+
+    def _reduce(self, tensor):
+        return tensor * 4 if tensor.dtype == torch.float64 or tensor.numel() != 2 else super()._reduce(tensor)
+
+
+def test_every_tensor_of_every_dtype_is_averaged():
+    workers = Tripling()
+    workers._accelerator = object()
+    shapes = [((3, 5), torch.float32), ((7,), torch.float64), ((), torch.float32), ((1, 4), torch.bfloat16),
+              ((2, 3), torch.float64), ((9,), torch.float32)]  # fmt: skip
+    tensors = [torch.full(shape, number + 1.0, dtype=dtype) for number, (shape, dtype) in enumerate(shapes)]
+    workers.average(tensors)
+    for number, (tensor, (shape, dtype)) in enumerate(zip(tensors, shapes, strict=True)):
+        assert torch.equal(tensor, torch.full(shape, 2 * (number + 1.0), dtype=dtype)), number
+
+
 FINE, MEMORY, FAILED = [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]
 
 
