@@ -213,7 +213,7 @@ class Runtime:
     def _check_named_backends(self, call: ModelCall, facts: CallFacts, layout: TokenLayout) -> None:
         """Raise, before a forward computes anything, if a backend that the user named cannot run it."""
         latent = call.argument(0, "x")
-        latent = latent[0] if isinstance(latent, list) else latent  # of a video and its sound
+        latent = latent[0] if isinstance(latent, list | tuple) else latent  # of a video and its sound
         # on a GPU `auto` is asked too: a backend tests itself now, where allocations are not recorded
         on_gpu = isinstance(latent, Tensor) and latent.is_cuda
         for settings in {each for each in self.sites.values() if on_gpu or each.backend != AUTO}:

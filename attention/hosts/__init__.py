@@ -18,6 +18,7 @@ from .hunyuan_video import HunyuanVideoHost
 from .ideogram4 import Ideogram4Host
 from .joyimage import JoyImageHost
 from .kandinsky5 import Kandinsky5Host
+from .kandinsky6 import Kandinsky6Host
 from .krea2 import Krea2Host
 from .lens import LensHost
 from .ltx import LTXHost
@@ -41,6 +42,7 @@ HOSTS: tuple[Host, ...] = (
     LuminaHost(),
     HunyuanVideoHost(),
     Kandinsky5Host(),
+    Kandinsky6Host(),
     Krea2Host(),
     LensHost(),
     JoyImageHost(),

@@ -47,9 +47,20 @@ def may_be_called(root: Any, path: str) -> bool:
     if _may_call_itself(type(module)):
         return True
     callers = _callers(type(owner), name, in_list)
-    if callers is None or callers - {"forward"}:
+    if (
+        callers is None
+        or callers - {"forward"}
+        or any(_callers(each, name, in_list) for each in _above(root, owner_path))
+    ):
         return True
     return bool(callers) and (_names_forward(type(owner)) or may_be_called(root, owner_path))
+
+
+def _above(root: Any, path: str) -> Iterator[type]:
+    """Yield the classes around a module, which may reach into it."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield type(_at(root, path))
 
 
 def hides_its_calls(root: Any, path: str) -> bool:
