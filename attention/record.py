@@ -149,7 +149,10 @@ class RunRecord:
 
     def _why_nothing_ran(self) -> str:
         if not self.forwards:
-            return "the sampler shows no forward of this model to other code; it runs frame by frame, or with the settings of another model"
+            return (
+                "the sampler shows no forward of this model to other code; it runs frame by frame, or with the"
+                " settings of another model"
+            )
         return "the model's attention has been replaced"
 
 

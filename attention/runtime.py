@@ -19,14 +19,14 @@ from torch import Tensor
 from .backends import AUTO, Call, choose_backend
 from .cost import attention_cost
 from .decisions import CallFacts, Half, Percents, SiteSettings, decide, is_within, left_to_host, why_failed
-from .hosts import Host, ModelCall, Site
+from .hosts import Host, ModelCall
 from .joined_tokens import watch_joined
 from .layout import Reason, TokenLayout
 from .memory import LongLived
 from .output_map import map_outputs
 from .record import LastRun, Ran, RunRecord, once
 from .site_call import SiteCall, to_bhnd
-from .site_hooks import forget_running, hooks_of
+from .site_hooks import KnownModel, forget_running
 from .specs import DenseSpec
 from .student import StudentParameters
 
@@ -49,26 +49,6 @@ def expect_declines(*codes: str) -> Iterator[None]:
         yield
     finally:
         _expected.reset(token)
-
-
-@dataclass(frozen=True, slots=True)
-class KnownModel:
-    """A diffusion model as its loader made it: other nodes may run its blocks inside one of their own later.
-
-    Args:
-        module: the model.
-        site: its first site, whose sizes stand for all.
-        hook: hooks its modules; returns a function that takes the hooks away.
-    """
-
-    module: Any
-    site: Site
-    hook: Callable[[], Callable[[], None]]
-
-    @classmethod
-    def of(cls, host: Host, module: Any) -> "KnownModel":
-        """Return what is known of a model of this host."""
-        return cls(module, host.sites(module)[0], hooks_of(module, host.site_modules(module), host.site_blocks(module)))
 
 
 @dataclass(slots=True)
