@@ -32,7 +32,7 @@ CHECKSUM = "sha256"
 MAX_HEADER_BYTES = 2**20  # a thousand tensors take about a tenth
 MAX_METADATA_BYTES = MAX_HEADER_BYTES // 2
 LONGEST_REASON = 220
-MOST_TEXT = 1000  # characters of what is told about a student
+MOST_TEXT = 2**16  # characters of what is told about a student; a licence may be quoted whole
 MOST_ERROR = 1e300  # a thousand of them can be summed
 
 PARAMETER = re.compile(r"(?P<site>\w+(?:\.\w+)*?)\.(?P<part>pool|output\.weight|phi_[qk](?:\.\w+)+)", re.ASCII)

@@ -30,18 +30,25 @@ def test_a_small_radius_changes_the_picture_and_equals_the_reference(studio, eve
     assert (clear - reference).abs().max() < 1e-4
 
 
-def test_deleting_the_override_turns_these_tests_red(studio, everywhere):
-    """Without the override the picture is dense and nothing is recorded: the assertions above cannot pass by luck."""
+def test_deleting_what_puts_the_override_on_turns_these_tests_red(studio, everywhere):
+    """Without it the picture is dense and nothing is recorded: the assertions above cannot pass by luck."""
     patched = studio.clear(studio.model, radius=100)
     del patched.model_options["transformer_options"][OVERRIDE]
+    studio.sample(patched)
+    assert studio.ran(patched) == everywhere, "the wrapper of the forward puts the override back"
+    patched.remove_wrappers_with_key("diffusion_model", "linearize")
+    del patched.model_options["transformer_options"][studio.runtime.RUNTIME_KEY]
     dense = studio.sample(studio.model)
     assert (studio.sample(patched) - dense).abs().max() < 1e-5
-    with pytest.raises(AssertionError):
-        assert studio.ran(patched) == everywhere
-    assert (
-        "no attention call reached this node: the model's attention has been replaced"
-        in studio.record(patched).summary()
-    )
+    with pytest.raises(AttributeError):
+        studio.ran(patched)
+
+
+def test_an_override_without_its_wrapper_says_that_nothing_reached_it(studio):
+    patched = studio.clear(studio.model, radius=2)
+    patched.remove_wrappers_with_key("diffusion_model", "linearize")
+    assert torch.equal(studio.sample(patched), studio.sample(studio.model))
+    assert studio.record(patched).summary().startswith("no attention call reached this node: ")
 
 
 def test_pooled_and_long_text(studio, everywhere):
