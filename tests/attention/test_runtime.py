@@ -434,3 +434,48 @@ def test_an_override_is_named_by_its_package_on_every_system(module):
 
     attention.__module__, attention.__qualname__ = module, "Faster.attention"
     assert describe_override(attention) == "another override (Faster of other_pack)"
+
+
+class Container:
+    """One tensor with a single owner, as newer cores hand them over."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def peek(self):
+        return self.tensor
+
+    def take(self):
+        tensor, self.tensor = self.tensor, None
+        return tensor
+
+
+def test_tensors_in_containers_are_freed_before_the_output_is_laid_out_anew(monkeypatch):
+    """Else queries, keys, values and two outputs are there at once."""
+    owned = tuple(Container(tensor) for tensor in qkv())
+    alive, reshape = [weakref.ref(each.peek()) for each in owned], torch.Tensor.reshape
+    expected = call(runtime(), *qkv(), skip_reshape=True)
+    seen = []
+
+    def watched(tensor, *shape):
+        if shape == (2, TOKENS, HEADS * HEAD_DIM):
+            seen.append([ref() is not None for ref in alive])
+        return reshape(tensor, *shape)
+
+    state = runtime()
+    options = {"site": "a", RUNTIME_KEY: state, CALL_KEY: CallFacts(LAYOUT)}
+    monkeypatch.setattr(torch.Tensor, "reshape", watched)
+    output = AttentionOverride().container_function(*owned, HEADS, skip_reshape=True, transformer_options=options)
+    assert torch.equal(output, expected) and seen == [[False] * 3]
+    assert {(ran.kind, ran.backend) for ran in state.record.ran} == {("clear", "torch")}
+
+
+def test_containers_need_an_attention_to_fall_back_to():
+    owned = tuple(Container(tensor) for tensor in qkv())
+    options = {"site": "b", RUNTIME_KEY: runtime(), CALL_KEY: CallFacts(LAYOUT)}
+    with pytest.raises(ValueError, match="needs the host application's attention"):
+        AttentionOverride().container_function(*owned, HEADS, skip_reshape=True, transformer_options=options)
+    core = AttentionOverride(core=lambda q, k, v, heads, **given: host_attention(
+        *(each.take() for each in (q, k, v)), heads, **given))  # fmt: skip
+    output = core.container_function(*owned, HEADS, skip_reshape=True, transformer_options=options)
+    assert torch.equal(output, flat(F.scaled_dot_product_attention(*qkv())))
