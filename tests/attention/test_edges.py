@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from linearize.attention import Segment, TokenLayout, attention, grid_segment
+from linearize.attention.bounds import MOST_TOKENS
 from linearize.attention.cost import attention_cost, disc_pairs
 from linearize.attention.reference import clear_mask, exact_and_linear_masks
 from linearize.attention.specs import (
@@ -46,7 +47,7 @@ HUGE_SPECS = {
     "radius, own frame": ClearSpec(HUGE, 1),
     "frames": ClearSpec(3, HUGE),
     "both": ClearSpec(HUGE, HUGE),
-    "both, and more than 64 bits each": ClearSpec(2**70, 2**70),
+    "both at their bound": ClearSpec(MOST_TOKENS, MOST_TOKENS),
     "as ratio": ClearSpec(2 * HUGE, HUGE),
     "by head": radius_per_head((3, HUGE), ClearSpec(temporal_radius=2)),
     "rate": HybridSpec(HUGE),
