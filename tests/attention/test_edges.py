@@ -8,6 +8,7 @@ from linearize.attention.bounds import MOST_TOKENS
 from linearize.attention.cost import attention_cost, disc_pairs
 from linearize.attention.reference import clear_mask, exact_and_linear_masks
 from linearize.attention.specs import (
+    MOST_FRAMES,
     STABILIZERS,
     ChunkedSpec,
     ClearSpec,
@@ -51,8 +52,8 @@ HUGE_SPECS = {
     "as ratio": ClearSpec(2 * HUGE, HUGE),
     "by head": radius_per_head((3, HUGE), ClearSpec(temporal_radius=2)),
     "rate": HybridSpec(HUGE),
-    "chunk": ChunkedSpec(HUGE, HUGE),
-    "overlap": ChunkedSpec(2, HUGE, causal=True),
+    "chunk": ChunkedSpec(MOST_FRAMES, MOST_FRAMES),
+    "overlap": ChunkedSpec(2, MOST_FRAMES, causal=True),
 }
 
 
