@@ -130,9 +130,9 @@ def run_session(patched: Any, samples: TeacherSamples, run: Callable[[Any, dict[
     """Call `run(guider, model options)` while the core has a model in place for sampling."""
     with torch.inference_mode(False), torch.enable_grad():
         guider = comfy.samplers.CFGGuider(patched)
-        # the core loads the ControlNets that it is shown, and cleans them up
-        places = [(0, False), *(place for place in samples.control_nets() if place != (0, False))]
-        shown = [from_conditioning(samples.conditioning(number, negative)) for number, negative in places]
+        # the core loads the ControlNets that it is shown, and cleans them up; beside which text does not matter
+        nets, first = samples.control_nets() or [{}], samples.conditioning(0)
+        shown = [from_conditioning(replace(first, live=live)) for live in nets]
         guider.inner_set_conds({"positive": [entry for entries in shown for entry in entries]})
         latent = samples.latent(0)
         sigmas = torch.tensor([1.0, 0.0])

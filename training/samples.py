@@ -117,24 +117,20 @@ class TeacherSamples:
             raise self._changed(file)
         return replace(conditioning, live=self.live.get(file, {}))
 
-    def control_nets(self) -> list[tuple[int, bool]]:
-        """Return samples whose conditionings have a ControlNet, each of those once: its number, and if it is negative.
+    def control_nets(self) -> list[Mapping[str, Any]]:
+        """Return what `live` has for each conditioning with a ControlNet.
 
         Raises:
             SamplesProblem: one is not at hand. ValueError: a file cannot be read.
         """
-        found: dict[str, tuple[int, bool]] = {}
-        for number, sample in enumerate(self.entries):
-            for file, negative in ((sample.positive, False), (sample.negative, True)):
-                if file is not None and file not in found:
-                    found[file] = (number, negative)
-        needing = {file: place for file, place in found.items() if needs_control_net(self.folder / file)}
+        files = dict.fromkeys(file for each in self.entries for file in (each.positive, each.negative) if file)
+        needing = [file for file in files if needs_control_net(self.folder / file)]
         if any(file not in self.live for file in needing):
             raise SamplesProblem(
                 f"the samples in {self.folder} were made with a ControlNet, which no folder holds; run {NODE} with the "
                 "same conditionings in the same graph, and train in one process"
             )
-        return list(needing.values())
+        return [self.live[file] for file in needing]
 
     def _changed(self, file: str) -> SamplesProblem:
         return SamplesProblem(

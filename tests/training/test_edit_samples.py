@@ -373,3 +373,17 @@ def test_conditionings_on_the_device_are_few(studio, monkeypatch):
 
     teacher.with_teacher(model, samples, work)
     assert kept == [1, 2, 2, 2, 2, 2, 2]
+
+
+def test_a_session_reads_one_conditioning_however_many_control_nets_it_shows(studio, monkeypatch):
+    pairs, model = studio.conditions("flux control", 5), studio.model("flux control")
+    samples, teacher = studio.samples("flux control", pairs), studio.module("training.comfy_model")
+    nets, read, begun, cleaned = [pair[0][0][1]["control"] for pair in pairs], [], [], []
+    whole = samples.conditioning
+    monkeypatch.setattr(samples, "conditioning", lambda *place: read.append(place) or whole(*place))
+    for net in nets:
+        monkeypatch.setattr(net, "pre_run", lambda *_, net=net: begun.append(net))
+        monkeypatch.setattr(net, "cleanup", lambda net=net: cleaned.append(net))
+    teacher.with_teacher(model, samples, lambda _: None)
+    assert len(read) == 1
+    assert {*map(id, begun)} == {*map(id, cleaned)} == {*map(id, nets)}, "each is made ready and cleaned up"
