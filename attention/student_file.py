@@ -185,7 +185,7 @@ def save_student(path: Path, student: StudentFile, *, replace: bool = True) -> N
         metadata["recipe"] = json.dumps(dict(student.recipe), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the recipe of a student holds what JSON can hold: {error}") from None
-    if _is_drawn(student.plan):
+    if is_drawn(student.plan.to_json()):
         metadata[DRAW] = str(student.draw)
     if len(json.dumps(metadata)) > MAX_METADATA_BYTES:
         raise ValueError(f"the texts of a student take at most {MAX_METADATA_BYTES} bytes; shorten its recipe")
@@ -250,9 +250,9 @@ def _check_format(file: TensorFile) -> None:
         )
 
 
-def _is_drawn(plan: Plan) -> bool:
-    """Return whether a spec of the plan has a feature map that is drawn."""
-    return f'"{Favor.name}"' in json.dumps(plan.to_json())
+def is_drawn(specs: object) -> bool:
+    """Return whether one of some specs, in the plain form of a plan or a result, has a feature map that is drawn."""
+    return f'"{Favor.name}"' in json.dumps(specs)
 
 
 def _student(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> StudentFile:
@@ -260,7 +260,7 @@ def _student(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Stud
     draw = metadata.get(DRAW, "1")
     return StudentFile(
         plan=plan,
-        draw=(int(draw) if draw.isdecimal() and len(draw) < 4 else 0) if _is_drawn(plan) else Favor.DRAW,
+        draw=(int(draw) if draw.isdecimal() and len(draw) < 4 else 0) if is_drawn(plan.to_json()) else Favor.DRAW,
         recipe=_recipe(metadata["recipe"]),
         site_errors=_json_object("site_errors", metadata["site_errors"]),
         fingerprint=tensors.get(FINGERPRINT),

@@ -13,14 +13,13 @@ from ..attention.student_fit import check_student
 from ..training.comfy_model import stop_if_interrupted
 from ..training.comfy_patch import weights_without_backward
 from ..training.comfy_trainee import ComfyTrainee, with_trainee
-from ..training.conditioning import content_sha256
 from ..training.estimate import Estimate, estimate
 from ..training.finetune import Finetune
 from ..training.job import JobFolder
 from ..training.loop import Progress
 from ..training.optimizers import OPTIMIZERS
 from ..training.recipe import PRESETS, FinetuneRecipe
-from ..training.results import Finished, pack
+from ..training.results import Finished, student_digest
 from ..training.runs import run_finetune
 from ..training.samples import TeacherSamples as Samples
 from . import patching
@@ -93,7 +92,7 @@ class LinearizeFinetune(io.ComfyNode):
         chosen, note = decided(candidates_of(model, student))
         kind = "maps" if rank == 0 else "full" if full_rank else "lora"
         recipe = FinetuneRecipe(updates=updates, trainables=kind, rank=max(rank, 1), **PRESETS[preset], **advanced)
-        digest = content_sha256(*pack(Finished(chosen, {}, "")))
+        digest = student_digest(chosen)
         with job_folder("finetune", model, samples, recipe.to_json(), student=digest, **gpus_key(gpus)) as job:
             result, node_id = finished(job), cls.hidden.unique_id
             if result is None and gpus > 1:

@@ -22,14 +22,13 @@ from .comfy_identity import model_digest
 from .comfy_model import with_teacher
 from .comfy_patch import host_of, model_fingerprint, weight_types
 from .comfy_trainee import with_trainee
-from .conditioning import content_sha256
 from .distributed import Joint, StopSignal, Together, shared_job
 from .job import RESULT, JobFolder
 from .job_file import ModelFile, TrainingJob
 from .loop import Losses, Progress, Stage, Stopped, run_stage
 from .progress_file import ProgressFile
 from .recipe import TransferRecipe
-from .results import Finished, pack, unpack
+from .results import Finished, student_digest, unpack
 from .runs import resolved_plans, run_finetune, run_transfer
 from .samples import OTHER_MODEL, TeacherSamples, check_samples
 
@@ -68,7 +67,7 @@ def train(job: TrainingJob, workers: Together) -> str:
         file = load_student(job.student)
         student, note = decided(Candidates.of_student(file, check_student(file, host.name, sites)))
         notes += [note] if note else []
-        description["student"] = content_sha256(*pack(Finished(student, {}, "")))
+        description["student"] = student_digest(student)
     device = comfy.model_management.get_torch_device()
     # earlier versions knew a model by its norm weights
     norms = hashlib.sha256(fingerprint.numpy().tobytes()).hexdigest()

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..attention.candidates import Candidate, Candidates
 from ..attention.plans import describe_sites
 from ..attention.specs import spec_from_json, spec_to_json
+from ..attention.student_file import is_drawn
+from .conditioning import content_sha256
 
 PARAMETER, DELTA, HISTORY, FINGERPRINT = "parameter.", "delta.", "history.", "fingerprint"
 TEXTS = ("host", "base_model", "licence", "role", "pair_id")
@@ -69,6 +71,17 @@ def unpack(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Finished
         draw=values.get("draw", 1),  # a job that ended before there were two
     )
     return Finished(candidates, {name: tensors[HISTORY + name].tolist() for name in values["history"]}, values["text"])
+
+
+def student_digest(student: Candidates) -> str:
+    """Return a hash of a student, which jobs are named after.
+
+    Its draw counts where it matters and is not the first: earlier versions had that one, and no word for it.
+    """
+    tensors, values = pack(Finished(student, {}, ""))
+    if student.draw == 1 or not is_drawn(values["sites"]):
+        del values["draw"]
+    return content_sha256(tensors, values)
 
 
 def json_number(value: float) -> float | None:

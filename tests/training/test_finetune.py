@@ -13,6 +13,7 @@ from linearize.attention.hosts.wan import WanHost
 from linearize.attention.specs import ClearSpec, DenseSpec, HybridSpec, LinearSpec, MappedSpec
 from linearize.attention.student import new_maps
 from linearize.attention.student_file import load_student, save_student
+from linearize.training.conditioning import content_sha256
 from linearize.training.deltas import FullRank, LowRank
 from linearize.training.finetune import Errors, Finetune
 from linearize.training.job import JobFolder
@@ -21,7 +22,7 @@ from linearize.training.losses import residual_loss
 from linearize.training.model import Draw
 from linearize.training.optimizers import optimizer_state, restore_optimizer
 from linearize.training.recipe import NOISE_LEVELS, PRESETS, FinetuneRecipe
-from linearize.training.results import Finished, pack, unpack
+from linearize.training.results import Finished, pack, student_digest, unpack
 from linearize.training.schedule import generator, training_draw
 
 CPU = torch.device("cpu")
@@ -145,6 +146,20 @@ def test_what_comes_out_is_what_was_measured():
     assert unpack(tensors, {k: v for k, v in values.items() if k != "draw"}).candidates.draw == 1
     assert same(dict(back.deltas), dict(kept.deltas)) and back.recipe == kept.recipe
     assert same(dict(back.sites["single.0"][0].parameters), dict(kept.sites["single.0"][0].parameters))
+
+
+@pytest.mark.parametrize("feature_map", ["hedgehog", "favor"])
+def test_jobs_of_earlier_versions_are_found_by_their_student(feature_map):
+    """They were named after all that a student has but its draw, which was the first."""
+
+    def drawn(draw):
+        parts = {"phi_q.weight": torch.ones(2)} if feature_map == "hedgehog" else {}
+        return Candidates("toy", {"single.0": (Candidate(LinearSpec(feature_map), 0.5, parts),)}, draw=draw)
+
+    tensors, values = pack(Finished(drawn(1), {}, ""))
+    earlier = content_sha256(tensors, {name: value for name, value in values.items() if name != "draw"})
+    assert student_digest(drawn(1)) == earlier
+    assert (student_digest(drawn(2)) == earlier) == (feature_map == "hedgehog"), "nothing of that is drawn"
 
 
 def test_a_start_without_changes_is_the_student_that_came_in():
