@@ -5,7 +5,6 @@ a hidden name until then, which its writer locks; whoever writes there next clea
 """
 
 import contextlib
-import errno
 import os
 import re
 import time
@@ -21,7 +20,6 @@ except ImportError:  # Windows, which removes no file that is open
 
 DRAFT = re.compile(r"\.[0-9a-f]{32}\.tmp|\.tmp[A-Za-z0-9]{6}")  # ours, and those of safetensors, used formerly
 YOUNG_S = 600  # a draft changed since then may be one that its writer has not locked yet, or has just unlocked
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @contextlib.contextmanager
@@ -80,7 +78,8 @@ def _remove_unlocked(path: Path) -> None:
     if fcntl is None:
         path.unlink()
         return
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # whatever it is, nothing is waited for
+    # to be written, since network disks lock no other; whatever it is, nothing is waited for
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
@@ -122,9 +121,9 @@ def _rename_to_new(draft: Path, path: Path) -> None:
         return
     try:
         os.link(draft, path)
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        # a disk without links: whoever makes the name first has it
+    except FileExistsError:
+        raise
+    except OSError:
+        # a disk without links, which says so in one of many ways: whoever makes the name first has it
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         os.replace(draft, path)

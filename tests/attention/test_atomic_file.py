@@ -1,5 +1,6 @@
 """Files that are whole or not there: real kills, two writers of one name, systems without files that have no name."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -25,15 +26,16 @@ def age(path, seconds):
     os.utime(path, (time.time() - seconds,) * 2)
 
 
-@pytest.fixture(params=["nameless", "hidden", "no links"])
+@pytest.fixture(params=["nameless", "hidden", "no links", "no links, oddly"])
 def system(request, monkeypatch):
     """What a system offers for a file that is not whole yet."""
     if request.param != "nameless":
         monkeypatch.setattr(atomic_file, "_nameless", lambda folder: None)
     elif not hasattr(os, "O_TMPFILE"):
         pytest.skip("this system has no files without a name")
-    if request.param == "no links":
-        monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(PermissionError(1, "not permitted")))
+    if request.param.startswith("no links"):
+        number = errno.EPERM if request.param == "no links" else errno.EINVAL  # as some of FUSE have it
+        monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError(number, "refused")))
     return request.param
 
 
@@ -89,6 +91,21 @@ from linearize.attention.atomic_file import clear_drafts
 clear_drafts(Path({str(tmp_path)!r}), 0)"""], check=True)  # fmt: skip
         assert names(tmp_path) == [draft.name]
     assert (tmp_path / "slow").read_bytes() == b"begun" and names(tmp_path) == ["slow"]
+
+
+@pytest.mark.skipif(atomic_file.fcntl is None, reason="this system locks files otherwise")
+def test_drafts_are_cleared_where_only_a_file_that_may_be_written_is_locked(tmp_path, monkeypatch):
+    """On NFS and SMB an exclusive lock wants a descriptor that writes."""
+    fcntl = atomic_file.fcntl
+
+    def flock(descriptor, how):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / f".{'a' * 32}.tmp").touch()
+    clear_drafts(tmp_path, 0)
+    assert not names(tmp_path)
 
 
 def test_what_becomes_of_a_file_that_is_there(system, tmp_path):
