@@ -117,6 +117,7 @@ def gguf_model(source: Path):
             for name, value in (("weight", self.weight), ("bias", self.bias)):
                 if value is not None:
                     destination[prefix + name] = torch.zeros_like(value, device=torch.device("meta"))
+            destination[prefix + "temp.weight"] = torch.empty(self.weight.shape, device=torch.device("meta"))
             return None
 
         def get_weight(self, tensor, dtype):

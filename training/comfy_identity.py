@@ -15,7 +15,7 @@ PERCENTS = (0.1, 0.5, 0.9)
 
 def weights_digest(model: Any) -> str:
     """Return the digest of a model patcher's base weights, which lie under its patches."""
-    weights = model.model_state_dict(PREFIX)
+    weights = _stored_weights(model)
     for key, backup in model.backup.items():
         if key.startswith(PREFIX):
             # what packed weights bring beside themselves belongs to the copy that is replaced
@@ -24,6 +24,13 @@ def weights_digest(model: Any) -> str:
             packed = getattr(backup.weight, "state_dict", None)
             weights.update(packed(key) if packed else {key: backup.weight})
     return fingerprint.weights_digest((name.replace("_orig_mod.", ""), weight) for name, weight in weights.items())
+
+
+def _stored_weights(model: Any) -> dict[str, torch.Tensor]:
+    shown, held = model.model_state_dict(PREFIX), dict(model.model.named_parameters(remove_duplicate=False))
+    # packs for GGUF show weights without values, and one that there is not, to whoever asks how much memory they take
+    found = {name: held.get(name, weight) if weight.is_meta else weight for name, weight in shown.items()}
+    return {name: weight for name, weight in found.items() if not weight.is_meta}
 
 
 def model_digest(model: Any) -> str:

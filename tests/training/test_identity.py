@@ -46,7 +46,7 @@ def lab(comfy, tmp_path_factory):
             comfy.nodes.KSampler().sample(model, 1, 1, 1.0, "euler", "simple", positive, positive, empty, 1.0)
 
     fingerprint = comfy.module("training.comfy_patch").model_fingerprint
-    return SimpleNamespace(load=load, merged=merged, sample=sample, weights=identity.weights_digest,
+    return SimpleNamespace(source=source, load=load, merged=merged, sample=sample, weights=identity.weights_digest,
                            model=identity.model_digest, fingerprint=fingerprint,
                            match=comfy.module("attention.fingerprint").match)  # fmt: skip
 
@@ -54,8 +54,9 @@ def lab(comfy, tmp_path_factory):
 def lora(model, scale=0.1, key=MLP):
     """Return a clone with a LoRA of rank 2 in the graph."""
     import comfy.sd
+    import comfy.utils
 
-    shape, name = model.model_state_dict()[key].shape, key.removesuffix(".weight")
+    shape, name = comfy.utils.get_attr(model.model, key).shape, key.removesuffix(".weight")
     generator = torch.Generator().manual_seed(3)
     tensors = {f"{name}.lora_up.weight": scale * torch.randn(shape[0], 2, generator=generator),
                f"{name}.lora_down.weight": torch.randn(2, shape[1], generator=generator)}  # fmt: skip
@@ -243,3 +244,21 @@ def test_a_job_of_an_earlier_version_goes_on(lab, studio):
     shutil.copytree(job, job.with_name(kept.job_key(old)))
     studio.distill(base, samples)
     assert len(list((studio.output / "jobs").iterdir())) == 2, "a folder of its own comes first"
+
+
+def test_gguf_models_are_told_apart_though_their_state_dict_holds_nothing(lab, studio, packed_models):
+    base, again, changed = (packed_models.gguf_model(lab.source) for _ in range(3))
+    before = lab.model(base)
+    assert lab.model(again) == before, "the same file is the same model"
+    lab.sample(base)
+    assert lab.model(base) == before, "while it is loaded"
+    with_lora = lora(base)
+    lab.sample(with_lora)  # its LoRA is beside the packed weights now
+    assert lab.weights(with_lora) == lab.weights(base) and lab.model(with_lora) != before
+    weight = changed.model.diffusion_model.single_blocks[1].linear1.weight
+    weight.as_subclass(torch.Tensor).view(torch.uint8)[:224] ^= 64  # an eighth
+    assert lab.weights(changed) != lab.weights(base)
+    samples = studio.samples(base)
+    with pytest.raises(ValueError, match=OTHER):
+        studio.samples(changed)
+    assert studio.distill(base, samples).sites
