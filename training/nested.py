@@ -97,8 +97,8 @@ def unpack(data: Any, tensor: Callable[[int], Tensor], depth: int = 0) -> Any:
     raise ValueError(f"no option of a conditioning is stored as {type(data).__name__}")
 
 
-def has_record(value: Any, kind: str) -> bool:
-    """Return whether packed JSON holds a record of a kind, however deep."""
-    if isinstance(value, dict):
-        return value.get("record") == kind or any(has_record(each, kind) for each in value.values())
-    return isinstance(value, list) and any(has_record(each, kind) for each in value)
+def has_record(value: Any, kind: str, levels: int = 4 * MAX_DEPTH) -> bool:
+    """Return whether packed JSON holds a record of a kind, as deep as `unpack` reads it."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    is_one = isinstance(value, dict) and value.get("record") == kind
+    return is_one or (levels > 0 and any(has_record(each, kind, levels - 1) for each in parts))

@@ -282,14 +282,15 @@ def test_every_sort_of_option_survives_the_way_to_files_and_back(studio, tmp_pat
 @pytest.mark.parametrize("values", [
     {"reference_latents": [1]}, {"a": {"list": 1}}, {"a": {"tensor": 0}}, {"a": {"tensor": "0"}}, {"a": {"what": []}},
     {"a": {"record": 3, "fields": {}}}, {"a": {"map": [], "list": []}}, {"a": {}},
-    {"a": json.loads('{"list": [' * 10 + "]}" * 10)},
-], ids=str)  # fmt: skip
+    {"a": json.loads('{"list": [' * 10 + "]}" * 10)}, {"a": json.loads("[" * 600 + "]" * 600)},
+], ids=lambda values: str(values)[:80])  # fmt: skip
 def test_a_file_that_says_nonsense_of_its_options_is_one_sentence(studio, tmp_path, values):
     conditioning = studio.module("training.conditioning")
     path = tmp_path / "conditioning.safetensors"
     conditioning.save_tensors(path, {"cross_attn": torch.ones(1)}, values)
     with pytest.raises(ValueError, match=r"is no file of teacher samples; delete it, and run"):
         conditioning.read_conditioning(path)
+    assert not conditioning.needs_control_net(path)
 
 
 def test_conditionings_of_earlier_versions_keep_their_name(studio):
