@@ -110,11 +110,12 @@ def read_job(path: Path) -> TrainingJob:
     try:
         with path.open("rb") as file:
             text = file.read(MOST_BYTES + 1)
-        if len(text) > MOST_BYTES:
-            raise ValueError(f"it has more than {MOST_BYTES} bytes")
-        data = json.loads(text.decode("utf-8"))
     except OSError as error:
         raise ValueError(f"the job {path} cannot be read: {error.strerror}") from None
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"the job {path} has more than {MOST_BYTES} bytes")
+    try:
+        data = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
         raise ValueError(f"the job {path} is no JSON: {reason}") from None

@@ -21,7 +21,7 @@ from linearize.training import __main__ as command
 from linearize.training.conditioning import Conditioning
 from linearize.training.distributed import Together
 from linearize.training.job import job_key, read_values
-from linearize.training.job_file import job_from_json, read_job
+from linearize.training.job_file import MOST_BYTES, job_from_json, read_job
 from linearize.training.loop import NotFinite
 from linearize.training.progress_file import ProgressFile, ProgressReader
 from linearize.training.recipe import FinetuneRecipe, TransferRecipe
@@ -264,7 +264,9 @@ def test_bad_input_is_one_sentence(main, lab, name):
 def test_files_that_are_none_are_one_sentence(main, lab, monkeypatch):
     torn = lab.folder / "torn.json"
     torn.write_text("{")
-    for path, sentence in ((torn, "is no JSON"), (lab.folder / "none.json", "cannot be read: No such file")):
+    (long := lab.folder / "long.json").write_text(" " * (MOST_BYTES + 1))
+    for path, sentence in ((torn, "is no JSON"), (long, "long.json has more than"),
+                           (lab.folder / "none.json", "cannot be read: No such file")):  # fmt: skip
         code, said = main(path)
         assert code == 1 and sentence in said and said.count("\n") == 1
     code, said = main(lab("wrong.safetensors", model={"file": str(torn)}))
