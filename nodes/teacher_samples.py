@@ -14,11 +14,11 @@ from ..training.comfy_sampling import Order, describe_samples, generate_samples,
 from ..training.sample_index import INDEX, About
 from . import patching
 from .apply import model_fingerprint
+from .model_files import WINDOWS_NAMES
 from .sockets import CATEGORY_DISTILL, TeacherSamples
 
 FOLDER = "linearize"  # in ComfyUI's output folder
 NAME = re.compile(r"\w([\w .-]{0,78}\w)?")
-WINDOWS_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 LISTS = ("prompts", "positive", "negative")  # inputs that take several values
 MAX_SEED = 2**64 - 1
 ADVANCED = {"sampler_name": "euler", "scheduler": "simple", "guidance": 0.0, "first_seed": 0, "prompts_file": ""}
