@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from ..attention.backends import AUTO, BACKENDS
-from ..attention.bounds import MOST_TOKENS, check_number, check_whole
+from ..attention.bounds import MOST_SEED, MOST_TOKENS, check_number, check_whole
 from ..attention.shown import quote
 from .optimizers import AVERAGING, OPTIMIZERS
 
@@ -15,7 +15,6 @@ MOST_UPDATES = 10**7
 MOST_DRAWS = 10**4
 MOST_RANK = 4096
 MOST_WEIGHT = 1e6  # of a loss, a rate or a norm
-MOST_RECIPE_SEED = 2**32
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ class TransferRecipe:
         for name, least, most in (
             ("updates", 0, MOST_UPDATES), ("queries", 0, MOST_TOKENS), ("replay", 1, MOST_DRAWS),
             ("repeats", 1, MOST_DRAWS), ("held_out", 1, MOST_DRAWS), ("output_draws", 0, MOST_DRAWS),
-            ("warmup", 0, MOST_UPDATES), ("replay_bytes", 0, 2**50), ("seed", 0, MOST_RECIPE_SEED),
+            ("warmup", 0, MOST_UPDATES), ("replay_bytes", 0, 2**50), ("seed", 0, MOST_SEED),
         ):  # fmt: skip
             check_whole(name, getattr(self, name), least, most)
         for name in ("learning_rate", "clip"):
@@ -128,7 +127,7 @@ class FinetuneRecipe:
         for name, least, most in (
             ("block_updates", 0, MOST_UPDATES), ("updates", 0, MOST_UPDATES), ("rank", 1, MOST_RANK),
             ("attention_every", 1, MOST_DRAWS), ("accumulation", 1, MOST_DRAWS), ("warmup", 0, MOST_UPDATES),
-            ("held_out", 1, MOST_DRAWS), ("seed", 0, MOST_RECIPE_SEED),
+            ("held_out", 1, MOST_DRAWS), ("seed", 0, MOST_SEED),
         ):  # fmt: skip
             check_whole(name, getattr(self, name), least, most)
         for name in ("map_rate", "delta_rate", "clip"):
