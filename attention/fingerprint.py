@@ -96,7 +96,7 @@ def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     Notes:
         A weight is cut into 16 parts, and each is read in one run of 32 values at a place drawn from the weight's name:
         a change of an eighth of a weight is seen wherever it lies, and a model of 12 B parameters costs a few MB of
-        reading. Equal changes of dtype aside, two copies of one file are equal.
+        reading. Two copies of one file are equal; the same weights in another dtype are not.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(weights, key=lambda each: each[0]):

@@ -8,6 +8,7 @@ import comfy.samplers
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..attention.bounds import MOST_SEED
 from ..training.comfy_conditioning import ready_conditioning
 from ..training.comfy_identity import model_digest
 from ..training.comfy_sampling import Order, describe_samples, generate_samples, latent_shape, many
@@ -20,7 +21,6 @@ from .sockets import CATEGORY_DISTILL, TeacherSamples
 FOLDER = "linearize"  # in ComfyUI's output folder
 NAME = re.compile(r"\w([\w .-]{0,78}\w)?")
 LISTS = ("prompts", "positive", "negative")  # inputs that take several values
-MAX_SEED = 2**64 - 1
 ADVANCED = {"sampler_name": "euler", "scheduler": "simple", "guidance": 0.0, "first_seed": 0, "prompts_file": ""}
 
 
@@ -147,7 +147,7 @@ def _sampling_inputs() -> list[Any]:
             "first_seed",
             default=ADVANCED["first_seed"],
             min=0,
-            max=MAX_SEED,
+            max=MOST_SEED,
             optional=True,
             advanced=True,
             tooltip="Seed of the first sample; each further sample takes the next one.",

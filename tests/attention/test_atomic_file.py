@@ -95,7 +95,7 @@ clear_drafts(Path({str(tmp_path)!r}), 0)"""], check=True)  # fmt: skip
 
 @pytest.mark.skipif(atomic_file.fcntl is None, reason="this system locks files otherwise")
 def test_drafts_are_cleared_where_only_a_file_that_may_be_written_is_locked(tmp_path, monkeypatch):
-    """On NFS and SMB an exclusive lock wants a descriptor that writes."""
+    """On NFS and SMB an exclusive lock needs a descriptor that may write."""
     fcntl = atomic_file.fcntl
 
     def flock(descriptor, how):
