@@ -1,5 +1,6 @@
 """What tells model patchers apart: for samples weights, LoRAs and noise levels, for jobs every other change too."""
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -34,9 +35,12 @@ def _stored_weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def model_digest(model: Any) -> str:
-    """Return a hash of what a model paints with: its weights, the LoRAs on them, its noise levels."""
+    """Return a hash of what a model paints with: its weights, the LoRAs on and beside them, its noise levels."""
     digest = hashlib.sha256(weights_digest(model).encode())
     _add_patches(digest, model)
+    injected = {name: list(map(_adapters, each)) for name, each in model.injections.items() if each}
+    if injected:  # most models have none, and keep the digest that they had
+        _add(digest, injected)
     return digest.hexdigest()
 
 
@@ -61,6 +65,15 @@ def _add_patches(digest: Any, model: Any) -> None:
     sampling = model.get_model_object("model_sampling")
     _add(digest, [float(sampling.percent_to_sigma(percent)) for percent in PERCENTS])
     _add(digest, {str(key): entries for key, entries in model.patches.items()})
+
+
+def _adapters(injection: Any) -> list[Any]:
+    """Return what an injection of ComfyUI's bypass puts beside the weights; of others nothing is known but the name."""
+    found = []
+    for cell in getattr(getattr(injection, "inject", None), "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # it is empty
+            found.append(getattr(cell.cell_contents, "adapters", None))
+    return found
 
 
 def _add(digest: Any, value: Any) -> None:

@@ -51,7 +51,7 @@ def lab(comfy, tmp_path_factory):
                            match=comfy.module("attention.fingerprint").match)  # fmt: skip
 
 
-def lora(model, scale=0.1, key=MLP):
+def lora(model, scale=0.1, key=MLP, loader="load_lora_for_models"):
     """Return a clone with a LoRA of rank 2 in the graph."""
     import comfy.sd
     import comfy.utils
@@ -60,7 +60,7 @@ def lora(model, scale=0.1, key=MLP):
     generator = torch.Generator().manual_seed(3)
     tensors = {f"{name}.lora_up.weight": scale * torch.randn(shape[0], 2, generator=generator),
                f"{name}.lora_down.weight": torch.randn(2, shape[1], generator=generator)}  # fmt: skip
-    return comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0)[0]
+    return getattr(comfy.sd, loader)(model, None, tensors, 1.0, 0)[0]
 
 
 def first_part(low):
@@ -107,6 +107,17 @@ def test_other_dtypes_loras_and_noise_levels_are_other_models(lab):
     models = [base, lab.load("fp8_e4m3fn"), lab.load("fp8_e5m2"), lora(base), lora(base, 0.11), shifted]
     assert len({lab.model(each) for each in models}) == len(models)
     assert len({lab.weights(each) for each in models}) == 3, "three dtypes"
+
+
+def test_a_lora_beside_the_weights_is_another_model(lab):
+    """ComfyUI's bypass puts it into the layers' calls; the patcher knows it by name only."""
+    base = lab.load()
+    beside = [lora(base, scale, loader="load_bypass_lora_for_models") for scale in (0.1, 0.1, 0.2)]
+    before = [lab.model(each) for each in (base, *beside)]
+    assert not beside[0].patches and lab.weights(beside[0]) == lab.weights(base)
+    assert before[1] == before[2] and len(set(before)) == 3
+    lab.sample(beside[0])
+    assert [lab.model(each) for each in (base, *beside)] == before, "while it is loaded"
 
 
 def test_weights_are_sampled_not_read_whole(comfy, lab, monkeypatch):
