@@ -8,6 +8,7 @@ unexpected reason raises instead.)
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -83,8 +84,9 @@ class Runtime:
     copies: LastRun = field(default_factory=LastRun)
     override: Any = None
     _told: tuple[LastRun, ...] = ()
-    _known: KnownModel | None = None
-    _unhook: Callable[[], None] | None = None
+    _known: dict[Any, KnownModel] = field(default_factory=dict)
+    _unhook: dict[Any, Callable[[], None]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _masked: dict[str, set[Half]] = field(default_factory=dict)
     _finite: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
     _distrusted: frozenset[str] = frozenset()
@@ -92,7 +94,8 @@ class Runtime:
     def copy(self) -> "Runtime":
         """Return a runtime with the same settings and no shared state; its runs are told to this one."""
         memory = LongLived(self.memory.pause, self.memory.max_bytes)
-        own = {"memory": memory, "record": RunRecord(), "copies": LastRun(), "override": None, "_unhook": None}
+        own = {"memory": memory, "record": RunRecord(), "copies": LastRun(), "override": None}
+        own |= {"_known": dict(self._known), "_unhook": {}, "_lock": threading.Lock()}
         return replace(self, **own, _told=(*self._told, self.copies), _masked={}, _finite={}, _distrusted=frozenset())
 
     def __deepcopy__(self, _: dict[int, Any]) -> "Runtime":
@@ -118,7 +121,7 @@ class Runtime:
 
     def meet(self, module: Any) -> None:
         """Note the modules of the model that this runtime is put on, before other nodes move them."""
-        self._known = KnownModel.of(self.host, module)
+        self._known = {module: KnownModel.of(self.host, module)}
 
     def start_run(self, percent_to_sigma: Callable[[float], float] | None = None) -> None:
         """Forget the last run, but for the sites that gave infinities or NaN."""
@@ -170,17 +173,19 @@ class Runtime:
         return {**watch_joined(options, facts.joined), CALL_KEY: facts}
 
     def _hook(self, module: Any) -> None:
-        """Have the model's modules tell what runs, until the run ends."""
-        if self._known is None or self._known.module is not module:
-            self._take_hooks_away()
-            self.meet(module)
-        if self._known is not None and self._unhook is None:
-            self._unhook = self._known.hook()
+        """Have the model's modules tell what runs, until the run ends; each GPU of several has a model and a thread."""
+        with self._lock:
+            if module not in self._known:
+                self._known[module] = KnownModel.of(self.host, module)
+            if module not in self._unhook:
+                self._unhook[module] = self._known[module].hook()
 
     def _take_hooks_away(self) -> None:
-        if self._unhook is not None:
-            self._unhook()
-            self._unhook = None
+        with self._lock:
+            if self._unhook:  # what else is known belongs to models that are not used any more
+                self._known = {module: self._known[module] for module in self._unhook}
+            while self._unhook:
+                self._unhook.popitem()[1]()
 
     def _outside(self, options: Mapping[str, Any]) -> frozenset[Percents]:
         """Return the parts of sampling, of those that a site was given, that this forward lies outside of."""
@@ -195,11 +200,11 @@ class Runtime:
         latent = call.argument(0, "x")
         latent = latent[0] if isinstance(latent, list | tuple) else latent  # of a video and its sound
         # on a GPU `auto` is asked too: a backend tests itself now, where allocations are not recorded
-        on_gpu = isinstance(latent, Tensor) and latent.is_cuda
+        on_gpu, sizes = isinstance(latent, Tensor) and latent.is_cuda, self._known[call.module].site
         for settings in {each for each in self.sites.values() if on_gpu or each.backend != AUTO}:
-            if self._known is None or left_to_host(settings, facts, layout.num_tokens) is not None:
+            if left_to_host(settings, facts, layout.num_tokens) is not None:
                 continue
-            shape = (latent.shape[0], self._known.site.num_heads, layout.num_tokens, self._known.site.head_dim)
+            shape = (latent.shape[0], sizes.num_heads, layout.num_tokens, sizes.head_dim)
             call_facts = Call(settings.spec, layout, shape, call.dtype or latent.dtype, latent.device)
             backend, reasons = choose_backend(call_facts, settings.backend)
             if backend is None and settings.backend != AUTO and not isinstance(settings.spec, DenseSpec):

@@ -47,19 +47,17 @@ class KnownModel:
     """A diffusion model as its loader made it: other nodes may run its blocks inside one of their own later.
 
     Args:
-        module: the model.
         site: its first site, whose sizes stand for all.
         hook: hooks its modules; returns a function that takes the hooks away.
     """
 
-    module: Any
     site: Any
     hook: Callable[[], Callable[[], None]]
 
     @classmethod
     def of(cls, host: Any, module: Any) -> "KnownModel":
         """Return what is known of a model of this host."""
-        return cls(module, host.sites(module)[0], hooks_of(module, host.site_modules(module), host.site_blocks(module)))
+        return cls(host.sites(module)[0], hooks_of(module, host.site_modules(module), host.site_blocks(module)))
 
 
 def hooks_of(module: Any, sites: Mapping[str, str], blocks: Mapping[str, str]) -> Callable[[], Callable[[], None]]:

@@ -199,7 +199,10 @@ def _on_pre_run(patcher: Any) -> None:
 
 def _on_cleanup(patcher: Any) -> None:
     runtime = runtime_of(patcher)
-    if runtime is not None:
+    if runtime is None:
+        return
+    # a copy for another GPU runs with the settings of the model that was copied, which tells of both
+    if runtime.record.forwards or not getattr(patcher, "is_multigpu_base_clone", False):
         runtime.finish_run()
         write_receipt(runtime)
 

@@ -176,6 +176,25 @@ def test_the_copy_for_another_gpu(wan):
     assert wan.ran(deep) == EVERYWHERE
 
 
+def test_two_gpus_share_a_sampling(wan, monkeypatch):
+    """ComfyUI runs each half of the guidance in a thread, on a model of its own, with the settings of the first."""
+    texts = []
+    monkeypatch.setattr(wan.patching, "show_on_node", lambda *_: texts.append)
+    patched = wan.clear(wan.model, radius=3)
+    expected = wan.sample(patched, cfg=3.0)
+    deep = patched.deepclone_multigpu(new_load_device=torch.device("cpu", 0))  # another name of the same device
+    deep.is_multigpu_base_clone = True
+    both = patched.clone()
+    both.set_additional_models("multigpu", [deep])
+    assert (wan.sample(both, cfg=3.0, steps=8) - wan.sample(patched, cfg=3.0, steps=8)).abs().max() < 1e-3
+    assert (wan.sample(both, cfg=3.0) - expected).abs().max() < 1e-3
+    assert wan.ran(both) == EVERYWHERE
+    assert sum(wan.record(both).ran.values()) == 2 * 2 * len(SITES), "two steps, two halves"
+    assert len(texts) == 4 and all("100% linearized" in text for text in texts), "the idle copy told of its own run"
+    (deep,) = both.get_additional_models_with_key("multigpu")
+    assert hooked(both) == hooked(deep) == 0
+
+
 def test_a_model_that_is_gone_takes_its_hooks_along(wan, comfy):
     import comfy.model_management
 
