@@ -16,6 +16,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ..attention.runtime import Runtime
 from ..attention.site_call import SiteCall
 from .comfy_conditioning import CONTROL, from_conditioning
 from .comfy_control import ControlWithoutGradient
@@ -122,12 +123,14 @@ def with_teacher(model: Any, samples: TeacherSamples, work: Callable[[ComfyTeach
     def run(guider: Any, options: dict[str, Any]) -> None:
         results.append(work(ComfyTeacher(guider, runtime, options, samples, patched.load_device)))
 
-    run_session(patched, samples, run)
+    run_session(patched, runtime, samples, run)
     return results[0]
 
 
-def run_session(patched: Any, samples: TeacherSamples, run: Callable[[Any, dict[str, Any]], None]) -> None:
-    """Call `run(guider, model options)` while the core has a model in place for sampling."""
+def run_session(
+    patched: Any, runtime: Runtime, samples: TeacherSamples, run: Callable[[Any, dict[str, Any]], None]
+) -> None:
+    """Call `run(guider, model options)` while the core has a model in place for sampling; end `runtime`'s run then."""
     with torch.inference_mode(False), torch.enable_grad():
         guider = comfy.samplers.CFGGuider(patched)
         # the core loads the ControlNets that it is shown, and cleans them up; beside which text does not matter
@@ -136,7 +139,10 @@ def run_session(patched: Any, samples: TeacherSamples, run: Callable[[Any, dict[
         guider.inner_set_conds({"positive": [entry for entries in shown for entry in entries]})
         latent = samples.latent(0)
         sigmas = torch.tensor([1.0, 0.0])
-        guider.sample(torch.zeros_like(latent), latent, _Session(run), sigmas, disable_pbar=True, seed=0)
+        try:
+            guider.sample(torch.zeros_like(latent), latent, _Session(run), sigmas, disable_pbar=True, seed=0)
+        finally:
+            runtime.finish_run()
 
 
 def stop_if_interrupted() -> None:

@@ -102,7 +102,7 @@ def with_trainee(model: Any, samples: TeacherSamples, work: Callable[[ComfyTrain
                 trainee.close()
 
         with differentiable():
-            run_session(patched, samples, run)
+            run_session(patched, runtime, samples, run)
     return results[0]
 
 

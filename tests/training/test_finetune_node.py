@@ -255,6 +255,33 @@ def test_the_trainee_as_teacher_is_the_teacher(lab, name, relative_error):
     assert not comfy_management().in_training
 
 
+def test_a_session_leaves_no_hooks_on_the_model(lab):
+    """The teacher's modules are those of the model that others sample."""
+    model, samples = lab.models["wan"].model, lab.samples("wan")
+    draw = lab.module("training.model").Draw(1, 0.5, 3)
+    modules = list(model.model.diffusion_model.modules())
+
+    def hooked():
+        return sum(bool(each._forward_hooks or each._forward_pre_hooks) for each in modules)
+
+    seen = []
+
+    def look(teacher):
+        teacher.watch(draw, seen.append)
+        assert hooked()
+
+    def fail(teacher):
+        teacher.watch(draw, seen.append)
+        raise KeyError("stopped")
+
+    with torch.inference_mode():
+        lab.module("training.comfy_model").with_teacher(model, samples, look)
+        assert seen and not hooked()
+        with pytest.raises(KeyError, match="stopped"):
+            lab.module("training.comfy_model").with_teacher(model, samples, fail)
+    assert not hooked()
+
+
 def test_noise_levels_of_a_draw(lab, monkeypatch):
     """On the host's schedule, which Wan shifts towards noise; or of the noise itself, where there are flows."""
     import comfy.model_sampling as model_sampling
