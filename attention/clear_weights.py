@@ -82,7 +82,8 @@ class ClearWeights:
     def distance(self, read: Callable[[str], Tensor]) -> float:
         """Return |own - file| / |file| over the weights of some projections: how far a model is from the file's base.
 
-        A file's projections began as those of its base, so a model that is this base has similar ones.
+        A file's projections began as those of its base, so a model that is this base has similar ones. Infinite where
+        the model's own have other shapes, as those do that are packed in a form nobody could unpack.
 
         Args:
             read: returns a parameter of the model as numbers and without patches, by `WeightTarget.key`.
@@ -103,7 +104,10 @@ class ClearWeights:
             tensors = self.file.load([each.name for each in rows])
             for each in rows:
                 stored, start = tensors[each.name].float(), each.target.start
-                apart += float((own[start : start + each.target.shape[0]].float() - stored).square().sum())
+                mine = own[start : start + each.target.shape[0]].float()
+                if mine.shape != stored.shape:
+                    return float("inf")
+                apart += float((mine - stored).square().sum())
                 size += float(stored.square().sum())
         return (apart / size) ** 0.5 if size else float("inf")
 

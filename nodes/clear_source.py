@@ -3,6 +3,7 @@
 A file that the user chose is used wherever it fits; `auto` only where the model's own weights are those it began as.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..attention.clear_weights import SAME_BASE, ClearWeights, clear_weights, published_radius
 from ..attention.hosts import Host
+from ..attention.record import once
 from ..attention.shown import one_line
 from ..attention.specs import ClearSpec
 from ..attention.student import StudentParameters
@@ -139,13 +141,25 @@ def _why_not_taken(
         return f"{name} holds pooling weights for down_factor {weights.down_factor}"
     if weights.num_sites != num_sites:
         return f"{name} belongs to another model: it has {weights.num_sites} sites, this one has {num_sites}"
-    apart = weights.distance(read) if read else float("inf")
+    apart = _distance(weights, read)
     if apart < SAME_BASE:
         return ""
+    found = f"are {apart:.0%} away from it" if math.isfinite(apart) else "cannot be compared with it"
     return (
-        f"{name} was made for FLUX.1-dev, and this model's own projections are {apart:.0%} away from it; to use it all "
-        "the same, choose the file under weights"
+        f"{name} was made for FLUX.1-dev, and this model's own projections {found}; to use it all the same, choose the "
+        "file under weights"
     )
+
+
+def _distance(weights: ClearWeights, read: Callable[[str], Tensor] | None) -> float:
+    """Return how far a model is from what a file began as, infinite where its weights cannot be read."""
+    try:
+        return weights.distance(read) if read else math.inf
+    except FileProblem:
+        raise
+    except Exception as error:  # packs store weights in forms of their own
+        once.info(f"Linearize: weights cannot be read: {type(error).__name__}: {error}")
+        return math.inf
 
 
 def _another_shape(host: Host, module: Any) -> str:

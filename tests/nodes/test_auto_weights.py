@@ -114,6 +114,24 @@ def test_auto_knows_copies_that_are_stored_in_fewer_bits(
     assert auto(16, model=model).weights is None
 
 
+@pytest.mark.parametrize("fault", ["shape", "error", "nan"])
+def test_auto_leaves_weights_that_it_cannot_read(comfy, studio, place, base_tensors, fault):
+    """Packs store weights in forms of their own; a node whose default is `auto` must not fail for that."""
+    place("linearize", "clear_local_8.safetensors", own(base_tensors))
+    source, spec = comfy.module("nodes.clear_source"), comfy.module("attention.specs").ClearSpec(8)
+
+    def read(key):
+        if fault == "error":
+            raise NotImplementedError("4-bit")
+        return torch.zeros(4096, 1, dtype=torch.uint8) if fault == "shape" else base_tensors[key] * math.nan
+
+    (note,) = source.clear_source("auto", spec, *studio.patching.host_of(studio.model), read).notes
+    assert note == (
+        "untrained: clear_local_8.safetensors was made for FLUX.1-dev, and this model's own projections cannot be "
+        "compared with it; to use it all the same, choose the file under weights"
+    )
+
+
 def test_auto_leaves_models_with_more_inputs_alone(studio, place, base_tensors, auto, monkeypatch):
     """FLUX.1 Fill, Depth and Canny have dev's depth and width; a file that a user chose is used there too."""
     place("linearize", "clear_local_8.safetensors", own(base_tensors))
