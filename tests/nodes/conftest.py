@@ -107,9 +107,8 @@ def place(comfy):
     made = []
 
     def put(kind, name, tensors, metadata=None):
-        folder = Path(folder_paths.get_folder_paths(kind)[0])
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / name
+        path = Path(folder_paths.get_folder_paths(kind)[0]) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         made.append(path)
         if isinstance(tensors, bytes):
             path.write_bytes(tensors)
