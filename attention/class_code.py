@@ -7,6 +7,7 @@ import linecache
 import textwrap
 from ast import AST
 from collections.abc import Iterable
+from tokenize import TokenError
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -48,12 +49,14 @@ def names_in(code: CodeType) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=256)
 def tree_of(code: CodeType) -> AST | None:
-    """Return the syntax tree of a function, or None where its source is not at hand."""
+    """Return the syntax tree of a function, or None where its source is not at hand, or is another one by now."""
     lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]
     try:
-        return ast.parse(textwrap.dedent("".join(inspect.getblock(lines)))) if lines else None
-    except (SyntaxError, ValueError):
+        tree = ast.parse(textwrap.dedent("".join(inspect.getblock(lines)))) if lines else None
+    except (SyntaxError, ValueError, TokenError):
         return None
+    # a file may have changed since it was imported, and hold something else at this line
+    return tree if tree and [getattr(each, "name", None) for each in tree.body] == [code.co_name] else None
 
 
 def reached_from(method: str, methods: Iterable[tuple[tuple[str, int], CodeType]]) -> list[CodeType]:

@@ -3,6 +3,8 @@
 import copy
 import functools
 import importlib
+import importlib.util
+import linecache
 import time
 import types
 
@@ -11,6 +13,7 @@ import torch
 from families import collect, default_operations
 from test_contract import Passing, opaque
 
+from linearize.attention import class_code
 from linearize.attention.hosts import HOSTS, find_host, unhookable
 from linearize.attention.hosts.entry_points import hides_its_calls, may_be_called, why_unseen
 
@@ -236,6 +239,23 @@ def test_answers_are_certain_or_there_are_none(comfy):
     assert not may_be_called(model, "blocks.0.self_attn")
     assert may_be_called(model, "blocks.0.cross_attn.q") and may_be_called(model, "blocks.0.nothing")
     assert not hides_its_calls(model, "blocks.0.self_attn") and not hides_its_calls(model, "blocks.0.nothing")
+
+
+@pytest.mark.parametrize("first", ["def renamed(self, x):\n        return x", "x = 1", "x = ('''", "x = ((", "  ]"])
+def test_code_that_changed_after_its_import_is_not_read(first, tmp_path):
+    """ComfyUI may be updated while it runs; what stands in its files then is not what runs."""
+    path = tmp_path / "model.py"
+    path.write_text("class Model:\n    def forward(self, x):\n        return self.inner(x)\n")
+    spec = importlib.util.spec_from_file_location("model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    code = module.Model.forward.__code__
+    class_code.tree_of.cache_clear()  # equal code of another file is the same to it
+    assert class_code.tree_of(code) is not None
+    class_code.tree_of.cache_clear()
+    path.write_text(f"class Model:\n    {first}\n")
+    linecache.checkcache(str(path))
+    assert class_code.tree_of(code) is None
 
 
 def test_it_takes_milliseconds(comfy):
