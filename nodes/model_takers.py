@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from comfy_execution.graph_utils import is_link
-from comfy_execution.progress import get_progress_state
-from comfy_execution.utils import get_executing_context
 
 from ..attention.record import once
+from .prompt_graph import executing
 
 SAVES = ("ModelSave", "CheckpointSave")
 MERGES, SECOND = "ModelMerge", "model2"  # how their ids begin, and the input that gives weights only
@@ -29,10 +28,10 @@ MERGED = (
 
 def taker_notes(node_id: str | None) -> tuple[str, ...]:
     """Return a sentence per sort of node that takes trained weights from behind `node_id` without their attention."""
-    context, state = get_executing_context(), get_progress_state()
-    if node_id is None or context is None or state.prompt_id != context.prompt_id:
+    place = executing()
+    if node_id is None or place is None:
         return ()
-    notes = tuple(sorted(set(_notes(state.dynprompt, node_id))))
+    notes = tuple(sorted(set(_notes(place.prompt, node_id))))
     for note in notes:
         once.warning(f"Linearize: {note}")
     return notes
