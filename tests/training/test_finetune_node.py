@@ -215,7 +215,7 @@ def test_apply_runs_what_was_attached(lab, comfy, dtype, full_rank, relative_err
         teacher = teacher_module.ComfyTeacher(guider, runtime, options, samples, applied.load_device)
         seen.append(teacher.watch(draw, lambda call: None))
 
-    teacher_module.run_session(applied, samples, look)
+    teacher_module.run_session(applied, runtime, samples, look)
     assert relative_error(attached, dense) > 10 * tolerance[dtype], "the student is another model"
     assert relative_error(attached, seen[0]) < 3 * tolerance[dtype]
 
