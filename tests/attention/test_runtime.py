@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import gc
 import weakref
 from types import SimpleNamespace
@@ -15,7 +16,13 @@ from linearize.attention import backends as backends_module
 from linearize.attention.hosts import ModelCall, Site
 from linearize.attention.layout import Reason
 from linearize.attention.memory import LongLived
-from linearize.attention.override import AttentionOverride, describe_override, find_options, model_call_wrapper
+from linearize.attention.override import (
+    OVERRIDE_KEY,
+    AttentionOverride,
+    describe_override,
+    find_options,
+    model_call_wrapper,
+)
 from linearize.attention.runtime import (
     CALL_KEY,
     RUNTIME_KEY,
@@ -53,7 +60,8 @@ def qkv(dtype=torch.float32, batch=2):
 def host_attention(q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, scale=None, **kwargs):
     """Attention under the host application's contract, by PyTorch's own function."""
     if not skip_reshape:
-        q, k, v = (t.reshape(t.shape[0], t.shape[1], heads, -1).transpose(1, 2) for t in (q, k, v))
+        head_dim = q.shape[-1] // heads
+        q, k, v = (t.reshape(t.shape[0], t.shape[1], -1, head_dim).transpose(1, 2) for t in (q, k, v))
     output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return output if skip_output_reshape else output.transpose(1, 2).flatten(2)
 
@@ -479,3 +487,89 @@ def test_containers_need_an_attention_to_fall_back_to():
         *(each.take() for each in (q, k, v)), heads, **given))  # fmt: skip
     output = core.container_function(*owned, HEADS, skip_reshape=True, transformer_options=options)
     assert torch.equal(output, flat(F.scaled_dot_product_attention(*qkv())))
+
+
+@pytest.mark.parametrize("spec", [DenseSpec(), ClearSpec(2)], ids=["dense", "declined"])
+@pytest.mark.parametrize("skip_reshape", [True, False])
+def test_what_stays_dense_counts_every_pair_of_query_and_key(spec, skip_reshape):
+    q, k, v = qkv()
+    state, reason = runtime(spec), Reason("arguments", "nobody told the grid")
+    with expect_declines("arguments"):
+        inputs = (q, k, v) if skip_reshape else (flat(q), flat(k), flat(v))
+        call(state, *inputs, skip_reshape=skip_reshape, layout=reason)
+    assert state.record.pairs == state.record.dense_pairs == HEADS * TOKENS**2
+
+
+def test_the_core_pauses_its_recording_where_the_plan_is_not_dense():
+    paused = []
+    sites = {"a": SiteSettings(ClearSpec(2)), "b": SiteSettings(DenseSpec())}
+    state = Runtime(HOST, sites, LongLived(lambda: (paused.append(True), contextlib.nullcontext())[1]))
+    for site, count in (("a", 1), ("b", 1), ("c", 1), ("a", 2)):
+        with state.recording_paused(site):
+            assert len(paused) == count, site
+
+
+def test_the_last_run_is_that_of_a_clone_where_only_the_clone_was_sampled():
+    state = runtime()
+    clone = state.copy()
+    assert "was not sampled" in state.last_run() and "was not sampled" in clone.last_run()
+    clone.start_run()
+    call(clone, *qkv(), skip_reshape=True)
+    clone.finish_run()
+    assert state.last_run() == f"{clone.record.summary()}\n(a copy of this model was sampled)"
+    assert clone.last_run() == clone.record.summary()
+    state.start_run()
+    assert state.last_run() == state.record.summary() and "no attention call" in state.last_run()
+
+
+def test_a_mask_keeps_the_other_half_of_the_guidance_dense_and_no_other():
+    state = runtime()
+    state.note_mask("a", (0,))
+    assert state.masked_in_another_half("a", (1,)).code == "mask"
+    for site, half in (("a", (0,)), ("a", ()), ("a", (0, 1)), ("b", (1,))):
+        assert state.masked_in_another_half(site, half) is None, (site, half)
+    state.start_run()
+    assert state.masked_in_another_half("a", (1,)) is None
+
+
+@pytest.mark.parametrize("site", ["a", "b"], ids=["planned", "not planned"])
+@pytest.mark.parametrize("skip_reshape", [True, False])
+def test_distillation_is_shown_what_every_site_was_given_and_gave(site, skip_reshape):
+    q, k, v = qkv()
+    shown, state = [], runtime()
+    state.observe = shown.append
+    inputs = [q, k[:, :1], v[:, :1]] if skip_reshape else [flat(q), flat(k[:, :1]), flat(v[:, :1])]
+    output = call(state, *inputs, skip_reshape=skip_reshape, site=site, enable_gqa=True, scale=0.5)
+    (seen,) = shown
+    assert (seen.site, seen.layout, seen.mask, seen.scale) == (site, LAYOUT, None, 0.5)
+    assert torch.equal(seen.query, q) and torch.equal(flat(seen.output), output)
+    assert torch.equal(seen.key, k[:, :1].expand_as(k)) and torch.equal(seen.value, v[:, :1].expand_as(v))
+    assert {ran.kind for ran in state.record.ran} == ({"clear"} if site == "a" else set())
+
+
+def test_another_nodes_override_ends_up_below_ours_and_is_named():
+    state, passed = runtime(), []
+
+    def other(func, *args, **kwargs):
+        """Another node's override."""
+
+    def executor(*args, **kwargs):
+        passed.append(kwargs["transformer_options"][OVERRIDE_KEY])
+
+    executor.class_obj = None
+    for override in (None, other, other):
+        options = {RUNTIME_KEY: state, OVERRIDE_KEY: override}
+        model_call_wrapper(executor, transformer_options=options)
+        assert options[OVERRIDE_KEY] is override
+    assert [each.previous for each in passed] == [None, other, other] and passed[1] is passed[2]
+    assert state.record.below.startswith("another override (test_another_nodes_override") and state.record.finished == 3
+    model_call_wrapper(executor, transformer_options={RUNTIME_KEY: state, OVERRIDE_KEY: passed[0]})
+    assert passed[-1] is passed[0], "two nodes of ours share one"
+
+
+def test_an_override_of_the_core_is_named_by_its_node():
+    def attention():
+        """The core's override."""
+
+    attention.__qualname__ = "ModelPatcher.set_model_optimized_attention.<locals>.attention"
+    assert describe_override(functools.partial(attention, 1)) == "Model Attention Backend"

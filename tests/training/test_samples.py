@@ -169,6 +169,11 @@ DAMAGE = {
     "about infinite": (lambda folder: edit_about(folder, cfg=float("inf")), "is damaged .*cfg is inf"),
     "about lacks": (lambda folder: edit_about(folder, seeds="gone"), "is damaged .*seeds"),
     "about shape": (lambda folder: edit_about(folder, latent_shape=[1, -4, 6, 8]), "latent_shape is no shape"),
+    "about flat": (lambda folder: edit_about(folder, latent_shape=[4, 8]), "latent_shape is no shape"),
+    "fingerprint huge": (
+        lambda folder: edit_about(folder, fingerprint=[1e300] * 256),
+        "fingerprint has not 256 values",
+    ),
     "fingerprint": (lambda folder: edit_about(folder, fingerprint=[1.0]), "fingerprint has not 256 values"),
     "fingerprint texts": (lambda folder: edit_about(folder, fingerprint=["a"] * 256), "is damaged"),
 }

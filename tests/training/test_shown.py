@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from linearize.attention.hub_transfer import HubFile
 from linearize.attention.plans import Plan, select_sites
 from linearize.attention.record import Once
-from linearize.attention.shown import LONGEST, one_line, printable, quote
+from linearize.attention.shown import LONGEST, one_line, printable, quote, quote_some
 from linearize.attention.specs import ClearSpec, spec_from_json
 from linearize.attention.student_file import StudentFile, load_student, save_student
 from linearize.attention.student_fit import check_student
@@ -41,6 +41,21 @@ def test_what_is_shown_is_one_printable_line_of_bounded_length(text):
         assert shown.isprintable() and len(shown) <= LONGEST + len("...")
     assert printable(text).isprintable()
     assert not text.isprintable() or printable(text) == text
+
+
+def test_only_what_is_too_long_is_cut():
+    for length, shown in ((7, "a" * 7), (8, "a" * 8), (9, "a" * 8 + "...")):
+        assert one_line("a" * length, 8) == shown
+    for length, shown in ((5, "'aaaaa'"), (6, "'aaaaaa'"), (7, "'aaaaaaa...")):
+        assert quote("a" * length, 8) == shown
+    assert quote([1] * 500, 8) == "[1, 1, 1..." and quote({"a": 1}) == "{'a': 1}"
+    assert quote(10**5000) == "a int too long to show"
+
+
+def test_the_first_three_of_many_are_quoted():
+    assert quote_some(["a"]) == "'a'"
+    assert quote_some(["a", "b", "c"]) == "'a', 'b', 'c'"
+    assert quote_some(["a", "b", "c", "d", "e"]) == "'a', 'b', 'c' and 2 more"
 
 
 def sentences(text, tmp_path):
