@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from linearize.attention.feature_maps import MAPS, TINY, Favor, Polynomial, orthogonal_directions
 from linearize.attention.specs import FEATURE_MAPS
@@ -164,3 +165,24 @@ def test_parameters_follow_the_input_to_its_dtype():
     feature_map.reset(torch.Generator().manual_seed(0))
     x = torch.randn(1, 2, 3, 8, dtype=torch.float64)
     assert (feature_map(x) - feature_map(x.float())).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "per_size"), [("elu1", 1), ("relu", 1), ("favor", 2), ("hedgehog", 2), ("polynomial", 2), ("linfusion", 1)]
+)
+def test_a_map_has_its_own_number_of_features_and_counts_its_products(name, per_size):
+    feature_map, count = MAPS[name](3, 12), FlopCounterMode(display=False)
+    tokens = torch.randn(1, 3, 5, 12, generator=torch.Generator().manual_seed(0))
+    with count, torch.no_grad():
+        features = feature_map(tokens)
+    assert features.shape == (1, 3, 5, 12 * per_size)
+    assert MAPS[name].features(12) == feature_map.num_features == 12 * per_size
+    assert count.get_total_flops() == 2 * 3 * 5 * MAPS[name].num_products(12)
+
+
+@pytest.mark.parametrize("name", ["favor", "hedgehog", "polynomial"])
+def test_a_map_of_another_size_counts_its_products(name):
+    feature_map, count = MAPS[name](3, 12, 10), FlopCounterMode(display=False)
+    with count, torch.no_grad():
+        assert feature_map(torch.ones(1, 3, 5, 12)).shape[-1] == MAPS[name].features(12, 10) == 10
+    assert count.get_total_flops() == 2 * 3 * 5 * MAPS[name].num_products(12, 10)

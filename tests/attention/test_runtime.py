@@ -225,6 +225,16 @@ def test_trained_sites_ignore_part_of_sampling_and_min_tokens():
     assert {r.kind for r in state.record.ran} == {"clear"}
 
 
+@pytest.mark.parametrize(("min_tokens", "kind"), [(TOKENS, "clear"), (TOKENS + 1, "dense")])
+def test_calls_with_fewer_tokens_than_asked_for_stay_dense(min_tokens, kind):
+    state = runtime(min_tokens=min_tokens)
+    call(state, *qkv(), skip_reshape=True)
+    assert {ran.kind for ran in state.record.ran} == {kind} and not state.record.declined
+    assert [reason.text for _, reason in state.record.skipped] == ["33 tokens, below min_tokens = 34"] * (
+        kind == "dense"
+    )
+
+
 def test_an_unknown_layout_is_a_decline_and_strict_raises_it():
     reason = Reason("arguments", "nobody told the grid")
     with expect_declines("arguments"):
