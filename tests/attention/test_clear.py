@@ -50,6 +50,12 @@ ADVERSARIAL = {
         TokenLayout.of((Segment("text", 3), grid_segment("main", 1, 9, 19), grid_segment("reference", 2, 7, 3))),
         ClearSpec(4, down_factor=4),
     ),
+    "beyond two grids, between texts": (
+        TokenLayout.of(
+            (Segment("text", 3), grid_segment("main", 1, 5, 7), grid_segment("reference", 1, 3, 4), Segment("pad", 2))
+        ),
+        ClearSpec(30),
+    ),
     "pooled beyond the grid": (flux(5, 6, 2), ClearSpec(30, down_factor=4)),
     "video, every frame": (TokenLayout.of((grid_segment("main", 3, 9, 11), Segment("text", 4))), ClearSpec(4)),
     "video, near frames": (TokenLayout.of((grid_segment("main", 5, 9, 11), Segment("text", 4))), ClearSpec(4, 2)),

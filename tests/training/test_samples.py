@@ -9,6 +9,7 @@ import torch
 from sample_maker import FINGERPRINT, PROMPTS, about, condition, make, noise
 
 from linearize.training.conditioning import Conditioning, SamplesProblem, content_sha256
+from linearize.training.sample_index import read_about
 from linearize.training.samples import TeacherSamples, check_samples
 from linearize.training.samples_writer import SamplesWriter
 
@@ -186,6 +187,14 @@ def test_what_is_wrong_is_one_sentence(folder, name):
     with pytest.raises(SamplesProblem, match=words) as problem:
         TeacherSamples.open(folder)
     assert "\n" not in str(problem.value)
+
+
+def test_a_folder_numbers_its_samples_with_six_digits(folder):
+    edit_about(folder, seeds=10**6)
+    assert read_about(folder).seeds == 10**6
+    edit_about(folder, seeds=10**6 + 1)
+    with pytest.raises(SamplesProblem, match="seeds is a whole number of at most 1000000, got 1000001"):
+        read_about(folder)
 
 
 def test_a_file_that_was_replaced_is_refused_and_made_anew_when_deleted(folder):
