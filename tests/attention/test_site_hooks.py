@@ -76,3 +76,22 @@ def test_a_layer_tells_the_attention_that_its_checkpoint_names():
     # the hooks above were there first, so these are asked inside
     layer(1), other(1)
     assert noted == [chosen, None] and preferred_attention() is None
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "blocks"])
+def test_what_is_compiled_stays_so_when_it_is_hooked_again(whole):
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Softplus(), torch.nn.Softplus())
+    for module in [model] if whole else model:
+        module.compile(backend="eager")
+    hooks = hooks_of(model, {}, {"b.0": "0", "b.1": "1"})
+
+    def run():
+        remove = hooks()
+        model(torch.ones(2))
+        remove()
+
+    run()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run()
+    torch._dynamo.reset()
