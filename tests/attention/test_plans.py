@@ -44,6 +44,18 @@ def test_wrong_expressions_say_what_there_is(expression, words):
     assert words in str(error.value)
 
 
+def test_a_plan_names_its_sites_in_a_bounded_number_of_parts():
+    most = ",".join(["double"] * 4096)
+    assert select_sites(most, SITES) == SITES[:19]
+    data = {"format": "linearize/plan/1", "host": "flux", "sites": {most: {"kind": "dense"}}}
+    assert Plan.from_json(data).resolve(SITES) == dict.fromkeys(SITES, DenseSpec())
+    words = "sites are named in at most 4096 parts, got 4097; write ranges"
+    with pytest.raises(ValueError, match=words):
+        select_sites(f"{most},single", SITES)
+    with pytest.raises(ValueError, match=words):
+        Plan.from_json({**data, "sites": {**data["sites"], "single": {"kind": "dense"}}})
+
+
 def test_describe_sites_is_an_expression():
     assert describe_sites(SITES) == "double.0-18, single.0-37"
     chosen = ("double.0", "double.2", "double.3", "single.5")

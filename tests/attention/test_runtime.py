@@ -23,6 +23,7 @@ from linearize.attention.override import (
     find_options,
     model_call_wrapper,
 )
+from linearize.attention.reference import clear_mask
 from linearize.attention.runtime import (
     CALL_KEY,
     RUNTIME_KEY,
@@ -32,6 +33,7 @@ from linearize.attention.runtime import (
     UnexpectedDecline,
     expect_declines,
 )
+from linearize.attention.student import StudentParameters
 
 LAYOUT = TokenLayout.of((Segment("text", 3), grid_segment("main", 1, 5, 6)))
 HEADS, HEAD_DIM, TOKENS = 2, 8, LAYOUT.num_tokens
@@ -508,6 +510,27 @@ def test_what_stays_dense_counts_every_pair_of_query_and_key(spec, skip_reshape)
         inputs = (q, k, v) if skip_reshape else (flat(q), flat(k), flat(v))
         call(state, *inputs, skip_reshape=skip_reshape, layout=reason)
     assert state.record.pairs == state.record.dense_pairs == HEADS * TOKENS**2
+
+
+def test_what_runs_counts_the_pairs_that_it_computes():
+    """And of matrices behind it, as many pairs as have their FLOPs."""
+    spec, matrices = ClearSpec(2), torch.eye(HEAD_DIM).repeat(HEADS, 1, 1)
+    pairs = HEADS * int(clear_mask(LAYOUT, spec).sum())
+    for state, more in ((runtime(spec), 0), (runtime(spec), HEADS * 30 * HEAD_DIM // 2)):
+        if more:
+            state.parameters = StudentParameters(outputs={"a": matrices})
+        call(state, *qkv(), skip_reshape=True)
+        assert (state.record.pairs, state.record.dense_pairs) == (pairs + more, HEADS * TOKENS**2)
+
+
+@pytest.mark.parametrize("settings", [{"percents": (0.0, 0.5)}, {"min_tokens": TOKENS + 1}, {}], ids=str)
+def test_a_backend_by_name_is_asked_for_only_where_it_is_to_run(settings):
+    state = runtime(backend="reference", **settings)
+    state.start_run(lambda percent: 1 - percent)
+    latent, options = torch.zeros(1, 4, 5, 6, dtype=torch.int8), {"sigmas": torch.tensor([0.2])}
+    refused = pytest.raises(ValueError, match="backend reference cannot run here")
+    with contextlib.nullcontext() if settings else refused:
+        state.begin_call(ModelCall(None, (latent,), {}), options)
 
 
 def test_the_core_pauses_its_recording_where_the_plan_is_not_dense():

@@ -21,7 +21,7 @@ from linearize.attention.specs import (
     radius_per_head,
 )
 from linearize.attention.student_file import StudentFile, load_student, save_student, student_of
-from linearize.attention.student_fit import check_student, student_maps
+from linearize.attention.student_fit import check_student, student_maps, student_parameters
 from linearize.attention.tensor_file import FileProblem, open_tensor_file, write_tensor_file
 
 SITES = tuple(Site(f"{group}.{i}", 4, 8) for group, count in (("double", 2), ("single", 4)) for i in range(count))
@@ -338,6 +338,20 @@ def test_a_student_that_fits():
     assert specs["single.0"] == ClearSpec(8) and specs["single.3"] == LinearSpec("hedgehog", 16)
 
 
+def test_the_sites_of_a_model_get_what_the_file_holds():
+    matrices = torch.rand(4, 8, 8)
+    given = student(parameters={**student().parameters, "single.0.output.weight": matrices})
+    parameters = student_parameters(given, check_student(given, "flux", SITES), SITES)
+    cpu = torch.device("cpu")
+    assert set(parameters.by_site()) == {"double.0", "single.2", "single.3", "single.0"}
+    for site, part in (("single.2", 0), ("single.3", 1)):
+        name = f"{site}.{('phi_q', 'phi_k')[part]}.weight"
+        assert torch.equal(parameters.learned(site, cpu).maps[part].weight, given.parameters[name])
+    assert torch.equal(parameters.learned("double.0", cpu).pool, given.parameters["double.0.pool"])
+    assert torch.equal(parameters.learned("single.0", cpu).output, matrices)
+    assert parameters.learned("double.1", cpu).pool is None
+
+
 def test_a_split_site_has_one_pooling_weight():
     split = radius_per_head((4, 8, 8, 4), ClearSpec(down_factor=4))
     found = check_student(student(plan=plan(double=split)), "flux", SITES)
@@ -364,6 +378,14 @@ def test_a_split_site_has_one_pooling_weight():
         ({"parameters": {"single.0.pool": torch.ones(4, 4)}}, "'single.0.pool', its plan pools no tokens at that site"),
         ({"parameters": {"single.2.pool": torch.ones(4, 4)}}, "'single.2.pool', its plan pools no tokens"),
         ({"parameters": {"double.0.phi_q.weight": torch.ones(4)}}, "its plan has no feature map at that site"),
+        (
+            {"parameters": {"single.0.output.weight": torch.ones(4, 8, 7)}},
+            "has shape (4, 8, 7), the site takes (4, 8, 8) if it is not dense",
+        ),
+        (
+            {"plan": plan(**{"single.0": DenseSpec()}), "parameters": {"single.0.output.weight": torch.ones(4, 8, 8)}},
+            "'single.0.output.weight' has shape (4, 8, 8), the site takes (4, 8, 8) if it is not dense",
+        ),
         ({"parameters": {}}, "lacks 'single.2.phi_q.weight'; feature map hedgehog has weight"),
         ({"parameters": {"single.2.phi_q.weight": torch.ones(4, 8, 7)}}, "has shape (4, 8, 7), the site has (4, 8, 8)"),
         ({"parameters": {"single.2.phi_q.bias": torch.ones(4)}}, "has 'single.2.phi_q.bias'"),

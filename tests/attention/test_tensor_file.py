@@ -86,7 +86,7 @@ WRONG = {
     "overlap": (raw({"a": ONE, "b": {**ONE, "data_offsets": [4, 12]}}, bytes(12)), "'b' at byte 4, which overlaps"),
     "shared": (raw({"a": ONE, "b": ONE}), "'b' at byte 0, which overlaps"),
     "truncated": (raw(entry(), bytes(7)), "is truncated: its tensors take 8 bytes and 7 are there"),
-    "trailing": (raw(entry(), bytes(9)), "has 1 bytes too many after its tensors"),
+    "trailing": (raw(entry(), bytes(19)), "has 11 bytes too many after its tensors"),
     "list": (raw(b"[{}]"), "does not begin with {"),
 }  # fmt: skip
 
