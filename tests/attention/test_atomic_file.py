@@ -162,6 +162,28 @@ for _ in range(20):
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="this system has no files without a name")
+def test_a_file_has_no_name_before_it_is_whole(tmp_path):
+    with whole_file(tmp_path / "a") as file:
+        file.write(b"whole")
+        file.flush()
+        assert names(tmp_path) == []
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == b"whole"
+
+
+@pytest.mark.skipif(atomic_file.fcntl is None, reason="this system removes no file that is open")
+def test_a_draft_stays_while_it_is_locked_however_old(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic_file, "_nameless", lambda folder: None)
+    with whole_file(tmp_path / "a") as file:
+        file.write(b"whole")
+        file.flush()
+        (draft,) = tmp_path.iterdir()
+        age(draft, 3600)
+        clear_drafts(tmp_path)
+        assert names(tmp_path) == [draft.name]
+    assert names(tmp_path) == ["a"]
+
+
 @pytest.mark.parametrize("how", ["nameless", "hidden"])
 def test_two_processes_that_save_one_name_lose_nothing(how, tmp_path):
     children = [

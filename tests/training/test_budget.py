@@ -295,6 +295,22 @@ def test_a_search_that_is_cut_short_says_so(monkeypatch):
     assert any("the search was over" in line for line in describe_plan(sites, 0.2, plan, baseline))
 
 
+def test_a_solver_that_tells_no_bound_proves_nothing(monkeypatch):
+    from scipy import optimize
+
+    def boundless(*args, **options):
+        result = milp(*args, **options)
+        result.mip_dual_bound = None
+        return result
+
+    milp = optimize.milp
+    sites = [SiteOptions("single.0", 10, (Option(0, SPECS[0], 0.5, 1), Option(1, SPECS[1], 0.4, 3)))]
+    assert plan_under_budget(sites, 0.5)[0].is_proven
+    monkeypatch.setattr(optimize, "milp", boundless)
+    plan, _ = plan_under_budget(sites, 0.5)
+    assert plan.choice == {"single.0": 1} and not plan.is_proven
+
+
 def test_a_plan_just_above_the_budget_is_not_returned(monkeypatch):
     """The solver's own tolerance may let one through."""
     sites = [SiteOptions("single.0", 10**12, (Option(0, SPECS[0], 0.4, 5 * 10**11 + 1), Option(1, SPECS[1], 0.5, 10)))]

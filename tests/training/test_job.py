@@ -116,6 +116,28 @@ def test_on_a_full_disk_two_states_are_there_while_one_is_written(job, monkeypat
     assert read_values(job.path / "state_before.safetensors")[1]["done"] == 2
 
 
+def test_a_full_disk_without_an_earlier_state_costs_nothing(job, monkeypatch):
+    save(job, 1)
+    monkeypatch.setattr("linearize.training.job.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    save(job, 2)
+    assert job.state()[1]["done"] == 2 and not job.notes
+
+
+def test_a_job_is_one_runs_at_a_time(job):
+    with pytest.raises(JobProblem, match="another run is working on this job"), JobFolder(job.path.parent, DESCRIPTION):
+        pass
+    job.__exit__()
+    with JobFolder(job.path.parent, DESCRIPTION) as next_run:
+        assert next_run.path == job.path
+
+
+def test_what_kills_left_of_an_earlier_version_is_cleared(job):
+    job.__exit__()
+    (job.path / ".job.json.a1b2").touch()
+    with JobFolder(job.path.parent, DESCRIPTION):
+        assert {path.name for path in job.path.iterdir()} == {"job.json", "lock"}
+
+
 def test_files_of_earlier_versions_are_read(job):
     """They have no checksum."""
     for name in ("state", "result"):
