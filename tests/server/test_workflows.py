@@ -54,6 +54,7 @@ def sockets_of(info, inputs):
         if socket[0] == "COMFY_DYNAMICCOMBO_V3":
             (chosen,) = (option for option in socket[1]["options"] if option["key"] == inputs[name])
             required |= {f"{name}.{each}": value for each, value in chosen["inputs"].get("required", {}).items()}
+            known |= {f"{name}.{each}": value for each, value in chosen["inputs"].get("optional", {}).items()}
         if socket[0] == ROW:  # as many sockets of one type as are used
             grown = socket[1]["template"]
             (value,) = (value for kind in grown["input"].values() for value in kind.values())
