@@ -10,7 +10,7 @@ from ..attention.runtime import SiteSettings
 from ..attention.specs import ClearSpec
 from ..training.comfy_patch import parameter
 from . import model_files, patching
-from .clear_source import AUTO, NONE, choices, clear_source, published_name, read_weights
+from .clear_source import AUTO, choices, clear_source, published_name, read_weights
 from .kind_inputs import clear_inputs, place_inputs
 from .model_takers import NOT_SAMPLED, taker_notes
 from .sockets import CATEGORY, AttentionPlan
@@ -61,11 +61,6 @@ class LinearizeCLEAR(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, weights: str = AUTO):
-        """Return whether there is such a file; a workflow from another system names its folder with other slashes."""
-        return model_files.is_choice(weights, AUTO, NONE, *model_files.published_files())
 
     @classmethod
     def fingerprint_inputs(cls, weights: str = AUTO, radius: int = 0, down_factor: int = 1, **_):

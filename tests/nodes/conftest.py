@@ -107,8 +107,9 @@ def place(comfy):
     made = []
 
     def put(kind, name, tensors, metadata=None):
-        path = Path(folder_paths.get_folder_paths(kind)[0]) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(folder_paths.get_folder_paths(kind)[0])
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / name
         made.append(path)
         if isinstance(tensors, bytes):
             path.write_bytes(tensors)
