@@ -157,6 +157,22 @@ def test_chunks_do_not_change_the_result(budget, monkeypatch, relative_error):
     assert relative_error(clear_attention(*inputs, layout, spec), reference_attention(*inputs, layout, spec)) < 1e-12
 
 
+def test_gathered_keys_fit_the_budget(monkeypatch):
+    """Of one tile they may not; more tiles are taken while they do."""
+    attend, held = clear_module._attend, []
+
+    def watched(query, key, value, chunk, scale):
+        held.append((chunk.tiles, key.numel()))
+        return attend(query, key, value, chunk, scale)
+
+    inputs = random_qkv(flux(33, 65, 9), 3, 8, 2)
+    monkeypatch.setattr(clear_module, "_attend", watched)
+    monkeypatch.setitem(clear_module.CHUNK_VALUES, "cpu", 50_000)
+    clear_attention(*inputs, flux(33, 65, 9), ClearSpec(2))
+    assert all(values <= 50_000 for tiles, values in held if tiles > 1)
+    assert any(values > 25_000 for tiles, values in held if tiles > 1), "the budget is used"
+
+
 WIDE = flux(9, 137, 23)  # text, and a class of seven tiles
 IN_CHUNKS = {
     "text": (flux(9, 13, 23), ClearSpec(4), 1),

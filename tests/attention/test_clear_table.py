@@ -1,5 +1,7 @@
 """Key lists: every pair once, nothing else, and little of it."""
 
+import math
+
 import pytest
 import torch
 
@@ -26,6 +28,19 @@ def seen_pairs(grid, radius, temporal_radius, tile=None):
             rows, columns = torch.meshgrid(origin + lists.queries, origin + lists.keys, indexing="ij")
             counts.index_put_((rows, columns), lists.visible.long(), accumulate=True)
     return counts
+
+
+@pytest.mark.parametrize(
+    ("grid", "radius", "temporal"),
+    [((1, 64, 64), 8, 0), ((1, 16, 40), 3, 0), ((1, 40, 16), 3, 0), ((8, 32, 32), 8, 3), ((16, 24, 24), 3, 8)],
+)
+def test_the_tile_that_computes_least_is_taken(grid, radius, temporal):
+    def computed(tile=None):
+        return sum(
+            math.prod(axis.num_pairs for axis in each.axes) for each in tile_classes(grid, radius, temporal, tile)
+        )
+
+    assert computed() == min(computed(tile) for tile in TILES if tile[0] <= grid[0])
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

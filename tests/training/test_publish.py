@@ -17,7 +17,7 @@ from linearize.attention.plans import Plan
 from linearize.attention.specs import ClearSpec, HybridSpec
 from linearize.attention.student_file import StudentFile, save_student
 from linearize.attention.tensor_file import FileProblem
-from linearize.training.model_card import describe_student, model_card, spec_errors
+from linearize.training.model_card import describe_size, describe_student, model_card, spec_errors
 from linearize.training.publish import describe_publication, prepare, publish
 
 TOKEN = "the-token-of-the-test"
@@ -109,6 +109,14 @@ def test_texts_of_a_file_cannot_write_the_card():
     )
     assert not re.search(r"(?<!\\)<script", body) and "\n# Fake" not in body and body.count("```") == 2
     card.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "size"),
+    [(0, "0.0 kB"), (1500, "1.5 kB"), (10**6, "1.0 MB"), (12_345_678, "12.3 MB"), (3 * 10**9, "3,000.0 MB")],
+)
+def test_sizes_are_told_in_decimal_thousands(num_bytes, size):
+    assert describe_size(num_bytes) == size
 
 
 def test_errors_belong_to_the_spec_that_holds():

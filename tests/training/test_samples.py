@@ -9,7 +9,7 @@ import torch
 from sample_maker import FINGERPRINT, PROMPTS, about, condition, make, noise
 
 from linearize.training.conditioning import Conditioning, SamplesProblem, content_sha256
-from linearize.training.sample_index import read_about
+from linearize.training.sample_index import OTHER, read_about
 from linearize.training.samples import TeacherSamples, check_samples
 from linearize.training.samples_writer import SamplesWriter
 
@@ -157,6 +157,11 @@ DAMAGE = {
     "positive elsewhere": (lambda folder: edit_line(folder, 0, positive="conditioning/../x.safetensors"), "line 1 of"),
     "negative elsewhere": (lambda folder: edit_line(folder, 0, negative="/etc/passwd"), "line 1 of"),
     "seed": (lambda folder: edit_line(folder, 2, seed=1), "line 3 of"),
+    "seed as fraction": (lambda folder: edit_line(folder, 0, seed=7.0), "line 1 of"),
+    "number below 0": (
+        lambda folder: edit_line(folder, 0, number=-1, latent="latents/-00001.safetensors", seed=6),
+        "line 1 of",
+    ),
     "number": (lambda folder: edit_line(folder, 2, number=True), "line 3 of"),
     "shape": (lambda folder: edit_line(folder, 2, shape=[1, 4, 8, 6]), "line 3 of"),
     "extra": (lambda folder: edit_line(folder, 2, extra=1), "line 3 of"),
@@ -170,6 +175,7 @@ DAMAGE = {
     "about infinite": (lambda folder: edit_about(folder, cfg=float("inf")), "is damaged .*cfg is inf"),
     "about lacks": (lambda folder: edit_about(folder, seeds="gone"), "is damaged .*seeds"),
     "about shape": (lambda folder: edit_about(folder, latent_shape=[1, -4, 6, 8]), "latent_shape is no shape"),
+    "about empty": (lambda folder: edit_about(folder, latent_shape=[1, 0, 6, 8]), "latent_shape is no shape"),
     "about flat": (lambda folder: edit_about(folder, latent_shape=[4, 8]), "latent_shape is no shape"),
     "fingerprint huge": (
         lambda folder: edit_about(folder, fingerprint=[1e300] * 256),
@@ -187,6 +193,16 @@ def test_what_is_wrong_is_one_sentence(folder, name):
     with pytest.raises(SamplesProblem, match=words) as problem:
         TeacherSamples.open(folder)
     assert "\n" not in str(problem.value)
+
+
+def test_models_are_told_apart_by_their_digests_and_without_them_by_their_norms():
+    digests, other_norms = ("a" * 64, "b" * 64), FINGERPRINT * 2
+    assert about(model=digests[0]).differences(about(model=digests[0], fingerprint=other_norms)) == []
+    assert about(model=digests[0]).differences(about(model=digests[1])) == [OTHER]
+    for one, two in (("", ""), (digests[0], ""), ("", digests[0])):
+        (found,) = about(model=one).differences(about(model=two, fingerprint=other_norms))
+        assert found.startswith("model is another one (norms ")
+        assert about(model=one).differences(about(model=two)) == []
 
 
 def test_a_folder_numbers_its_samples_with_six_digits(folder):

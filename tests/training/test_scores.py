@@ -1,5 +1,7 @@
 """The score loss subtracts what attention subtracts: maps for which it is 0 make attention exact, and no others."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from linearize.attention.mapped import mapped_attention
 from linearize.attention.reference import exact_and_linear_masks
 from linearize.attention.site_call import SiteCall
 from linearize.attention.specs import STABILIZERS, ChunkedSpec, HybridSpec, LinearSpec
-from linearize.attention.student import Learned
+from linearize.attention.student import Learned, new_maps
 from linearize.training.losses import score_loss
 from linearize.training.scores import scores_and_products
 
@@ -80,6 +82,17 @@ def test_the_loss_is_0_where_the_attention_is_exact(layout, spec, is_exponential
     if linear.any():
         maps[0].table += 0.5
         assert score_loss(*scores_and_products(call, spec, Learned(maps=maps), rows)) > 0.01
+
+
+def test_without_a_scale_it_is_that_of_the_heads():
+    layout, spec = LAYOUTS["no text"], LinearSpec("favor")
+    call, rows = replace(ideal_call(layout, spec)[0], scale=None), torch.arange(0, 15, 2)
+    maps = new_maps(spec, 2, 4)
+    relative, products = scores_and_products(call, spec, Learned(maps=maps), rows)
+    query = call.query[:, :, rows]
+    scores = query @ call.key.transpose(-1, -2) / 2
+    expected = (maps[0](query) @ maps[1](call.key).transpose(-1, -2)).log() - scores
+    assert torch.allclose(products.log() - relative, expected, atol=1e-4)
 
 
 def test_scores_beyond_the_range_of_exponents_have_a_finite_loss_and_gradient():
