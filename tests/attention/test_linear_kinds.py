@@ -41,20 +41,21 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize(("stabilizer", "width"), [("max", 16 + 10), ("common", 16 + 10), ("lse", 16)])
-def test_queries_are_cut_by_all_that_is_held_of_them(stabilizer, width, monkeypatch):
-    """Features, and scores of exact keys where no dense kernel takes them."""
+def test_tokens_are_cut_by_all_that_is_held_of_them(stabilizer, width, monkeypatch):
+    """Features of both heads, and scores of exact keys where no dense kernel takes them."""
     lengths, recomputed = [], linear_module.recomputed
-    query, key, value = (torch.ones(1, 2, count, 8) for count in (24, 10, 10))
-    phi_q, phi_k = make_maps()
-    assert phi_q.num_features == 16
-    state = linear_module.summarise(key, value, phi_k, stabilizer=stabilizer)
-    monkeypatch.setattr(linear_module, "CHUNK_VALUES", 2 * 5 * width)
     monkeypatch.setattr(linear_module, "MIN_CHUNK", 1)
     monkeypatch.setattr(
         linear_module, "recomputed", lambda f, part: (lengths.append(part.stop - part.start), recomputed(f, part))[1]
     )
-    linear_module.mix(query, key, value, state, phi_q, stabilizer=stabilizer)
-    assert lengths == [5, 5, 5, 5, 4]
+    phi_q, phi_k = make_maps()
+    assert phi_q.num_features == phi_k.num_features == 16
+    many, few = torch.ones(1, 2, 24, 8), torch.ones(1, 2, 10, 8)
+    monkeypatch.setattr(linear_module, "CHUNK_VALUES", 2 * 5 * 16)
+    state = linear_module.summarise(many, many, phi_k, stabilizer=stabilizer)
+    monkeypatch.setattr(linear_module, "CHUNK_VALUES", 2 * 5 * width)
+    linear_module.mix(many, few, few, state, phi_q, stabilizer=stabilizer)
+    assert lengths == [5, 5, 5, 5, 4] * 2
 
 
 def make_maps(name="polynomial", heads=2, size=8, seed=0):
