@@ -1,5 +1,7 @@
 """Feature maps: what each promises, its size, and that it is never negative."""
 
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -186,3 +188,12 @@ def test_a_map_of_another_size_counts_its_products(name):
     with count, torch.no_grad():
         assert feature_map(torch.ones(1, 3, 5, 12)).shape[-1] == MAPS[name].features(12, 10) == 10
     assert count.get_total_flops() == 2 * 3 * 5 * MAPS[name].num_products(12, 10)
+
+
+def test_hedgehog_is_two_softmaxes_of_opposite_numbers():
+    feature_map = MAPS["hedgehog"](2, 3, 4)
+    feature_map.weight.data.copy_(torch.tensor([[[1.0, 0], [0, 1], [0, 0]], [[0.0, 0], [0, 2], [0, 0]]]))
+    features = feature_map(torch.tensor([1.0, 3.0, 9.0]).expand(1, 2, 1, 3))
+    low, lower = 1 / (1 + math.exp(2)), 1 / (1 + math.exp(6))
+    expected = [[low, 1 - low, 1 - low, low], [lower, 1 - lower, 1 - lower, lower]]
+    assert torch.allclose(features[0, :, 0], torch.tensor(expected), atol=1e-6)

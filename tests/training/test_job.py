@@ -131,7 +131,7 @@ def test_a_job_is_one_runs_at_a_time(job):
         assert next_run.path == job.path
 
 
-def test_what_kills_left_of_an_earlier_version_is_cleared(job):
+def test_drafts_of_an_earlier_version_are_cleared(job):
     job.__exit__()
     (job.path / ".job.json.a1b2").touch()
     with JobFolder(job.path.parent, DESCRIPTION):
