@@ -33,7 +33,7 @@ from cosmic_ray.plugins import get_operator, operator_names
 ROOT = Path(__file__).resolve().parents[1]
 SHARE, LEAST = 0.08, 4  # of the places of a module at which something can be changed
 TESTS = {  # modules, and the test files that are run for each of their mutants
-    "decisions runtime override site_hooks": "runtime record site_hooks memory",
+    "decisions runtime override site_hooks": "runtime override record site_hooks memory",
     "record": "record runtime shown",
     "plans": "plans specs runtime",
     "specs": "specs plans clear cost",

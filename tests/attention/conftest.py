@@ -4,10 +4,12 @@ import hashlib
 import json
 import random
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import ClassVar
 from urllib.parse import unquote
 
@@ -15,6 +17,8 @@ import pytest
 
 from linearize.attention import hub, hub_partial
 from linearize.attention.hub import HubError, HubFile, download
+
+sys.path.insert(0, str(Path(__file__).parent))  # for host_calls.py
 
 CONTENT = random.Random(0).randbytes(10_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
