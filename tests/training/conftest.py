@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))
 
+from finetune_lab import folders, lab, studios  # noqa: E402, F401
+
 
 @pytest.fixture(scope="session")
 def interpreter():

@@ -4,78 +4,9 @@ import copy
 import dataclasses
 import hashlib
 import importlib.util
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-
-SIZES = {"flux": (1, 16, 8, 12), "wan": (1, 16, 2, 8, 8)}
-QUICK = {"block_updates": 2, "updates": 3, "rank": 4, "map_rate": 5e-3, "delta_rate": 1e-3, "accumulation": 1,
-         "warmup": 1, "held_out": 2, "ema": 0.0, "preset": "ours"}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def studios(comfy):
-    """Everything a person does with nodes, on a tiny FLUX and a tiny Wan, as the tests of the nodes have it."""
-    path = Path(__file__).parents[1] / "nodes" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("nodes_conftest", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sizes = {"flux": (64, (16, 24)), "wan": (4096, (3, 8, 10))}
-    return {name: module.make_studio(comfy, name, *size) for name, size in sizes.items()}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return tmp_path_factory.mktemp("output")
-
-
-@pytest.fixture
-def lab(comfy, studios, folders, monkeypatch):
-    """What a person does with the distillation nodes, with ComfyUI's output folder elsewhere."""
-    import folder_paths
-
-    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(folders))
-    shown, patching = [], studios["flux"].patching
-    monkeypatch.setattr(patching, "show_on_node", lambda *_: shown.append)
-    specs, candidates = comfy.module("attention.specs"), comfy.module("attention.candidates")
-    student_module = comfy.module("attention.student")
-
-    def samples(name):
-        used, shape = studios[name], SIZES[name]
-        inputs = {"model": used.model, "latent_image": {"samples": torch.zeros(shape)}, "steps": 2, "name": name,
-                  "prompts": ""}  # fmt: skip
-        if name == "wan":
-            inputs |= {"cfg": 3.0, "negative": used.condition("b")}
-        schema = comfy.nodes.NODE_CLASS_MAPPINGS["LinearizeTeacherSamples"].define_schema()
-        defaults = {each.id: each.default for each in schema.inputs if getattr(each, "default", None) is not None}
-        values = {key: [value] for key, value in {**defaults, **inputs}.items()}
-        values["positive"] = [used.condition(text) for text in "abcdefgh"]
-        with torch.inference_mode():
-            return comfy.node("LinearizeTeacherSamples")(**values).args[0]
-
-    def student(name, spec, count=1):
-        host, module = patching.host_of(studios[name].model)
-        found = {}
-        for site in host.sites(module):
-            parameters = {}
-            if isinstance(spec, specs.MappedSpec):
-                for part, each in zip(("phi_q", "phi_k"), student_module.new_maps(spec, site.num_heads, site.head_dim),
-                                      strict=True):  # fmt: skip
-                    parameters |= {f"{part}.{key}": value.detach() for key, value in each.named_parameters()}
-            found[site.id] = tuple(candidates.Candidate(spec, 1.0 + i, parameters) for i in range(count))
-        return candidates.Candidates(host.name, found)
-
-    def finetune(model, given, of, **inputs):
-        with torch.inference_mode():
-            return comfy.node("LinearizeFinetune")(model=model, student=given, samples=of, **{**QUICK, **inputs}).args
-
-    return SimpleNamespace(
-        samples=samples, student=student, finetune=finetune, shown=shown, specs=specs, candidates=candidates,
-        module=comfy.module, node=comfy.node, jobs=folders / "linearize" / "jobs",
-        models=studios,
-    )  # fmt: skip
 
 
 def hash_of(model):
@@ -455,54 +386,3 @@ def lora_on(model, strength=1.0):
     name = "diffusion_model.double_blocks.0.img_attn.qkv"
     lora = {f"{name}.lora_up.weight": torch.ones(768, 2), f"{name}.lora_down.weight": torch.ones(2, 256)}
     return comfy_sd.load_lora_for_models(model, None, lora, strength, 0)[0]
-
-
-@pytest.mark.parametrize(
-    "kind, full_rank",
-    [("float8_e4m3fn", True), ("mxfp8", False), ("nvfp4", True), ("int8_tensorwise", False), ("convrot_w4a4", True)],
-)
-def test_a_student_of_a_packed_base_loads_on_it(lab, comfy, packed_models, kind, full_rank, tmp_path):
-    """From samples to a file that runs on the base it was distilled on."""
-    import comfy.sd as comfy_sd
-    import folder_paths
-
-    source = Path(folder_paths.get_full_path("diffusion_models", "linearize_tiny_flux.safetensors"))
-    packed_models.write_packed(source, tmp_path / "base.safetensors", kind)
-    with torch.inference_mode():
-        model = comfy_sd.load_diffusion_model(str(tmp_path / "base.safetensors"))
-    spec = lab.specs.HybridSpec(2, "hedgehog")
-    settings = {"full_rank": full_rank, "delta_rate": 1e-5, "seed": 21, "block_updates": 1, "updates": 1}
-    found, losses = lab.finetune(model, lab.student("flux", spec), lab.samples("flux"), **settings)
-    assert len(losses["loss"]) == 2 and found.deltas
-    saved = tmp_path / "student.safetensors"
-    files = lab.module("attention.student_file")
-    files.save_student(saved, found.student())
-    patched = comfy.node("LinearizeApply")(model=model, attention=files.load_student(saved))[0]
-    studio = lab.models["flux"]
-    assert studio.sample(patched).isfinite().all()
-    assert {kind for kind, _ in studio.ran(patched).values()} == {"hybrid"}
-
-
-def test_memory_counts_what_layers_unpack(lab, packed_models, tmp_path):
-    """A packed weight says that it has the dtype of the activations, and is cast for the backward pass all the same."""
-    import comfy.sd as comfy_sd
-    import folder_paths
-
-    source = Path(folder_paths.get_full_path("diffusion_models", "linearize_tiny_flux.safetensors"))
-    needed = {}
-    for kind in ("plain", "convrot_w4a4"):
-        path = source
-        if kind != "plain":
-            packed_models.write_packed(source, path := tmp_path / "base.safetensors", kind)
-        with torch.inference_mode():
-            model = comfy_sd.load_diffusion_model(str(path))
-
-            def work(trainee):
-                recipe = lab.module("training.recipe").FinetuneRecipe(block_updates=0, updates=1, held_out=1, rank=4)
-                given = lab.student("flux", lab.specs.ClearSpec(radius=2))
-                stage = lab.module("training.finetune").Finetune(trainee, given, recipe, torch.device("cpu"))
-                return lab.module("nodes.finetune").needed_memory(trainee, stage)
-
-            needed[kind] = lab.module("training.comfy_trainee").with_trainee(model, lab.samples("flux"), work)
-    assert needed["convrot_w4a4"].base < 0.5 * needed["plain"].base
-    assert needed["convrot_w4a4"].activations > needed["plain"].activations
