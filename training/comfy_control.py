@@ -7,14 +7,13 @@ weights.
 
 from typing import Any
 
-import comfy.controlnet
 import torch
 
 from ..attention.fingerprint import weights_digest
 from .conditioning import CONTROL_NET, SamplesProblem
 from .nested import Record
 
-MODULE = comfy.controlnet.__name__
+MODULE = "comfy.controlnet"
 
 
 def describe_control(control: Any) -> Record:
