@@ -13,18 +13,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LINT = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pyright"])
 STAGES: tuple[tuple[str, int, list[str]], ...] = (  # name, minutes it may take on two cores, folders (none: LINT)
-    ("lint", 2, []),
-    ("unit", 4, ["tests/attention", "tests/repository"]),
-    ("fuzz", 4, ["tests/fuzz"]),
-    ("kernels", 6, ["tests/kernels"]),
-    ("hosts", 3, ["tests/hosts"]),
-    ("nodes", 3, ["tests/nodes"]),
-    ("templates", 4, ["tests/templates"]),
-    ("benchmarks", 3, ["tests/benchmarks"]),
-    ("distill", 8, ["tests/training"]),
-    ("demo", 3, ["tests/demo"]),
+    ("lint", 1, []),
+    ("unit", 2, ["tests/attention", "tests/repository"]),
+    ("fuzz", 1, ["tests/fuzz"]),
+    ("kernels", 5, ["tests/kernels"]),
+    ("hosts", 2, ["tests/hosts"]),
+    ("nodes", 4, ["tests/nodes"]),
+    ("templates", 2, ["tests/templates"]),
+    ("benchmarks", 2, ["tests/benchmarks"]),
+    ("distill", 7, ["tests/training"]),
+    ("demo", 2, ["tests/demo"]),
     ("server", 6, ["tests/server"]),
-    ("browser", 4, ["tests/browser"]),
+    ("browser", 6, ["tests/browser"]),
 )
 
 
