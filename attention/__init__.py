@@ -4,12 +4,12 @@ Sizes: B batch, H heads, N tokens, D head dimension, T text tokens; a grid is (f
 are (B, H, N, D).
 """
 
-from .backends import attention
-from .clear import clear_attention
-from .cost import attention_cost
+from .kinds.clear import clear_attention
+from .kinds.reference import reference_attention
 from .layout import Reason, Segment, TokenLayout, grid_segment
+from .planning.cost import attention_cost
 from .plans import Plan, select_sites
-from .reference import reference_attention
+from .runtime.backends import attention
 from .specs import ChunkedSpec, ClearSpec, DenseSpec, HeadGroup, HeadSplit, HybridSpec, LinearSpec, radius_per_head
 
 __all__ = [

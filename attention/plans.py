@@ -1,6 +1,6 @@
 """Plans: which spec each site of a host runs, with site expressions and the JSON form `linearize/plan/1`.
 
-A plan is data; `attention/runtime.py` acts on it.
+A plan is data; `attention/runtime/runtime.py` acts on it.
 """
 
 import json

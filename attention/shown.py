@@ -1,6 +1,6 @@
 """How a text that nobody vouches for (of a file, a name, a host, another program) is shown to a person.
 
-On one line, of printable characters, of bounded length. What Markdown would make of it, `training/model_card.py` knows.
+On one line, of printable characters, of bounded length. `hub/model_card.py` knows what Markdown would make of it.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Kinds of attention as data: one frozen dataclass per kind, checked on construction, with a JSON round trip.
 
-Nothing here computes attention; `attention/clear.py` and its siblings do.
+Nothing here computes attention; `attention/kinds/clear.py` and its siblings do.
 """
 
 import math

@@ -21,9 +21,9 @@ from linearize.attention.hosts.base import Site
 from linearize.attention.memory import LongLived
 from linearize.attention.site_call import SiteCall
 from linearize.attention.specs import MappedSpec, Spec
-from linearize.attention.student import new_maps
-from linearize.training.recipe import TransferRecipe
-from linearize.training.site_trainer import SiteTrainer
+from linearize.attention.students.learned import new_maps
+from linearize.training.engine.recipe import TransferRecipe
+from linearize.training.transfer.site_trainer import SiteTrainer
 
 FLEX_BLOCK = 128
 FLEX_TILE = (8, 16)  # rows and columns of the tokens of one block, in tile order
@@ -164,7 +164,7 @@ def natten(case: Case, spec: ClearSpec) -> Made:
 
 def ablation(case: Case, spec: ClearSpec, change: str) -> Made:
     """Our kernel on a changed table: wrong results, to see what a part of it costs."""
-    from linearize.attention.clear_blocks import query_table
+    from linearize.attention.gpu.clear_blocks import query_table
     from linearize.kernels import architecture, attend, tile_for
     from linearize.kernels.clear import ABSOLUTE
 

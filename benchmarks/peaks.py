@@ -25,8 +25,8 @@ from memory import ENVIRONMENT, peak_of  # noqa: E402
 from registry import STREAMS, SUITES, Shape, StreamSuite  # noqa: E402
 
 from linearize.attention import attention  # noqa: E402
-from linearize.attention.chunked import CausalStream  # noqa: E402
-from linearize.attention.student import new_maps  # noqa: E402
+from linearize.attention.kinds.chunked import CausalStream  # noqa: E402
+from linearize.attention.students.learned import new_maps  # noqa: E402
 
 FORMS = ("direct", "stream")
 SMALL = 256  # pixels a side of the call that goes first

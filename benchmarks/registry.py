@@ -18,15 +18,8 @@ from linearize.attention import (
 )
 from linearize.attention.hosts.flux import FluxHost
 from linearize.attention.memory import LongLived
-from linearize.attention.override import AttentionOverride
-from linearize.attention.runtime import (
-    CALL_KEY,
-    RUNTIME_KEY,
-    CallFacts,
-    Runtime,
-    SiteSettings,
-    expect_declines,
-)
+from linearize.attention.runtime.override import AttentionOverride
+from linearize.attention.runtime.runtime import CALL_KEY, RUNTIME_KEY, CallFacts, Runtime, SiteSettings, expect_declines
 from linearize.attention.specs import Spec
 
 TOKEN_PIXELS = 16

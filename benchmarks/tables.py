@@ -25,9 +25,9 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 from registry import STREAMS, SUITES, Shape  # noqa: E402
 
 from linearize.attention import ClearSpec, Segment, TokenLayout, attention_cost, grid_segment  # noqa: E402
-from linearize.attention.cost import clear_pairs  # noqa: E402
 from linearize.attention.hosts import HOSTS  # noqa: E402
 from linearize.attention.hosts.unhookable import UNHOOKABLE  # noqa: E402
+from linearize.attention.planning.cost import clear_pairs  # noqa: E402
 
 README = ROOT / "README.md"
 DEMO = ROOT / "docs" / "demo.json"
@@ -208,8 +208,8 @@ def pairs_table() -> str:
 
 
 def hosts_table() -> str:
-    """Return what each host serves and what its tests cover, from the adapters and the families of `tests/hosts`."""
-    sys.path.append(str(ROOT / "tests" / "hosts"))
+    """Return what each host serves and what its tests cover, from the adapters and their families in the tests."""
+    sys.path.append(str(ROOT / "tests" / "attention" / "hosts"))
     families = importlib.import_module("families").collect()
     lines = ["| host | models | sites | tested | notes |", "|---|---|---|---|---|"]
     for host in HOSTS:

@@ -138,7 +138,7 @@ def _calls(laboratory: Laboratory, model: Any, case: Case, meter: Meter) -> floa
 
 def _updates(laboratory: Laboratory, case: Case, meter: Meter) -> dict[str, tuple[float, float]]:
     """Return what an update of each stage takes, of a training whose folders are deleted; found done, it has none."""
-    stages, transfer = laboratory.module("training.stages"), laboratory.module("training.transfer")
+    stages, transfer = laboratory.module("training.finetune.stages"), laboratory.module("training.transfer.transfer")
     watched = {
         "update of stage 1": transfer.Transfer,
         "update block by block": stages.BlockStage,

@@ -16,7 +16,7 @@ def plan_by_mass(laboratory: Any, radius: int) -> Any:
 
     The sum over heads of the attention that falls outside of the window is the least possible at that cost.
     """
-    specs, budget = laboratory.module("attention.specs"), laboratory.module("training.budget")
+    specs, budget = laboratory.module("attention.specs"), laboratory.module("attention.planning.knapsack")
     outside, pairs, tokens = _outside(laboratory)
     heads = []
     for (site, head), masses in outside.items():
@@ -36,8 +36,8 @@ def plan_by_mass(laboratory: Any, radius: int) -> Any:
 
 def _outside(laboratory: Any) -> tuple[dict[tuple[str, int], list[float]], dict[int, int], int]:
     """Return the mean attention outside of each radius by site and head, visible pairs by radius, and the tokens."""
-    model, reference = laboratory.module("training.model"), laboratory.module("attention.reference")
-    specs, comfy_model = laboratory.module("attention.specs"), laboratory.module("training.comfy_model")
+    model, reference = laboratory.module("training.engine.protocols"), laboratory.module("attention.kinds.reference")
+    specs, comfy_model = laboratory.module("attention.specs"), laboratory.module("training.comfyui.teacher")
     sums: dict[tuple[str, int], torch.Tensor] = {}
     masks: list[torch.Tensor] = []
 

@@ -76,8 +76,10 @@ class Laboratory:
             self.model = self.nodes.UNETLoader().load_unet(self.teacher.file, "default")[0]
         self.prompts = self.teacher.draw(self.teacher.prompts, TRAIN_SEED).captions()
         self.test = unseen(self.teacher.draw(40 * self.teacher.tests, TEST_SEED), self.prompts, self.teacher.tests)
-        add_degrees(self.module("attention.feature_maps"), self.module("attention.specs"))
-        presets = self.module("training.recipe").PRESETS  # the nodes offer them by name; these are for comparisons only
+        add_degrees(self.module("attention.kinds.feature_maps"), self.module("attention.specs"))
+        presets = self.module(
+            "training.engine.recipe"
+        ).PRESETS  # the nodes offer them by name; these are for comparisons only
         presets[FLOW] = {**presets["clear"], "prediction": 0.0, "attention": 0.0}
         presets.update({
             f"{name}, {draws}": {**presets[name], "noise_levels": draws} for name in PRESETS for draws in NOISE_LEVELS
@@ -143,10 +145,14 @@ class Laboratory:
         method = experiment.method
         if not method.budget:
             return dict.fromkeys(candidates.sites, 0)
-        host, module = self.module("nodes.patching").host_of(self.model)
+        host, module = self.module("patching.install").host_of(self.model)
         layout = self._layout(host, module, experiment.tokens)
-        options = self.module("training.budget_student").site_options(candidates, host, module, layout)
-        return self.module("training.budget").plan_under_budget(options, method.budget, method.planner)[0].choice
+        options = self.module("attention.planning.budget").site_options(candidates, host, module, layout)
+        return (
+            self.module("attention.planning.knapsack")
+            .plan_under_budget(options, method.budget, method.planner)[0]
+            .choice
+        )
 
     def _layout(self, host: Any, module: Any, tokens: int) -> Any:
         """Return the tokens of a forward, with as many of text as the demo's captions have."""
@@ -159,7 +165,7 @@ class Laboratory:
     def flops_kept(self, attention: Any, tokens: int) -> float:
         """Return the attention FLOPs of a plan or a student at a size over those of dense attention."""
         model = self.apply(attention)
-        patching, report = self.module("nodes.patching"), self.module("attention.report")
+        patching, report = self.module("patching.install"), self.module("attention.planning.report")
         (host, module), runtime = patching.host_of(model), patching.runtime_of(model)
         layout = self._layout(host, module, tokens)
         specs = {site: each.spec for site, each in runtime.sites.items()}
@@ -214,7 +220,7 @@ class Laboratory:
 
     def _drawn(self, own: Any) -> Any:
         """Return a copy of samples with drawn scenes of the same captions in place of the teacher's pictures."""
-        writer_of, samples_of = self.module("training.samples_writer"), self.module("training.samples")
+        writer_of, samples_of = self.module("training.samples.writer"), self.module("training.samples.folder")
         captions = [entry.prompt for entry in own.entries]
         drawn = self.model.model.process_latent_out(self.teacher.drawn_latents(captions, DRAWN_SEED))
         folder = HOME / "linearize" / f"{self.teacher.name}_real"

@@ -44,7 +44,6 @@ def linear_state(numbers: Tensor, value: Tensor, feature_map: str) -> tuple[Tens
 
 
 def state_forward(numbers: Tensor, value: Tensor, feature_map: str) -> tuple[Tensor, Tensor]:
-    """See `linear_state`."""
     return _launch(numbers, value, feature_map, None)
 
 

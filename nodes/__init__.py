@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..patching.receipt import watch_prompts
 from .budget_plan import LinearizeBudgetPlan
 from .clear import LinearizeCLEAR
 from .compare import LinearizeCompare
@@ -12,7 +13,6 @@ from .load_student import LinearizeLoadStudent
 from .model_files import register_folder
 from .plan import LinearizeApply, LinearizeUniformPlan
 from .publish import LinearizePublish
-from .receipt import watch_prompts
 from .report import LinearizeReport
 from .save_student import LinearizeSaveStudent
 from .site_errors import LinearizeSiteErrors

@@ -2,16 +2,17 @@
 
 from typing import Any
 
-from ..attention.candidates import Candidates, as_student
-from ..attention.fingerprint import distance, match
+from .. import patching
 from ..attention.plans import Plan, select_sites
-from ..attention.runtime import SiteSettings
+from ..attention.runtime.runtime import SiteSettings
 from ..attention.shown import one_line
 from ..attention.specs import DenseSpec
-from ..attention.student_file import StudentFile
-from ..attention.student_fit import check_student, student_parameters
-from ..training.comfy_patch import model_fingerprint
-from . import patching
+from ..attention.students.candidates import Candidates, as_student
+from ..attention.students.file import StudentFile
+from ..attention.students.fingerprint import distance, match
+from ..attention.students.fit import check_student, student_parameters
+from ..patching.patcher import model_fingerprint
+from . import node_status
 from .kind_inputs import untrained_notes
 from .model_takers import NOT_SAMPLED, taker_notes
 
@@ -33,7 +34,7 @@ def apply_plan(model: Any, plan: Plan, node_id: str | None) -> Any:
         if site in named or plan.default != DenseSpec()  # what the plan does not name stays as it was
     }
     notes = [*untrained_notes(each.spec for each in settings.values()), *patching.replaced_notes(model, settings)]
-    status = patching.show_on_node(node_id, notes)
+    status = node_status.show_on_node(node_id, notes)
     return patching.patch_model(model, settings, status)[0]
 
 
@@ -57,7 +58,7 @@ def apply_student(model: Any, student: StudentFile | Candidates, node_id: str | 
     }
     takers = taker_notes(node_id) if learned else ()
     notes = (student_note(student), *choice, *base_notes(model, student), *patching.replaced_notes(model, settings))
-    status = patching.show_on_node(node_id, (*notes, *takers))
+    status = node_status.show_on_node(node_id, (*notes, *takers))
     if takers:  # the model that they take may never be sampled
         status(NOT_SAMPLED)
     return patching.patch_model(model, settings, status, parameters=parameters, deltas=student.deltas)[0]

@@ -2,11 +2,12 @@
 
 from comfy_api.latest import io
 
-from ..attention.candidates import Candidates
-from ..attention.student_file import StudentFile
-from ..training.budget import METHODS
-from ..training.budget_student import Budget, decide
-from . import patching
+from .. import patching
+from ..attention.planning.budget import Budget, decide
+from ..attention.planning.knapsack import METHODS
+from ..attention.students.candidates import Candidates
+from ..attention.students.file import StudentFile
+from . import node_status
 from .sockets import CATEGORY_PLAN, AttentionPlan, AttentionStudent
 
 
@@ -102,5 +103,5 @@ class LinearizeBudgetPlan(io.ComfyNode):
         """Return the decided student, its plan and a text."""
         host, module = patching.host_of(model)
         found = decide(student, host, module, Budget(budget, width, height, frames, method, keep_dense, max_error))
-        patching.show_on_node(cls.hidden.unique_id)(found.text)
+        node_status.show_on_node(cls.hidden.unique_id)(found.text)
         return io.NodeOutput(found.student, found.plan, found.text)

@@ -4,12 +4,13 @@ from functools import partial
 
 from comfy_api.latest import io
 
-from ..attention import backends
+from .. import patching
 from ..attention.plans import Plan, group_sites, select_sites
-from ..attention.runtime import SiteSettings
+from ..attention.runtime import backends
+from ..attention.runtime.runtime import SiteSettings
 from ..attention.specs import ClearSpec
-from ..training.comfy_patch import parameter
-from . import model_files, patching
+from ..patching.patcher import parameter
+from . import model_files, node_status
 from .clear_source import AUTO, choices, clear_source, published_name, read_weights
 from .kind_inputs import clear_inputs, place_inputs
 from .model_takers import NOT_SAMPLED, taker_notes
@@ -92,7 +93,7 @@ class LinearizeCLEAR(io.ComfyNode):
         settings = SiteSettings(source.spec, backend, part, min_tokens, bool(source.weights), origin)
         takers = taker_notes(cls.hidden.unique_id) if source.weights else ()
         notes = (*source.notes, *patching.replaced_notes(model, chosen), *takers)
-        status = patching.show_on_node(cls.hidden.unique_id, notes)
+        status = node_status.show_on_node(cls.hidden.unique_id, notes)
         if takers:  # the model that they take may never be sampled
             status(NOT_SAMPLED)
         patched, runtime = patching.patch_model(

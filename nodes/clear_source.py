@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..attention.clear_weights import SAME_BASE, ClearWeights, clear_weights, published_radius
 from ..attention.hosts import Host
-from ..attention.record import once
+from ..attention.runtime.record import once
 from ..attention.shown import one_line
 from ..attention.specs import ClearSpec
-from ..attention.student import StudentParameters
-from ..attention.tensor_file import MAX_NAME, FileProblem, open_tensor_file
+from ..attention.students.clear_weights import SAME_BASE, ClearWeights, clear_weights, published_radius
+from ..attention.students.learned import StudentParameters
+from ..attention.students.tensor_file import MAX_NAME, FileProblem, open_tensor_file
 from . import model_files
 
 AUTO, NONE = "auto", "none"

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from . import patching
+from . import node_status
 from .picture_metrics import compare
 from .sockets import CATEGORY_INSPECT
 
@@ -43,7 +43,7 @@ class LinearizeCompare(io.ComfyNode):
         """Return the measures and the sheet; the node shows the worst frame."""
         measures, sheet = compare(image, teacher)
         text = measures.describe()
-        patching.show_on_node(cls.hidden.unique_id)(text)
+        node_status.show_on_node(cls.hidden.unique_id)(text)
         worst = sheet[measures.worst_frame : measures.worst_frame + 1]
         return io.NodeOutput(
             text, sheet, ui={**ui.PreviewText(text).as_dict(), **ui.PreviewImage(worst, cls=cls).as_dict()}

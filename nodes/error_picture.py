@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..attention.candidates import Candidate
-from ..attention.report import describe_spec
+from ..attention.planning.report import describe_spec
 from ..attention.specs import SiteSpec
+from ..attention.students.candidates import Candidate
 from .plan_picture import BACKGROUND, COLOURS, FULL, INK
 
 LEFT, WIDTH, MARGIN = 90, 560, 8

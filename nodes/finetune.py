@@ -6,23 +6,24 @@ import comfy.model_management
 import latent_preview
 from comfy_api.latest import io
 
-from ..attention.candidates import Candidates, decided
+from .. import patching
 from ..attention.site_call import SiteCall
-from ..attention.student_file import StudentFile
-from ..attention.student_fit import check_student
-from ..training.comfy_model import stop_if_interrupted
-from ..training.comfy_patch import weights_without_backward
-from ..training.comfy_trainee import ComfyTrainee, with_trainee
-from ..training.estimate import Estimate, estimate
-from ..training.finetune import Finetune
-from ..training.job import JobFolder
-from ..training.loop import Progress
-from ..training.optimizers import OPTIMIZERS
-from ..training.recipe import PRESETS, FinetuneRecipe
-from ..training.results import Finished, student_digest
-from ..training.runs import run_finetune
-from ..training.samples import TeacherSamples as Samples
-from . import patching
+from ..attention.students.candidates import Candidates, decided
+from ..attention.students.file import StudentFile
+from ..attention.students.fit import check_student
+from ..patching.patcher import weights_without_backward
+from ..training.comfyui.teacher import stop_if_interrupted
+from ..training.comfyui.trainee import ComfyTrainee, with_trainee
+from ..training.engine.job_folder import JobFolder
+from ..training.engine.loop import Progress
+from ..training.engine.optimizers import OPTIMIZERS
+from ..training.engine.recipe import PRESETS, FinetuneRecipe
+from ..training.engine.results import Finished, student_digest
+from ..training.finetune.estimate import Estimate, estimate
+from ..training.finetune.finetune import Finetune
+from ..training.jobs.runs import run_finetune
+from ..training.samples.folder import TeacherSamples as Samples
+from . import node_status
 from .apply import model_fingerprint
 from .sockets import CATEGORY_DISTILL, AttentionStudent, TeacherSamples
 from .training_run import cancelled_runs, check_model, finished, job_folder, run_with_progress
@@ -107,7 +108,7 @@ class LinearizeFinetune(io.ComfyNode):
                     )
 
                 result = with_trainee(model, samples, train)
-            patching.show_on_node(node_id)("\n".join(text for text in (result.text, note, *notes) if text))
+            node_status.show_on_node(node_id)("\n".join(text for text in (result.text, note, *notes) if text))
         return io.NodeOutput(result.candidates, {"loss": result.history.get("loss", [])})
 
     @classmethod
@@ -141,7 +142,7 @@ class Updates:
 
     def __init__(self, trainee: ComfyTrainee, job: JobFolder, node_id: str | None, preview_every: int) -> None:
         self._trainee, self._job, self._node_id, self._preview_every = trainee, job, node_id, preview_every
-        self._show, self._needed = patching.show_on_node(node_id), ""
+        self._show, self._needed = node_status.show_on_node(node_id), ""
 
     def __call__(self, stage: Finetune) -> Progress:
         """Return how far it got."""

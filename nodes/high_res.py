@@ -2,9 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..attention.high_res import HighResRecipe, describe_recipe, high_res_sigmas, size_note
-from ..attention.report import describe_costs, site_costs
-from . import patching
+from .. import patching
+from ..attention.planning.high_res import HighResRecipe, describe_recipe, high_res_sigmas, size_note
+from ..attention.planning.report import describe_costs, site_costs
+from . import node_status
 from .sockets import CATEGORY
 
 DEFAULTS = HighResRecipe()
@@ -115,5 +116,5 @@ class LinearizeHighRes(io.ComfyNode):
         costs = describe_costs(host.title, f"{width} x {height}", layout, rows)
         lines = describe_recipe(recipe, sigmas.tolist(), patching.rope_base_of(patched), specs, layout.num_tokens)
         text = "\n".join(filter(None, [costs, *lines, size_note(width, height)]))
-        patching.show_on_node(cls.hidden.unique_id)(text)
+        node_status.show_on_node(cls.hidden.unique_id)(text)
         return io.NodeOutput(patched, sigmas)

@@ -5,12 +5,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..attention.backends import AUTO, BACKENDS
-from ..attention.feature_maps import MAPS
+from .. import patching
+from ..attention.kinds.feature_maps import MAPS
 from ..attention.plans import Plan, group_sites, select_sites
-from ..attention.runtime import SiteSettings
+from ..attention.runtime.backends import AUTO, BACKENDS
+from ..attention.runtime.runtime import SiteSettings
 from ..attention.specs import STABILIZERS, ChunkedSpec, ClearSpec, HybridSpec, LinearSpec, MappedSpec, SiteSpec
-from . import patching
+from . import node_status
 
 UNTRAINED_MAP = "elu1"  # has nothing to learn, and no map costs less
 
@@ -201,7 +202,7 @@ def run_kind(
     chosen = select_sites(sites, [site.id for site in host.sites(module)])
     settings = SiteSettings(spec, backend, part, min_tokens)
     notes = (*untrained_notes([spec]), *patching.replaced_notes(model, chosen))
-    status = patching.show_on_node(node_id, notes)
+    status = node_status.show_on_node(node_id, notes)
     patched, runtime = patching.patch_model(model, dict.fromkeys(chosen, settings), status)
     specs: dict[str, SiteSpec] = {site: each.spec for site, each in runtime.sites.items()}
     return patched, Plan(host.name, rules=group_sites(specs))

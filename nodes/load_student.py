@@ -4,9 +4,10 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..attention.clear_weights import published_radius
-from ..attention.student_file import load_student
-from . import model_files, patching
+from .. import patching
+from ..attention.students.clear_weights import published_radius
+from ..attention.students.file import load_student
+from . import model_files
 from .apply import apply_student
 from .sockets import CATEGORY, AttentionStudent
 

@@ -16,9 +16,9 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 
-from ..attention import hub
+from ..attention.hub.download import CLEAR_FILES, HubFile, download, parse_hub_file, recorded_sha256
 from ..attention.shown import one_line
-from ..attention.tensor_file import MAX_NAME
+from ..attention.students.tensor_file import MAX_NAME
 
 FOLDER = "linearize"
 EXTENSION = ".safetensors"
@@ -43,7 +43,7 @@ def local_files() -> list[str]:
 
 def published_files() -> list[str]:
     """Return the names of CLEAR's files, there or not."""
-    return [known.file.file for known in hub.CLEAR_FILES.values()]
+    return [known.file.file for known in CLEAR_FILES.values()]
 
 
 def find(name: str) -> Path | None:
@@ -77,7 +77,7 @@ def fetch(name: str) -> Path:
     path = find(name)
     if path is not None:
         return path
-    known = next((known for known in hub.CLEAR_FILES.values() if known.file.file == name), None)
+    known = next((known for known in CLEAR_FILES.values() if known.file.file == name), None)
     if known is None:
         raise ValueError(f"there is no {name} in {_folder()}; put it there, or choose another file")
     return _download(known.file, allow_download=True)
@@ -93,7 +93,7 @@ def student_path(name: str, hub_file: str, allow_download: bool) -> Path:
         raise ValueError(
             f"choose a student in {_folder()}, or write hub_file as owner/repo/file.safetensors; one of both"
         )
-    return fetch(name) if name else _download(hub.parse_hub_file(hub_file), allow_download)
+    return fetch(name) if name else _download(parse_hub_file(hub_file), allow_download)
 
 
 def new_path(name: str) -> Path:
@@ -152,7 +152,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def _sha256(path: Path, stamp: tuple[int, ...]) -> str | None:
-    recorded = hub.recorded_sha256(path)
+    recorded = recorded_sha256(path)
     if recorded is not None or stamp[2] > HASHED_BYTES:
         return recorded
     digest = hashlib.sha256()
@@ -166,7 +166,7 @@ def _folder() -> Path:
     return Path(folder_paths.get_folder_paths(FOLDER)[0])
 
 
-def _download(file: hub.HubFile, allow_download: bool) -> Path:
+def _download(file: HubFile, allow_download: bool) -> Path:
     bar: comfy.utils.ProgressBar | None = None
 
     def progress(done: int, total: int) -> None:
@@ -175,4 +175,4 @@ def _download(file: hub.HubFile, allow_download: bool) -> Path:
         bar.update_absolute(done, total)
 
     stop = comfy.model_management.throw_exception_if_processing_interrupted
-    return hub.download(file, _folder(), allow_download=allow_download, progress=progress, should_stop=stop).path
+    return download(file, _folder(), allow_download=allow_download, progress=progress, should_stop=stop).path

@@ -9,8 +9,8 @@ from typing import Any
 
 from comfy_execution.graph_utils import is_link
 
-from ..attention.record import once
-from .prompt_graph import executing
+from ..attention.runtime.record import once
+from ..patching.prompt_graph import executing
 
 SAVES = ("ModelSave", "CheckpointSave")
 MERGES, SECOND = "ModelMerge", "model2"  # how their ids begin, and the input that gives weights only

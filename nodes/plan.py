@@ -2,11 +2,11 @@
 
 from comfy_api.latest import io
 
-from ..attention.candidates import Candidates
 from ..attention.hosts import HOSTS
 from ..attention.plans import Plan
 from ..attention.specs import spec_from_json
-from ..attention.student_file import StudentFile
+from ..attention.students.candidates import Candidates
+from ..attention.students.file import StudentFile
 from .apply import apply_plan, apply_student
 from .kind_inputs import chunked_inputs, clear_inputs, feature_map_inputs, hybrid_inputs
 from .sockets import CATEGORY, CATEGORY_PLAN, AttentionPlan, AttentionStudent

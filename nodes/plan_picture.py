@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..attention.report import SiteCost, describe_spec
+from ..attention.planning.report import SiteCost, describe_spec
 
 COLOURS = {
     "dense": (130, 130, 130),

@@ -6,8 +6,8 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..attention.atomic_file import whole_file
-from ..training.publish import CARD, Publication, describe_publication, prepare, publish
-from . import model_files, patching
+from ..attention.hub.publish import CARD, Publication, describe_publication, prepare, publish
+from . import model_files, node_status
 from .sockets import CATEGORY_DISTILL
 
 NO_FILE = "none"
@@ -74,7 +74,7 @@ class LinearizePublish(io.ComfyNode):
         else:
             first = f"published: {publish(publication, private=private, replace_card=replace_card)}"
         text = f"{first}\n{describe_publication(publication, private, card)}"
-        patching.show_on_node(cls.hidden.unique_id)(first)
+        node_status.show_on_node(cls.hidden.unique_id)(first)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
     @classmethod

@@ -2,8 +2,9 @@
 
 from comfy_api.latest import io, ui
 
-from ..attention.report import describe_costs, site_costs
-from . import patching
+from .. import patching
+from ..attention.planning.report import describe_costs, site_costs
+from . import node_status
 from .plan_picture import draw_plan
 from .sockets import CATEGORY_INSPECT
 
@@ -72,7 +73,7 @@ class LinearizeReport(io.ComfyNode):
             text += "\nin the part of sampling from start_percent to end_percent; dense in the rest"
         if after is not None:
             text += "\n\nin the last sampling:\n" + (runtime.last_run() if runtime else "no Linearize node ran")
-        patching.show_on_node(cls.hidden.unique_id)(text)  # the interface shows ui.text of its own nodes only
+        node_status.show_on_node(cls.hidden.unique_id)(text)  # the interface shows ui.text of its own nodes only
         picture = draw_plan(f"{host.title}, {size}", rows)
         return io.NodeOutput(
             text, picture, ui={**ui.PreviewText(text).as_dict(), **ui.PreviewImage(picture, cls=cls).as_dict()}

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..attention.candidates import Candidates, as_student
-from ..attention.student_file import ROLES, StudentFile, save_student
-from ..training.model_card import describe_size, describe_student
-from . import model_files, patching
+from ..attention.hub.model_card import describe_size, describe_student
+from ..attention.students.candidates import Candidates, as_student
+from ..attention.students.file import ROLES, StudentFile, save_student
+from . import model_files, node_status
 from .sockets import CATEGORY_DISTILL, AttentionStudent
 
 AS_DISTILLED = "auto"
@@ -100,7 +100,7 @@ class LinearizeSaveStudent(io.ComfyNode):
             f"to use it: Load Linearized Attention, student {model_files.shown_name(path)} (press R to renew its list)",
         ]
         text = "\n".join(lines)
-        patching.show_on_node(cls.hidden.unique_id)(text)
+        node_status.show_on_node(cls.hidden.unique_id)(text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 

@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io, ui
 
-from ..attention.candidates import Candidate, Candidates
 from ..attention.hosts import HOSTS
 from ..attention.shown import one_line
-from ..attention.student_file import StudentFile
+from ..attention.students.candidates import Candidate, Candidates
+from ..attention.students.file import StudentFile
 from .error_picture import draw_errors
 from .sockets import CATEGORY_INSPECT, AttentionStudent
 

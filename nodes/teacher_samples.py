@@ -8,12 +8,13 @@ import comfy.samplers
 import folder_paths
 from comfy_api.latest import io, ui
 
+from .. import patching
 from ..attention.bounds import MOST_SEED
-from ..training.comfy_conditioning import ready_conditioning
-from ..training.comfy_identity import model_digest
-from ..training.comfy_sampling import Order, describe_samples, generate_samples, latent_shape, many
-from ..training.sample_index import INDEX, About
-from . import patching
+from ..training.comfyui.conditioning import ready_conditioning
+from ..training.comfyui.identity import model_digest
+from ..training.comfyui.sampling import Order, describe_samples, generate_samples, latent_shape, many
+from ..training.samples.index import INDEX, About
+from . import node_status
 from .apply import model_fingerprint
 from .model_files import WINDOWS_NAMES
 from .sockets import CATEGORY_DISTILL, TeacherSamples
@@ -88,7 +89,7 @@ class LinearizeTeacherSamples(io.ComfyNode):
         prompts = [*split_prompts(inputs["prompts"]), *read_prompts_file(one["prompts_file"])]
         positive, negative = ([each for each in inputs.get(name, ()) if each is not None] for name in LISTS[1:])
         order = _order(one, prompts, positive, negative)
-        show = patching.show_on_node(cls.hidden.unique_id)
+        show = node_status.show_on_node(cls.hidden.unique_id)
         samples = generate_samples(one["model"], folder, order, show)
         text = describe_samples(samples)
         show(text)

@@ -12,14 +12,15 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 
-from ..training.comfy_identity import job_digest, model_digest, norms_digest
-from ..training.comfy_model import stop_if_interrupted
-from ..training.comfy_patch import model_fingerprint
-from ..training.job import JobFolder
-from ..training.loop import Losses, Progress, Stage, progress_of, run_stage
-from ..training.results import Finished, unpack
-from ..training.samples import OTHER_MODEL, TeacherSamples, check_samples
-from . import patching
+from .. import patching
+from ..patching.patcher import model_fingerprint
+from ..training.comfyui.identity import job_digest, model_digest, norms_digest
+from ..training.comfyui.teacher import stop_if_interrupted
+from ..training.engine.job_folder import JobFolder
+from ..training.engine.loop import Losses, Progress, Stage, progress_of, run_stage
+from ..training.engine.results import Finished, unpack
+from ..training.samples.folder import OTHER_MODEL, TeacherSamples, check_samples
+from . import node_status
 
 VERSION = 1  # of what the stages do; a change of results starts every job anew
 TEXT_INTERVAL_S = 0.5
@@ -79,7 +80,7 @@ def run_with_progress(
         stage holds the last finished update.
     """
     bar = comfy.utils.ProgressBar(stage.num_updates, node_id=node_id)
-    show = patching.show_on_node(node_id)
+    show = node_status.show_on_node(node_id)
     started = shown = time.monotonic()
     first: list[int] = []
 

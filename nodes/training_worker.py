@@ -22,19 +22,19 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..attention.candidates import Candidates
 from ..attention.plans import Plan
-from ..attention.student_file import save_student
+from ..attention.students.candidates import Candidates
+from ..attention.students.file import save_student
+from ..patching.patcher import is_as_loaded
 from ..training import worker
-from ..training.comfy_patch import is_as_loaded
-from ..training.comfy_worker import WEIGHT_DTYPES
-from ..training.job import JobFolder, read_values
-from ..training.job_file import ModelFile, TrainingJob
-from ..training.progress_file import ProgressReader
-from ..training.recipe import FinetuneRecipe, TransferRecipe
-from ..training.results import Finished, pack, unpack
-from ..training.samples import TeacherSamples
-from . import patching
+from ..training.comfyui.worker import WEIGHT_DTYPES
+from ..training.engine.job_folder import JobFolder, read_values
+from ..training.engine.recipe import FinetuneRecipe, TransferRecipe
+from ..training.engine.results import Finished, pack, unpack
+from ..training.jobs.description import ModelFile, TrainingJob
+from ..training.jobs.progress_file import ProgressReader
+from ..training.samples.folder import TeacherSamples
+from . import node_status
 from .training_run import progress_text
 
 POLL_S = 0.2
@@ -166,7 +166,7 @@ class _Processes:
         self._total = order.recipe.updates + getattr(order.recipe, "block_updates", 0)
         self._order, self._folder, self._title = order, folder, title
         self._bar = comfy.utils.ProgressBar(self._total, node_id=node_id)
-        self._show = patching.show_on_node(node_id)
+        self._show = node_status.show_on_node(node_id)
         self._problem = self._result = ""
         self._command = launch_command(count, folder / "job.json")
         self._environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_S), "PYTHONFAULTHANDLER": "1"}

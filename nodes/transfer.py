@@ -5,14 +5,15 @@ from typing import Any
 import comfy.model_management
 from comfy_api.latest import io
 
+from .. import patching
 from ..attention.plans import Plan
-from ..training.comfy_model import stop_if_interrupted, with_teacher
-from ..training.comfy_patch import model_fingerprint
-from ..training.loop import Progress, Stage
-from ..training.recipe import VALUE_LOSSES, TransferRecipe
-from ..training.runs import resolved_plans, run_transfer
-from ..training.samples import TeacherSamples as Samples
-from . import patching
+from ..patching.patcher import model_fingerprint
+from ..training.comfyui.teacher import stop_if_interrupted, with_teacher
+from ..training.engine.loop import Progress, Stage
+from ..training.engine.recipe import VALUE_LOSSES, TransferRecipe
+from ..training.jobs.runs import resolved_plans, run_transfer
+from ..training.samples.folder import TeacherSamples as Samples
+from . import node_status
 from .sockets import CATEGORY_DISTILL, AttentionPlan, AttentionStudent, TeacherSamples
 from .training_run import cancelled_runs, check_model, finished, job_folder, run_with_progress
 from .training_worker import gpus_input, gpus_key, train_in_processes
@@ -79,7 +80,7 @@ class LinearizeTransfer(io.ComfyNode):
                 fingerprint, device = model_fingerprint(model), comfy.model_management.get_torch_device()
 
                 def say(text: str) -> None:
-                    patching.show_on_node(node_id)(f"{TITLE}: {text}")
+                    node_status.show_on_node(node_id)(f"{TITLE}: {text}")
                     stop_if_interrupted()
 
                 def run(stage: Stage) -> Progress:
@@ -87,7 +88,7 @@ class LinearizeTransfer(io.ComfyNode):
 
                 result = with_teacher(model, samples, lambda teacher: run_transfer(
                     teacher, samples, fingerprint, specs, recipe, job, run, device=device, say=say))  # fmt: skip
-            patching.show_on_node(node_id)("\n".join([result.text, *notes]))
+            node_status.show_on_node(node_id)("\n".join([result.text, *notes]))
         return io.NodeOutput(result.candidates, {"loss": result.history.get("loss", [])})
 
     @classmethod

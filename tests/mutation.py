@@ -33,23 +33,30 @@ from cosmic_ray.plugins import get_operator, operator_names
 ROOT = Path(__file__).resolve().parents[1]
 SHARE, LEAST = 0.08, 4  # of the places of a module at which something can be changed
 TESTS = {  # modules, and the test files that are run for each of their mutants
-    "decisions runtime override site_hooks": "runtime override record site_hooks memory",
-    "record": "record runtime shown",
-    "plans": "plans specs runtime",
-    "specs": "specs plans clear cost",
+    "runtime/decisions runtime/runtime runtime/override hosts/site_hooks":
+        "runtime/runtime runtime/override runtime/record hosts/site_hooks memory",
+    "runtime/record": "runtime/record runtime/runtime shown",
+    "plans": "plans specs runtime/runtime",
+    "specs": "specs plans kinds/clear planning/cost",
     "bounds": "bounds specs plans",
-    "clear clear_table": "clear clear_table edges",
-    "linear feature_maps": "linear_kinds raw_scale feature_maps edges",
-    "chunked": "linear_kinds raw_scale edges cost",
-    "cost": "cost plans",
-    "tensor_file student_file student_fit": "tensor_file student_file",
-    "atomic_file high_res report scores budget job nested": "",  # the one of its own name
-    "losses": "losses scores",
-    "sample_index": "samples samples_writer",
+    "kinds/clear kinds/clear_table": "kinds/clear kinds/clear_table edges",
+    "kinds/linear kinds/feature_maps": "kinds/mapped kinds/raw_scale kinds/feature_maps edges",
+    "kinds/chunked": "kinds/mapped kinds/raw_scale edges planning/cost",
+    "planning/cost": "planning/cost plans",
+    "planning/high_res": "planning/high_res",
+    "planning/report": "planning/report",
+    "planning/knapsack": "planning/budget",
+    "students/tensor_file students/file students/fit": "students/tensor_file students/file",
+    "atomic_file": "atomic_file",
+    "transfer/scores": "transfer/scores",
+    "engine/losses": "engine/losses transfer/scores",
+    "engine/job_folder": "engine/job_folder",
+    "samples/nested": "samples/nested",
+    "samples/index": "samples/folder samples/writer",
     "shown": "shown plans specs",
-    "model_card": "publish shown",
-}
-TESTS_OF = {module: tests or module for modules, tests in TESTS.items() for module in modules.split()}
+    "hub/model_card": "hub/publish shown",
+}  # fmt: skip
+TESTS_OF = {module: tests for modules, tests in TESTS.items() for module in modules.split()}
 
 
 def main() -> int:
@@ -65,17 +72,19 @@ def main() -> int:
             (pack / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, pack / name)
         for module in args.modules or TESTS_OF:
-            tests = [str(find(pack / "tests", f"test_{name}.py")) for name in TESTS_OF[module].split()]
+            tests = [str(find(pack / "tests", name, "test_")) for name in TESTS_OF[module].split()]
             choice = random.Random(f"{args.seed} {module}")
-            outcomes[module] = Counter(outcomes_of(find(pack, f"{module}.py"), tests, choice))
-    print(f"\n{'module':16} mutants killed survived")
+            outcomes[module] = Counter(outcomes_of(find(pack, module), tests, choice))
+    print(f"\n{'module':20} mutants killed survived")
     for module, counts in {**outcomes, "all": sum(outcomes.values(), Counter())}.items():
-        print(f"{module:16} {counts.total():7} {counts['killed']:6} {counts['survived']:8}")
+        print(f"{module:20} {counts.total():7} {counts['killed']:6} {counts['survived']:8}")
     return 0
 
 
-def find(folder: Path, name: str) -> Path:
-    return next(path for part in ("attention", "training") if (path := folder / part / name).exists())
+def find(folder: Path, name: str, prefix: str = "") -> Path:
+    room, _, last = name.rpartition("/")
+    places = (folder / layer / room / f"{prefix}{last}.py" for layer in ("attention", "training"))
+    return next(path for path in places if path.exists())
 
 
 def outcomes_of(path: Path, tests: list[str], choice: random.Random) -> list[str]:

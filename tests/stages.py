@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LINT = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pyright"])
 STAGES: tuple[tuple[str, int, list[str]], ...] = (  # name, minutes it may take on two cores, folders (none: LINT)
     ("lint", 1, []),
-    ("unit", 2, ["tests/attention", "tests/repository"]),
+    ("unit", 2, ["tests/attention", "tests/patching", "tests/repository", "--ignore=tests/attention/hosts"]),
     ("fuzz", 1, ["tests/fuzz"]),
     ("kernels", 5, ["tests/kernels"]),
-    ("hosts", 2, ["tests/hosts"]),
+    ("hosts", 2, ["tests/attention/hosts"]),
     ("nodes", 4, ["tests/nodes"]),
     ("templates", 2, ["tests/templates"]),
     ("benchmarks", 2, ["tests/benchmarks"]),

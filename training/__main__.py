@@ -23,11 +23,11 @@ def main(arguments: list[str]) -> int:
 def run(file: Path) -> int:
     """Do the job of a file; return the exit code, see `main`."""
     # here, so that a signal is heeded while they are imported
-    from .comfy_setup import find_comfyui, prepare
-    from .distributed import OtherProcessFailed, join
-    from .job_file import read_job
-    from .loop import OutOfMemory
-    from .progress_file import ProgressFile
+    from .comfyui.setup import find_comfyui, prepare
+    from .engine.loop import OutOfMemory
+    from .jobs.description import read_job
+    from .jobs.distributed import OtherProcessFailed, join
+    from .jobs.progress_file import ProgressFile
 
     folder: Path | None = None
     try:
@@ -36,7 +36,7 @@ def run(file: Path) -> int:
         workers = join(on_cpu=job.device == "cpu")
         with workers.reporting():
             prepare(find_comfyui(job.comfyui), on_cpu=job.device == "cpu")
-            from . import comfy_worker
+            from .comfyui import worker as comfy_worker
 
             try:
                 text = comfy_worker.train(job, workers)

@@ -6,16 +6,7 @@ Sequence: 8 registers, text, main grid.
 from typing import Any
 
 from ..layout import Reason, Segment, TokenLayout
-from .base import (
-    Host,
-    ModelCall,
-    Site,
-    WeightTarget,
-    main_segment,
-    missing_structure,
-    planned_main,
-    wrong_inputs,
-)
+from .base import Host, ModelCall, Site, WeightTarget, main_segment, missing_structure, planned_main, wrong_inputs
 
 PIXELS_PER_LATENT = 8
 NUM_REGISTERS = 8
@@ -39,28 +30,24 @@ class AuraFlowHost(Host):
     default_text_tokens = 256  # ComfyUI pads T5 prompts to this many tokens; longer prompts grow
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         attention = module.single_layers[0].attn
         return tuple(Site(site, attention.n_heads, attention.head_dim) for site in self.site_modules(module))
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`."""
         kinds = {"double": module.double_layers, "single": module.single_layers}
         return {f"{kind}.{i}": f"{kind}_layers.{i}.attn" for kind, layers in kinds.items() for i in range(len(layers))}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, text = call.argument(0, "x"), call.argument(2, "context")
         patch = call.module.patch_size
         problem = wrong_inputs(self.title, latent, (4,), text)
         return problem or _layout(text.shape[1], main_segment(latent, (patch, patch)))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; AuraFlow makes pictures, so `frames` is not used."""
+        """AuraFlow makes pictures, so `frames` is not used."""
         return _layout(text_tokens, planned_main(width, height, PIXELS_PER_LATENT * module.patch_size))
 
     def diffusers_targets(self, module: Any) -> dict[str, WeightTarget]:
@@ -80,12 +67,11 @@ class AuraFlowHost(Host):
         }
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         double = {f"joint_transformer_blocks.{i}.attn": f"double.{i}" for i in range(len(module.double_layers))}
         return double | {f"single_transformer_blocks.{i}.attn": f"single.{i}" for i in range(len(module.single_layers))}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: AuraFlow's norms have no weights, so the modulations of its layers stand in."""
+        """AuraFlow's norms have no weights, so the modulations of its layers stand in."""
         double = [f"double_layers.{i}.modX.1.weight" for i in range(len(module.double_layers))]
         return (*double, *(f"single_layers.{i}.modCX.1.weight" for i in range(len(module.single_layers))))
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from ..layout import Grid, Reason, Segment, TokenLayout, grid_segment
-from ..site_hooks import current_site
+from .site_hooks import current_site
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,7 @@ touched.
 from typing import Any
 
 from ..layout import Reason, Segment, TokenLayout
-from .base import (
-    Host,
-    ModelCall,
-    Site,
-    main_segment,
-    missing_structure,
-    planned_main,
-    reference_segments,
-    wrong_inputs,
-)
+from .base import Host, ModelCall, Site, main_segment, missing_structure, planned_main, reference_segments, wrong_inputs
 
 PIXELS_PER_LATENT = 8
 STRUCTURE = (
@@ -40,16 +31,14 @@ class BooguHost(Host):
     wrapped = "apply_model"
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`: `double.N` and after it `image.N`, then `single.N`."""
+        """`double.N` and after it `image.N`, then `single.N`."""
         attention = module.single_stream_layers[0].attn
         return tuple(Site(site, attention.heads, attention.dim_head) for site in self.site_modules(module))
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`."""
         paths = {}
         for i in range(len(module.double_stream_layers)):
             paths[f"double.{i}"] = f"double_stream_layers.{i}.img_instruct_attn"
@@ -58,13 +47,11 @@ class BooguHost(Host):
         return paths | single
 
     def site_layout(self, site: str, layout: TokenLayout) -> TokenLayout:
-        """See `Host.site_layout`."""
         if not site.startswith("image"):
             return layout
         return TokenLayout.of(segment for segment in layout.segments if segment.role != "text")
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, text = call.argument(0, "x"), call.argument(3, "c_crossattn")
         problem = wrong_inputs(self.title, latent, (4,), text)
         if problem is not None:
@@ -74,10 +61,10 @@ class BooguHost(Host):
         return TokenLayout.of((Segment("text", text.shape[1]), *references, main_segment(latent, patch)))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; Boogu makes pictures, so `frames` is not used."""
+        """Boogu makes pictures, so `frames` is not used."""
         main = planned_main(width, height, PIXELS_PER_LATENT * module.patch_size)
         return TokenLayout.of((Segment("text", text_tokens), main))
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every site."""
+        """The query norms of every site."""
         return tuple(f"{path}.norm_q.weight" for path in self.site_modules(module).values())

@@ -44,15 +44,12 @@ class ChromaHost(Host):
     default_text_tokens = 128  # prompts are not padded; about 90 words
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         return double_single_sites(module)
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, text = call.argument(0, "x"), call.argument(2, "context")
         problem = wrong_inputs(self.title, latent, (4,), text)
         if problem:
@@ -61,19 +58,17 @@ class ChromaHost(Host):
         return TokenLayout.of((Segment("text", text.shape[1]), main))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; Chroma makes pictures, so `frames` is not used."""
+        """Chroma makes pictures, so `frames` is not used."""
         works_on_pixels = not missing_attributes(module, ("img_in_patch",))
         main = planned_main(width, height, module.patch_size * (1 if works_on_pixels else PIXELS_PER_LATENT))
         return TokenLayout.of((Segment("text", text_tokens), main))
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every block."""
+        """The query norms of every block."""
         return double_single_norms(module)
 
     def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
-        """See `Host.site_weights`."""
         return double_single_weights(module)
 
     def site_of(self, options: Mapping[str, Any]) -> str | None:
-        """See `Host.site_of`."""
         return site_of_block(options, {"double": "double", "single": "single"})

@@ -43,25 +43,20 @@ class CogVideoXHost(Host):
     default_text_tokens = 226  # ComfyUI pads T5 prompts to this many tokens; longer prompts grow
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         return numbered_sites("blocks", len(module.blocks), module.num_attention_heads, module.attention_head_dim)
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`."""
         return {f"blocks.{i}": f"blocks.{i}" for i in range(len(module.blocks))}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, text = call.argument(0, "x"), call.argument(2, "context")
         problem = wrong_inputs(self.title, latent, (5,), text)
         return problem or TokenLayout.of((Segment("text", text.shape[1]), main_segment(latent, _patch(call.module))))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`."""
         in_time, side, _ = _patch(module)
         latent_frames = (max(frames, 1) - 1) // FRAMES_PER_LATENT + 1
         main = planned_main(width, height, PIXELS_PER_LATENT * side, -(-latent_frames // in_time))
@@ -83,15 +78,14 @@ class CogVideoXHost(Host):
         )
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         return {f"transformer_blocks.{i}.attn1": f"blocks.{i}" for i in range(len(module.blocks))}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every block."""
+        """The query norms of every block."""
         return tuple(f"blocks.{i}.norm_q.weight" for i in range(len(module.blocks)))
 
     def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
-        """See `Host.site_weights`: a block holds them itself."""
+        """A block holds them itself."""
         parts = (*PROJECTIONS.values(), "norm_q", "norm_k")
         return {f"blocks.{i}": tuple(f"blocks.{i}.{part}" for part in parts) for i in range(len(module.blocks))}
 

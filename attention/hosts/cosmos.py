@@ -31,16 +31,14 @@ class CosmosHost(Host):
     default_text_tokens = 0  # text is in cross-attention
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         heads, head_dim = module.num_heads, module.model_channels // module.num_heads
         return tuple(Site(site, heads, head_dim) for site in self.site_modules(module))
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`; released models have one self-attention per block."""
+        """Released models have one self-attention per block."""
         found = [
             f"blocks.block{i}.blocks.{j}.block.attn"
             for i in range(module.num_blocks)
@@ -50,7 +48,6 @@ class CosmosHost(Host):
         return {f"blocks.{i}": path for i, path in enumerate(found)}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, module = call.argument(0, "x"), call.module
         if getattr(latent, "ndim", 0) != 5:
             return Reason("arguments", f"{self.title} was called without the 5-D latent that tells its token grid")
@@ -58,11 +55,11 @@ class CosmosHost(Host):
         return TokenLayout.of([main_segment(latent, patch)])
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; text is not part of the sequence."""
+        """Text is not part of the sequence."""
         latent_frames = (max(frames, 1) - 1) // FRAMES_PER_LATENT + 1
         in_time = latent_frames // module.patch_temporal
         return TokenLayout.of([planned_main(width, height, PIXELS_PER_LATENT * module.patch_spatial, in_time)])
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every self-attention."""
+        """The query norms of every self-attention."""
         return tuple(f"{path}.to_q.1.weight" for path in self.site_modules(module).values())

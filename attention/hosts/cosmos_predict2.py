@@ -7,16 +7,7 @@ tokens, as many as a small picture has; sites are told by their modules.
 from typing import Any
 
 from ..layout import Reason, TokenLayout
-from .base import (
-    Host,
-    ModelCall,
-    Site,
-    WeightTarget,
-    main_segment,
-    missing_structure,
-    numbered_sites,
-    planned_main,
-)
+from .base import Host, ModelCall, Site, WeightTarget, main_segment, missing_structure, numbered_sites, planned_main
 
 PIXELS_PER_LATENT = 8
 FRAMES_PER_LATENT = 4  # after the first, which stands for itself
@@ -42,19 +33,15 @@ class CosmosPredict2Host(Host):
     default_text_tokens = 0  # text is in cross-attention
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         return numbered_sites("blocks", len(module.blocks), module.num_heads, module.model_channels // module.num_heads)
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`."""
         return {f"blocks.{i}": f"blocks.{i}.self_attn" for i in range(len(module.blocks))}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, module = call.argument(0, "x"), call.module
         if getattr(latent, "ndim", 0) != 5:
             return Reason("arguments", f"{self.title} was called without the 5-D latent that tells its token grid")
@@ -63,7 +50,7 @@ class CosmosPredict2Host(Host):
         )
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; text is not part of the sequence."""
+        """Text is not part of the sequence."""
         latent_frames = (max(frames, 1) - 1) // FRAMES_PER_LATENT + 1
         in_time = -(-latent_frames // module.patch_temporal)
         return TokenLayout.of([planned_main(width, height, PIXELS_PER_LATENT * module.patch_spatial, in_time)])
@@ -83,9 +70,8 @@ class CosmosPredict2Host(Host):
         }
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         return {f"transformer_blocks.{i}.attn1": f"blocks.{i}" for i in range(len(module.blocks))}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every self-attention."""
+        """The query norms of every self-attention."""
         return tuple(f"{path}.q_norm.weight" for path in self.site_modules(module).values())

@@ -14,8 +14,8 @@ from ast import AST, Assign, Attribute, Call, For, Load, Name, Subscript, Tuple,
 from collections.abc import Iterator
 from typing import Any
 
-from ..class_code import has_own_code, methods_of, names_in, parents_in, reached_from, tree_of
 from .base import Host
+from .class_code import has_own_code, methods_of, names_in, parents_in, reached_from, tree_of
 
 ATTENTION = re.compile(r"optimized_attention.*|scaled_dot_product_attention|attention_(pytorch|basic|split|sub_quad)")
 OPTIONS = "transformer_options"

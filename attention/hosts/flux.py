@@ -51,7 +51,6 @@ class FluxHost(Host):
     default_text_tokens = 256  # ComfyUI pads T5 prompts to this many tokens; longer prompts grow
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         missing = missing_structure(self.title, module, STRUCTURE)
         if missing:
             return missing
@@ -64,11 +63,9 @@ class FluxHost(Host):
         return None
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         return double_single_sites(module)
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, text = call.argument(0, "x"), call.argument(2, "context")
         problem = wrong_inputs(self.title, latent, (4,), text)
         if problem:
@@ -78,7 +75,7 @@ class FluxHost(Host):
         return TokenLayout.of((Segment("text", text.shape[1]), main_segment(latent, patch), *references))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; FLUX makes pictures, so `frames` is not used."""
+        """FLUX makes pictures, so `frames` is not used."""
         main = planned_main(width, height, PIXELS_PER_LATENT * module.patch_size)
         return TokenLayout.of((Segment("text", text_tokens), main))
 
@@ -87,17 +84,14 @@ class FluxHost(Host):
         return with_biases(double_single_targets(module))
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         return double_single_diffusers_sites(module)
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every block."""
+        """The query norms of every block."""
         return double_single_norms(module)
 
     def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
-        """See `Host.site_weights`."""
         return double_single_weights(module)
 
     def site_of(self, options: Mapping[str, Any]) -> str | None:
-        """See `Host.site_of`."""
         return site_of_block(options, {"double": "double", "single": "single"})

@@ -48,15 +48,12 @@ class Flux2Host(Host):
     default_text_tokens = 512  # ComfyUI pads shorter prompts to this many tokens
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         return double_single_sites(module)
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, text = call.argument(0, "x"), call.argument(2, "context")
         problem = wrong_inputs(self.title, latent, (4,), text)
         if problem:
@@ -66,7 +63,7 @@ class Flux2Host(Host):
         return TokenLayout.of((Segment("text", text.shape[1]), main_segment(latent, patch), *references))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; FLUX.2 makes pictures, so `frames` is not used."""
+        """FLUX.2 makes pictures, so `frames` is not used."""
         main = planned_main(width, height, PIXELS_PER_LATENT * module.patch_size)
         return TokenLayout.of((Segment("text", text_tokens), main))
 
@@ -84,17 +81,14 @@ class Flux2Host(Host):
         return targets
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         return double_single_diffusers_sites(module)
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every block."""
+        """The query norms of every block."""
         return double_single_norms(module)
 
     def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
-        """See `Host.site_weights`."""
         return double_single_weights(module)
 
     def site_of(self, options: Mapping[str, Any]) -> str | None:
-        """See `Host.site_of`."""
         return site_of_block(options, {"double": "double", "single": "single"})

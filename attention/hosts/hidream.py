@@ -42,17 +42,14 @@ class HiDreamHost(Host):
     default_text_tokens = 384  # 128 of T5 and twice 128 of Llama
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         sizes = module.num_attention_heads, module.attention_head_dim
         double = numbered_sites("double", len(module.double_stream_blocks), *sizes)
         return double + numbered_sites("single", len(module.single_stream_blocks), *sizes)
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`."""
         kinds = {"double": module.double_stream_blocks, "single": module.single_stream_blocks}
         return {
             f"{kind}.{i}": f"{kind}_stream_blocks.{i}.block.attn1"
@@ -61,7 +58,6 @@ class HiDreamHost(Host):
         }
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, text, llama = (
             call.argument(0, "x"),
             call.argument(3, "context"),
@@ -78,7 +74,7 @@ class HiDreamHost(Host):
         )
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; HiDream makes pictures, so `frames` is not used."""
+        """HiDream makes pictures, so `frames` is not used."""
         main = planned_main(width, height, PIXELS_PER_LATENT * module.patch_size)
         return TokenLayout.of((main, Segment("text", text_tokens)))
 
@@ -89,9 +85,8 @@ class HiDreamHost(Host):
         return with_biases({name: WeightTarget(name, 0, (width, width)) for name in names})
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         return {path: site for site, path in self.site_modules(module).items()}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of the image stream."""
+        """The query norms of the image stream."""
         return tuple(f"{path}.q_rms_norm.weight" for path in self.site_modules(module).values())

@@ -51,7 +51,6 @@ class HunyuanVideoHost(Host):
     default_text_tokens = 128  # prompts are not padded; about 90 words
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         missing = missing_structure(self.title, module, STRUCTURE)
         if missing:
             return missing
@@ -61,11 +60,9 @@ class HunyuanVideoHost(Host):
         return None
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         return double_single_sites(module)
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         module, latent, text = call.module, call.argument(0, "x"), call.argument(2, "context")
         patch = tuple(module.patch_size)
         problem = wrong_inputs(self.title, latent, (len(patch) + 2,), text)
@@ -84,7 +81,7 @@ class HunyuanVideoHost(Host):
         return TokenLayout.of([*segments, main_segment(latent, patch)])
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; HunyuanImage makes pictures and does not use `frames`."""
+        """HunyuanImage makes pictures and does not use `frames`."""
         patch = tuple(module.patch_size)
         latent_frames = (frames - 1) // FRAMES_PER_LATENT + 1 if len(patch) == 3 else 1
         main = planned_main(width, height, PIXELS_PER_TOKEN[patch], latent_frames)
@@ -95,17 +92,14 @@ class HunyuanVideoHost(Host):
         return with_biases(double_single_targets(module))
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         return double_single_diffusers_sites(module)
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every block."""
+        """The query norms of every block."""
         return double_single_norms(module)
 
     def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
-        """See `Host.site_weights`."""
         return double_single_weights(module)
 
     def site_of(self, options: Mapping[str, Any]) -> str | None:
-        """See `Host.site_of`."""
         return site_of_block(options, {"double": "double", "single": "single"})

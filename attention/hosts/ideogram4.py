@@ -31,20 +31,16 @@ class Ideogram4Host(Host):
     default_text_tokens = 256  # prompts are not padded; about 180 words
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         attention = module.layers[0].attention
         return numbered_sites("blocks", len(module.layers), attention.num_heads, attention.head_dim)
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`."""
         return {f"blocks.{i}": f"layers.{i}.attention" for i in range(len(module.layers))}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, text = call.argument(0, "x"), call.argument(2, "context")
         if getattr(latent, "ndim", 0) != 4:
             return Reason("arguments", f"{self.title} was called without the 4-D latent that tells its token grid")
@@ -52,9 +48,9 @@ class Ideogram4Host(Host):
         return TokenLayout.of((Segment("text", text_tokens), main_segment(latent, (1, 1))))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; Ideogram makes pictures, so `frames` is not used."""
+        """Ideogram makes pictures, so `frames` is not used."""
         return TokenLayout.of((Segment("text", text_tokens), planned_main(width, height, PIXELS_PER_LATENT)))
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every layer."""
+        """The query norms of every layer."""
         return tuple(f"{path}.norm_q.weight" for path in self.site_modules(module).values())

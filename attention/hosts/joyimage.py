@@ -42,16 +42,14 @@ class JoyImageHost(Host):
     default_text_tokens = 128  # prompts are not padded; about 90 words
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`; rotary positions take all of a head's dimensions."""
+        """Rotary positions take all of a head's dimensions."""
         heads = module.double_blocks[0].attn.num_attention_heads
         return numbered_sites("blocks", len(module.double_blocks), heads, sum(module.rope_dim_list))
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, text = call.argument(0, "hidden_states"), call.argument(2, "context")
         problem = wrong_inputs(self.title, latent, (5,), text)
         if problem:
@@ -61,15 +59,13 @@ class JoyImageHost(Host):
         return TokenLayout.of((main_segment(latent, patch), *references, Segment("text", text.shape[1])))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`."""
         side, latent_frames = PIXELS_PER_LATENT * module.patch_size[1], (frames - 1) // FRAMES_PER_LATENT + 1
         main = planned_main(width, height, side, latent_frames)
         return TokenLayout.of((main, Segment("text", text_tokens)))
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of the image stream."""
+        """The query norms of the image stream."""
         return tuple(f"double_blocks.{i}.attn.img_attn_q_norm.weight" for i in range(len(module.double_blocks)))
 
     def site_of(self, options: Mapping[str, Any]) -> str | None:
-        """See `Host.site_of`."""
         return site_of_block(options, {"double": "blocks"})

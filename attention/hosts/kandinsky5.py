@@ -43,17 +43,15 @@ class Kandinsky5Host(Host):
     default_text_tokens = 0  # text is no part of the sequence
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         attention = module.visual_transformer_blocks[0].self_attention
         sizes = attention.num_heads, attention.head_dim
         return numbered_sites("blocks", len(module.visual_transformer_blocks), *sizes)
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`; a 4-D latent is one frame."""
+        """A 4-D latent is one frame."""
         latent, text = call.argument(0, "x"), call.argument(2, "context")
         problem = wrong_inputs(self.title, latent, (4, 5), text)
         if problem:
@@ -62,7 +60,7 @@ class Kandinsky5Host(Host):
         return TokenLayout.of([main_segment(latent, patch if latent.ndim == 5 else patch[1:])])
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; text is no part of it."""
+        """Text is no part of it."""
         side, latent_frames = PIXELS_PER_LATENT * module.patch_size[1], (frames - 1) // FRAMES_PER_LATENT + 1
         return TokenLayout.of([planned_main(width, height, side, latent_frames)])
 
@@ -75,14 +73,13 @@ class Kandinsky5Host(Host):
         return with_biases(targets)
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         return {path: site for site, path in self.site_modules(module).items()}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every site."""
+        """The query norms of every site."""
         return tuple(f"{path}.query_norm.weight" for path in self.site_modules(module).values())
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`: the block index names self- and cross-attention alike."""
+        """The block index names self- and cross-attention alike."""
         count = len(module.visual_transformer_blocks)
         return {f"blocks.{i}": f"visual_transformer_blocks.{i}.self_attention" for i in range(count)}

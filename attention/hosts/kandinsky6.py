@@ -31,20 +31,18 @@ class Kandinsky6Host(Host):
     default_text_tokens = 0  # text is no part of the sequence
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         attention = module.visual_blocks[0].videoT.self_attention
         return numbered_sites("blocks", len(module.visual_blocks), attention.num_heads, attention.head_dim)
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`: the block index names the attentions of video, sound and text alike."""
+        """The block index names the attentions of video, sound and text alike."""
         return {f"blocks.{i}": f"visual_blocks.{i}.videoT.self_attention" for i in range(len(module.visual_blocks))}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`; the latent is a video and its sound."""
+        """The latent is a video and its sound."""
         latents = call.argument(0, "x")
         if not isinstance(latents, list | tuple) or len(latents) != 2 or getattr(latents[0], "ndim", 0) != 5:
             return Reason("arguments", f"{self.title} was called without the video and sound that tell its tokens")
@@ -55,10 +53,10 @@ class Kandinsky6Host(Host):
         return TokenLayout.of((main, Segment("reference", start * rows * columns)))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; text is no part of it."""
+        """Text is no part of it."""
         side, latent_frames = PIXELS_PER_LATENT * module.patch_size[1], (frames - 1) // FRAMES_PER_LATENT + 1
         return TokenLayout.of([planned_main(width, height, side, latent_frames)])
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every site."""
+        """The query norms of every site."""
         return tuple(f"{path}.query_norm.weight" for path in self.site_modules(module).values())

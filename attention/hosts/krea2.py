@@ -44,15 +44,13 @@ class Krea2Host(Host):
     default_text_tokens = 128  # prompts are not padded; about 90 words
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         return numbered_sites("blocks", len(module.blocks), module.heads, module.blocks[0].attn.headdim)
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`; the model drops references unless it is told how to place them."""
+        """The model drops references unless it is told how to place them."""
         latent, text = call.argument(0, "x"), call.argument(2, "context")
         problem = wrong_inputs(self.title, latent, (4, 5), text)
         if problem:
@@ -63,7 +61,7 @@ class Krea2Host(Host):
         return TokenLayout.of((Segment("text", text.shape[1]), main_segment(latent, patch), *references))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; Krea 2 makes pictures, so `frames` is not used."""
+        """Krea 2 makes pictures, so `frames` is not used."""
         main = planned_main(width, height, PIXELS_PER_LATENT * module.patch)
         return TokenLayout.of((Segment("text", text_tokens), main))
 
@@ -82,17 +80,14 @@ class Krea2Host(Host):
         return targets
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         return {f"transformer_blocks.{i}.attn": f"blocks.{i}" for i in range(len(module.blocks))}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every block."""
+        """The query norms of every block."""
         return tuple(f"blocks.{i}.attn.qknorm.qnorm.scale" for i in range(len(module.blocks)))
 
     def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
-        """See `Host.site_weights`."""
         return {f"blocks.{i}": (f"blocks.{i}.attn",) for i in range(len(module.blocks))}
 
     def site_of(self, options: Mapping[str, Any]) -> str | None:
-        """See `Host.site_of`."""
         return site_of_block(options, {"single": "blocks"})

@@ -43,28 +43,24 @@ class LensHost(Host):
     default_text_tokens = 128  # prompts are not padded; about 90 words
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         attention = module.transformer_blocks[0].attn
         return numbered_sites("blocks", len(module.transformer_blocks), attention.heads, attention.dim_head)
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, text = call.argument(0, "x"), call.argument(2, "context")
         problem = wrong_inputs(self.title, latent, (4,), text)
         return problem or TokenLayout.of((main_segment(latent, (1, 1)), Segment("text", text.shape[1])))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; Lens makes pictures, so `frames` is not used."""
+        """Lens makes pictures, so `frames` is not used."""
         return TokenLayout.of((planned_main(width, height, PIXELS_PER_LATENT), Segment("text", text_tokens)))
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of the image stream."""
+        """The query norms of the image stream."""
         return tuple(f"transformer_blocks.{i}.attn.norm_q.weight" for i in range(len(module.transformer_blocks)))
 
     def site_of(self, options: Mapping[str, Any]) -> str | None:
-        """See `Host.site_of`."""
         return site_of_block(options, {"double": "blocks"})

@@ -10,16 +10,7 @@ Guides of another strength than 1 make ComfyUI split self-attention into calls w
 from typing import Any
 
 from ..layout import Reason, Segment, TokenLayout, grid_segment
-from .base import (
-    Host,
-    ModelCall,
-    Site,
-    WeightTarget,
-    grid_of,
-    missing_structure,
-    numbered_sites,
-    with_biases,
-)
+from .base import Host, ModelCall, Site, WeightTarget, grid_of, missing_structure, numbered_sites, with_biases
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 STRUCTURE = (
@@ -42,20 +33,17 @@ class LTXHost(Host):
     default_text_tokens = 0  # text is in cross-attention
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         sizes = module.num_attention_heads, module.attention_head_dim
         return numbered_sites("blocks", len(module.transformer_blocks), *sizes)
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`."""
         return {f"blocks.{i}": f"transformer_blocks.{i}.attn1" for i in range(len(module.transformer_blocks))}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`; of video and sound, the video comes first."""
+        """Of video and sound, the video comes first."""
         latent = call.argument(0, "x")
         latent = latent[0] if isinstance(latent, list) else latent
         if getattr(latent, "ndim", 0) != 5:
@@ -75,7 +63,7 @@ class LTXHost(Host):
         return TokenLayout.of((main, Segment("reference", num_guide_tokens)))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; text is not part of the sequence."""
+        """Text is not part of the sequence."""
         in_time, rows, columns = module.vae_scale_factors
         latent_frames = (max(frames, 1) - 1) // in_time + 1
         return TokenLayout.of([grid_segment("main", latent_frames, height // rows, width // columns)])
@@ -87,9 +75,8 @@ class LTXHost(Host):
         return with_biases({name: WeightTarget(name, 0, shape) for name in names})
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         return {path: site for site, path in self.site_modules(module).items()}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every self-attention."""
+        """The query norms of every self-attention."""
         return tuple(f"{path}.q_norm.weight" for path in self.site_modules(module).values())

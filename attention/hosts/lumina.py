@@ -49,15 +49,12 @@ class LuminaHost(Host):
     default_text_tokens = 128  # prompts are not padded beyond a multiple of 32; about 90 words
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         return numbered_sites("blocks", len(module.layers), module.n_heads, module.dim // module.n_heads)
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         module, latent, text = call.module, call.argument(0, "x"), call.argument(2, "context")
         problem = wrong_inputs(self.title, latent, (4, 5), text)
         if problem:
@@ -82,7 +79,7 @@ class LuminaHost(Host):
         return TokenLayout.of([*segments, *padded(module, *main)])
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; these models make pictures, so `frames` is not used."""
+        """These models make pictures, so `frames` is not used."""
         works_on_pixels = not missing_attributes(module, ("dec_net",))
         main = planned_main(width, height, module.patch_size * (1 if works_on_pixels else PIXELS_PER_LATENT))
         return TokenLayout.of([*padded(module, Segment("text", text_tokens)), *padded(module, main)])
@@ -101,15 +98,13 @@ class LuminaHost(Host):
         return targets
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         return {diffusers_name(module, i): f"blocks.{i}" for i in range(len(module.layers))}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every layer."""
+        """The query norms of every layer."""
         return tuple(f"layers.{i}.attention.q_norm.weight" for i in range(len(module.layers)))
 
     def site_of(self, options: Mapping[str, Any]) -> str | None:
-        """See `Host.site_of`."""
         return site_of_block(options, {"double": "blocks"})
 
 

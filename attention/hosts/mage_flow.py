@@ -45,20 +45,17 @@ class MageFlowHost(Host):
     default_text_tokens = 128  # prompts are not padded; about 90 words
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         missing = missing_structure(self.title, module, STRUCTURE)
         if missing is None and not missing_attributes(module, ("time_text_embed.time_proj",)):
             return Reason("structure", f"{self.title} models embed the time by themselves, as Qwen-Image does not")
         return missing
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         block = module.transformer_blocks[0]
         sizes = block.num_attention_heads, block.attention_head_dim
         return numbered_sites("blocks", len(module.transformer_blocks), *sizes)
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, text = call.argument(0, "x"), call.argument(2, "context")
         problem = wrong_inputs(self.title, latent, (4,), text)
         if problem:
@@ -67,13 +64,12 @@ class MageFlowHost(Host):
         return TokenLayout.of((Segment("text", text.shape[1]), main_segment(latent, (1, 1)), *references))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; Mage-Flow makes pictures, so `frames` is not used."""
+        """Mage-Flow makes pictures, so `frames` is not used."""
         return TokenLayout.of((Segment("text", text_tokens), planned_main(width, height, PIXELS_PER_LATENT)))
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of the image stream."""
+        """The query norms of the image stream."""
         return tuple(f"transformer_blocks.{i}.attn.norm_q.weight" for i in range(len(module.transformer_blocks)))
 
     def site_of(self, options: Mapping[str, Any]) -> str | None:
-        """See `Host.site_of`."""
         return site_of_block(options, {"double": "blocks"})

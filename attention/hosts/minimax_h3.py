@@ -12,16 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..layout import Reason, Segment, TokenLayout
-from .base import (
-    Host,
-    ModelCall,
-    Site,
-    grid_of,
-    main_segment,
-    missing_structure,
-    numbered_sites,
-    planned_main,
-)
+from .base import Host, ModelCall, Site, grid_of, main_segment, missing_structure, numbered_sites, planned_main
 
 PIXELS_PER_LATENT = 16
 FRAMES_PER_SECOND, SOUND_PER_SECOND, SOUND_CHANNELS = 24, 40, 2
@@ -47,20 +38,17 @@ class MiniMaxH3Host(Host):
     default_text_tokens = 256  # prompts are not padded
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         attention = module.blocks[0].attn
         return numbered_sites("blocks", len(module.blocks), attention.heads, attention.head_dim)
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`."""
         return {f"blocks.{i}": f"blocks.{i}.attn" for i in range(len(module.blocks))}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`; the latent is a video and its sound."""
+        """The latent is a video and its sound."""
         latents, text = call.argument(0, "x"), call.argument(2, "context")
         if not isinstance(latents, list) or len(latents) != 2 or getattr(text, "ndim", 0) != 3:
             return Reason(
@@ -79,7 +67,7 @@ class MiniMaxH3Host(Host):
         return TokenLayout.of((Segment("text", text.shape[1]), *guides, *references, audio, main))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; ComfyUI rounds a clip up to 5, 22, 39 and so on frames."""
+        """ComfyUI rounds a clip up to 5, 22, 39 and so on frames."""
         periods = max(math.ceil((frames - 5) / PERIOD_FRAMES), 0)
         seconds = (periods * PERIOD_FRAMES + 5) / FRAMES_PER_SECOND
         main = planned_main(width, height, PIXELS_PER_LATENT * module.patch_size[-1], periods * PERIOD_LATENTS + 2)
@@ -87,7 +75,7 @@ class MiniMaxH3Host(Host):
         return TokenLayout.of((Segment("text", text_tokens), sound, main))
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every block."""
+        """The query norms of every block."""
         return tuple(f"{path}.q_norm.weight" for path in self.site_modules(module).values())
 
 

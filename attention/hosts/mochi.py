@@ -44,19 +44,15 @@ class MochiHost(Host):
     wrapped = "apply_model"
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         return numbered_sites("blocks", len(module.blocks), module.num_heads, module.head_dim)
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`."""
         return {f"blocks.{i}": f"blocks.{i}.attn" for i in range(len(module.blocks))}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, text = call.argument(0, "x"), call.argument(3, "c_crossattn")
         problem = wrong_inputs(self.title, latent, (5,), text)
         if problem is not None:
@@ -66,7 +62,6 @@ class MochiHost(Host):
         return TokenLayout.of((main, Segment("text", min(text.shape[1], shown))))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`."""
         latent_frames = (max(frames, 1) - 1) // FRAMES_PER_LATENT + 1
         main = planned_main(width, height, PIXELS_PER_LATENT * module.patch_size, latent_frames)
         return TokenLayout.of((main, Segment("text", text_tokens)))
@@ -84,9 +79,8 @@ class MochiHost(Host):
         return targets
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         return {f"transformer_blocks.{i}.attn1": f"blocks.{i}" for i in range(len(module.blocks))}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of the video."""
+        """The query norms of the video."""
         return tuple(f"blocks.{i}.attn.q_norm_x.weight" for i in range(len(module.blocks)))

@@ -44,20 +44,16 @@ class OmniGen2Host(Host):
     wrapped = "apply_model"
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         attention = module.layers[0].attn
         return numbered_sites("blocks", len(module.layers), attention.heads, attention.dim_head)
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`."""
         return {f"blocks.{i}": f"layers.{i}.attn" for i in range(len(module.layers))}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, text = call.argument(0, "x"), call.argument(3, "c_crossattn")
         problem = wrong_inputs(self.title, latent, (4,), text)
         if problem is not None:
@@ -67,7 +63,7 @@ class OmniGen2Host(Host):
         return TokenLayout.of((Segment("text", text.shape[1]), *references, main_segment(latent, patch)))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; OmniGen2 makes pictures, so `frames` is not used."""
+        """OmniGen2 makes pictures, so `frames` is not used."""
         main = planned_main(width, height, PIXELS_PER_LATENT * module.patch_size)
         return TokenLayout.of((Segment("text", text_tokens), main))
 
@@ -88,9 +84,8 @@ class OmniGen2Host(Host):
         }
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         return {path: site for site, path in self.site_modules(module).items()}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every layer."""
+        """The query norms of every layer."""
         return tuple(f"{path}.norm_q.weight" for path in self.site_modules(module).values())

@@ -7,16 +7,7 @@ as one token: the sites `pixel.N`, of another width.
 from typing import Any
 
 from ..layout import Reason, Segment, TokenLayout
-from .base import (
-    Host,
-    ModelCall,
-    Site,
-    main_segment,
-    missing_structure,
-    numbered_sites,
-    planned_main,
-    wrong_inputs,
-)
+from .base import Host, ModelCall, Site, main_segment, missing_structure, numbered_sites, planned_main, wrong_inputs
 
 STRUCTURE = (
     "pixel_embedder",
@@ -38,28 +29,23 @@ class PixelDiTHost(Host):
     default_text_tokens = 300  # the most that the model reads
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         patches, pixels = module.patch_blocks[0].attn, module.pixel_blocks[0].attn
         joint = numbered_sites("joint", len(module.patch_blocks), patches.num_heads, patches.head_dim)
         return joint + numbered_sites("pixel", len(module.pixel_blocks), pixels.num_heads, pixels.head_dim)
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`."""
         joint = {f"joint.{i}": f"patch_blocks.{i}.attn" for i in range(len(module.patch_blocks))}
         return joint | {f"pixel.{i}": f"pixel_blocks.{i}.attn" for i in range(len(module.pixel_blocks))}
 
     def site_layout(self, site: str, layout: TokenLayout) -> TokenLayout:
-        """See `Host.site_layout`."""
         if site.startswith("joint"):
             return layout
         return TokenLayout.of(segment for segment in layout.segments if segment.role == "main")
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         picture, text, module = call.argument(0, "x"), call.argument(2, "context"), call.module
         problem = wrong_inputs(self.title, picture, (4,), text)
         if problem is not None:
@@ -68,10 +54,10 @@ class PixelDiTHost(Host):
         return TokenLayout.of((Segment("text", min(text.shape[1], module.txt_max_length)), main))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; PixelDiT makes pictures, so `frames` is not used."""
+        """PixelDiT makes pictures, so `frames` is not used."""
         return TokenLayout.of((Segment("text", text_tokens), planned_main(width, height, module.patch_size)))
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of the picture."""
+        """The query norms of the picture."""
         joint = [f"patch_blocks.{i}.attn.q_norm_x.weight" for i in range(len(module.patch_blocks))]
         return (*joint, *(f"pixel_blocks.{i}.attn.q_norm.weight" for i in range(len(module.pixel_blocks))))

@@ -49,17 +49,14 @@ class QwenImageHost(Host):
     default_text_tokens = 128  # prompts are not padded; about 90 words
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`."""
         block = module.transformer_blocks[0]
         sizes = block.num_attention_heads, block.attention_head_dim
         return numbered_sites("blocks", len(module.transformer_blocks), *sizes)
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, text = call.argument(0, "x"), call.argument(2, "context")
         problem = wrong_inputs(self.title, latent, (5,), text)
         if problem:
@@ -69,7 +66,7 @@ class QwenImageHost(Host):
         return TokenLayout.of((Segment("text", text.shape[1]), main_segment(latent, patch), *references))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; `frames` counts the layers of a layered picture, its whole one included."""
+        """`frames` counts the layers of a layered picture, its whole one included."""
         main = planned_main(width, height, PIXELS_PER_LATENT * module.patch_size, frames)
         return TokenLayout.of((Segment("text", text_tokens), main))
 
@@ -83,13 +80,11 @@ class QwenImageHost(Host):
         return with_biases(targets)
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         return {f"transformer_blocks.{i}.attn": f"blocks.{i}" for i in range(len(module.transformer_blocks))}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of the image stream."""
+        """The query norms of the image stream."""
         return tuple(f"transformer_blocks.{i}.attn.norm_q.weight" for i in range(len(module.transformer_blocks)))
 
     def site_of(self, options: Mapping[str, Any]) -> str | None:
-        """See `Host.site_of`."""
         return site_of_block(options, {"double": "blocks"})

@@ -44,31 +44,27 @@ class SD3Host(Host):
     wrapped = "apply_model"
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`: `joint.N`, and `image.N` after it."""
+        """`joint.N`, and `image.N` after it."""
         heads, head_dim = module.num_heads, module.hidden_size // module.num_heads
         return tuple(Site(site, heads, head_dim) for site, _, _ in _calls(module))
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`: a block issues its calls itself, in a function."""
+        """A block issues its calls itself, in a function."""
         return {f"joint.{i}": f"joint_blocks.{i}" for i in range(len(module.joint_blocks))}
 
     def site_among(self, site: str, layout: TokenLayout, num_tokens: int) -> str:
-        """See `Host.site_among`."""
         image = site.replace("joint", "image")
         return image if num_tokens == self.site_layout(image, layout).num_tokens else site
 
     def site_layout(self, site: str, layout: TokenLayout) -> TokenLayout:
-        """See `Host.site_layout`."""
         if site.startswith("joint"):
             return layout
         return TokenLayout.of(segment for segment in layout.segments if segment.role == "main")
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, text = call.argument(0, "x"), call.argument(3, "c_crossattn")
         problem = wrong_inputs(self.title, latent, (4,), text)
         if problem is not None:
@@ -78,7 +74,7 @@ class SD3Host(Host):
         return TokenLayout.of((registers, Segment("text", text.shape[1]), main_segment(latent, (patch, patch))))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; SD3 makes pictures, so `frames` is not used."""
+        """SD3 makes pictures, so `frames` is not used."""
         main = planned_main(width, height, PIXELS_PER_LATENT * module.patch_size)
         return TokenLayout.of((Segment("register", module.register_length), Segment("text", text_tokens), main))
 
@@ -94,16 +90,15 @@ class SD3Host(Host):
         return with_biases(targets)
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         return {theirs: site for site, _, theirs in _calls(module)}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms; the biases of the outputs in SD3, which has no norm weights."""
+        """The query norms; the biases of the outputs in SD3, which has no norm weights."""
         has_norms = not missing_attributes(module, ("joint_blocks.0.x_block.attn.ln_q.weight",))
         return tuple(f"{ours}.{'ln_q.weight' if has_norms else 'proj.bias'}" for _, ours, _ in _calls(module))
 
     def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
-        """See `Host.site_weights`: the text's belong to the call that it takes part in."""
+        """The text's belong to the call that it takes part in."""
         text = {f"joint.{i}": (f"joint_blocks.{i}.context_block.attn",) for i in range(len(module.joint_blocks))}
         return {site: (ours, *text.get(site, ())) for site, ours, _ in _calls(module)}
 

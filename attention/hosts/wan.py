@@ -52,20 +52,17 @@ class WanHost(Host):
     default_text_tokens = 0  # text is in cross-attention
 
     def mismatch(self, module: Any) -> Reason | None:
-        """See `Host.mismatch`."""
         return missing_structure(self.title, module, STRUCTURE)
 
     def sites(self, module: Any) -> tuple[Site, ...]:
-        """See `Host.sites`: `blocks.N`, and `vace.N` after the block that it runs after."""
+        """`blocks.N`, and `vace.N` after the block that it runs after."""
         heads, head_dim = module.num_heads, module.dim // module.num_heads
         return tuple(Site(site, heads, head_dim) for site, _ in _blocks(module))
 
     def site_modules(self, module: Any) -> dict[str, str]:
-        """See `Host.site_modules`."""
         return {site: f"{block}.self_attn" for site, block in _blocks(module)}
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
-        """See `Host.layout`."""
         latent, joined = call.argument(0, "x"), call.argument(4, "time_dim_concat")
         if getattr(latent, "ndim", 0) != 5:
             return Reason("arguments", f"{self.title} was called without the 5-D latent that tells its token grid")
@@ -75,7 +72,7 @@ class WanHost(Host):
         return TokenLayout.of((*before, main_segment(latent, patch), *in_time, *after))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
-        """See `Host.planned_layout`; text is not part of the sequence."""
+        """Text is not part of the sequence."""
         pixels = 16 if module.out_dim == LATENT_CHANNELS_22 else 8
         latent_frames = (max(frames, 1) - 1) // FRAMES_PER_LATENT + 1
         return TokenLayout.of([planned_main(width, height, pixels * module.patch_size[-1], latent_frames)])
@@ -95,11 +92,10 @@ class WanHost(Host):
         )
 
     def diffusers_sites(self, module: Any) -> dict[str, str]:
-        """See `Host.diffusers_sites`."""
         return {f"{block}.attn1": site for site, block in _blocks(module)}
 
     def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """See `Host.norm_parameters`: the query norms of every self-attention."""
+        """The query norms of every self-attention."""
         return tuple(f"{block}.self_attn.norm_q.weight" for _, block in _blocks(module))
 
 

@@ -74,7 +74,6 @@ class Trainer(FlowTrainer):
         super().__init__(lambda: WanModel(config or WanConfig()), 0.996, seed, device)
 
     def loss(self, stage: Stage, generator: torch.Generator) -> Tensor:
-        """See `FlowTrainer`."""
         clean, noise, level, text = (part.to(self.device) for part in draw_batch(stage, generator))
         noisy = torch.lerp(clean, noise, level[:, None, None, None, None])
         with torch.autocast(self.device, torch.bfloat16):

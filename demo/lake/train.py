@@ -59,7 +59,6 @@ class Trainer(FlowTrainer):
         self.teacher: FluxModel | None = None
 
     def loss(self, stage: Stage, generator: torch.Generator) -> Tensor:
-        """See `FlowTrainer`."""
         batch = [part.to(self.device) for part in draw_batch(stage, generator)]
         if stage.distil and self.teacher is None:
             self.teacher = copy.deepcopy(self.average)
@@ -67,11 +66,9 @@ class Trainer(FlowTrainer):
             return distillation_loss(self, stage, *batch) if stage.distil else flow_loss(self, stage, *batch)
 
     def networks(self) -> dict[str, nn.Module]:
-        """See `FlowTrainer`."""
         return super().networks() | ({"teacher": self.teacher} if self.teacher else {})
 
     def restore(self, states: Mapping[str, dict[str, Tensor]]) -> None:
-        """See `FlowTrainer`."""
         if "teacher" in states:
             self.teacher = copy.deepcopy(self.average)
         super().restore(states)

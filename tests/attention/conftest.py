@@ -15,8 +15,9 @@ from urllib.parse import unquote
 
 import pytest
 
-from linearize.attention import hub, hub_partial
-from linearize.attention.hub import HubError, HubFile, download
+from linearize.attention.hub import download as hub
+from linearize.attention.hub import partial as hub_partial
+from linearize.attention.hub.download import HubError, HubFile, download
 
 sys.path.insert(0, str(Path(__file__).parent))  # for host_calls.py
 

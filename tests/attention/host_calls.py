@@ -8,16 +8,8 @@ import torch.nn.functional as F
 from linearize.attention import ClearSpec, Segment, TokenLayout, grid_segment
 from linearize.attention.hosts import Site
 from linearize.attention.memory import LongLived
-from linearize.attention.override import (
-    AttentionOverride,
-)
-from linearize.attention.runtime import (
-    CALL_KEY,
-    RUNTIME_KEY,
-    CallFacts,
-    Runtime,
-    SiteSettings,
-)
+from linearize.attention.runtime.override import AttentionOverride
+from linearize.attention.runtime.runtime import CALL_KEY, RUNTIME_KEY, CallFacts, Runtime, SiteSettings
 
 LAYOUT = TokenLayout.of((Segment("text", 3), grid_segment("main", 1, 5, 6)))
 HEADS, HEAD_DIM, TOKENS = 2, 8, LAYOUT.num_tokens

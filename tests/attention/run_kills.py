@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from linearize.attention.tensor_file import write_tensor_file
+from linearize.attention.students.tensor_file import write_tensor_file
 
 SIZE = 2**18  # numbers of a tensor
 

@@ -12,7 +12,7 @@ import torch
 
 from linearize.attention import atomic_file
 from linearize.attention.atomic_file import clear_drafts, whole_file
-from linearize.attention.tensor_file import open_tensor_file, write_tensor_file
+from linearize.attention.students.tensor_file import open_tensor_file, write_tensor_file
 
 KILLS = 24
 can_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
@@ -143,7 +143,7 @@ import sys
 from pathlib import Path
 import torch
 from linearize.attention import atomic_file
-from linearize.attention.tensor_file import write_tensor_file
+from linearize.attention.students.tensor_file import write_tensor_file
 folder, mark = Path(sys.argv[1]), float(sys.argv[2])
 if sys.argv[3] == "hidden":
     atomic_file._nameless = lambda folder: None

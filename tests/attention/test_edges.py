@@ -5,8 +5,8 @@ import torch
 
 from linearize.attention import Segment, TokenLayout, attention, grid_segment
 from linearize.attention.bounds import MOST_TOKENS
-from linearize.attention.cost import attention_cost, disc_pairs
-from linearize.attention.reference import clear_mask, exact_and_linear_masks
+from linearize.attention.kinds.reference import clear_mask, exact_and_linear_masks
+from linearize.attention.planning.cost import attention_cost, disc_pairs
 from linearize.attention.specs import (
     MOST_FRAMES,
     STABILIZERS,
@@ -17,7 +17,7 @@ from linearize.attention.specs import (
     LinearSpec,
     radius_per_head,
 )
-from linearize.attention.student import new_maps
+from linearize.attention.students.learned import new_maps
 
 HUGE = 10**9  # its square times another's is beyond 64 bits
 EDGES = {

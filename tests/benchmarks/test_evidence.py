@@ -256,7 +256,8 @@ def test_settings_and_noise_levels_change_one_thing(modules):
 
 def test_maps_of_other_degrees(modules, monkeypatch):
     """Degree 2 is the pack's own map; part n of another is its part of degree 1 raised to the power n."""
-    from linearize.attention import feature_maps, specs
+    from linearize.attention import specs
+    from linearize.attention.kinds import feature_maps
 
     monkeypatch.setattr(feature_maps, "MAPS", dict(feature_maps.MAPS))
     monkeypatch.setattr(specs, "FEATURE_MAPS", specs.FEATURE_MAPS)
@@ -313,8 +314,8 @@ def test_the_table_of_costs(modules, monkeypatch):
 def test_budgets_can_be_reached_and_the_planners_differ(modules, suite):
     """With errors that fall as costs rise, and sites that differ in how much they need."""
     from linearize.attention import Segment, TokenLayout, attention_cost, grid_segment
+    from linearize.attention.planning.knapsack import Option, SiteOptions, plan_under_budget
     from linearize.attention.specs import DenseSpec, spec_from_json
-    from linearize.training.budget import Option, SiteOptions, plan_under_budget
 
     grids = {"budgets": (Segment("text", 12), grid_segment("main", 1, 32, 32)),
              "video budgets": (grid_segment("main", 5, 12, 16),)}  # fmt: skip
@@ -339,7 +340,7 @@ def test_budgets_can_be_reached_and_the_planners_differ(modules, suite):
 
 def test_stage_1_runs_where_there_is_something_to_learn(modules):
     from linearize.attention.specs import ClearSpec, spec_from_json
-    from linearize.attention.student import new_maps
+    from linearize.attention.students.learned import new_maps
 
     experiments = modules("experiments")
     for method in experiments.METHODS + experiments.VIDEO_METHODS:

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from linearize.attention import Segment, TokenLayout, attention, grid_segment, reference_attention
-from linearize.attention.cost import attention_cost
-from linearize.attention.reference import clear_mask
+from linearize.attention.kinds.reference import clear_mask
+from linearize.attention.planning.cost import attention_cost
 from linearize.attention.specs import ClearSpec, groups_of, radius_per_head
 
 CASES = 100_000 if os.environ.get("LINEARIZE_TEST_ALL") else 3_000

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from linearize.attention.plans import Plan
-from linearize.attention.student_file import StudentFile, load_student, save_student
-from linearize.attention.tensor_file import FileProblem, open_tensor_file, write_tensor_file
+from linearize.attention.students.file import StudentFile, load_student, save_student
+from linearize.attention.students.tensor_file import FileProblem, open_tensor_file, write_tensor_file
 
 NAME, SECONDS, PEAK = "given.safetensors", 5, 120e6
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)) * 9

@@ -12,20 +12,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from linearize.attention.clear_weights import clear_weights, published_radius
-from linearize.attention.cost import attention_cost
 from linearize.attention.hosts.base import Site
 from linearize.attention.layout import Segment, TokenLayout, grid_segment
+from linearize.attention.planning.cost import attention_cost
+from linearize.attention.planning.report import describe_spec
 from linearize.attention.plans import Plan, group_sites
-from linearize.attention.report import describe_spec
 from linearize.attention.specs import HeadSplit, MappedSpec
-from linearize.attention.student import new_maps
-from linearize.attention.student_file import StudentFile, load_student, save_student
-from linearize.attention.student_fit import check_student, student_parameters
-from linearize.attention.tensor_file import FileProblem, TensorInfo, open_tensor_file, write_tensor_file
-from linearize.training.conditioning import SamplesProblem, content_sha256
-from linearize.training.job_file import read_job
-from linearize.training.samples import TeacherSamples
+from linearize.attention.students.clear_weights import clear_weights, published_radius
+from linearize.attention.students.file import StudentFile, load_student, save_student
+from linearize.attention.students.fit import check_student, student_parameters
+from linearize.attention.students.learned import new_maps
+from linearize.attention.students.tensor_file import FileProblem, TensorInfo, open_tensor_file, write_tensor_file
+from linearize.training.jobs.description import read_job
+from linearize.training.samples.conditioning import SamplesProblem, content_sha256
+from linearize.training.samples.folder import TeacherSamples
 
 SECONDS, BYTES, LONGEST = 3, 400 * 2**20, 420
 SITES = [*(Site(f"double.{n}", 24, 128) for n in range(19)), *(Site(f"single.{n}", 24, 128) for n in range(38))]
@@ -193,7 +193,7 @@ def test_what_a_student_holds_has_numbers(name):
 
 def edited(path, **texts):
     """Return a student whose metadata was edited and sealed again."""
-    from linearize.attention.student_file import _checksum
+    from linearize.attention.students.file import _checksum
 
     save_student(path, StudentFile(host="flux", plan=Plan("flux")))
     file = open_tensor_file(path)

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from linearize.attention import student_file
 from linearize.attention.plans import Plan
 from linearize.attention.specs import ClearSpec, LinearSpec
-from linearize.attention.student_file import StudentFile, load_student, save_student
-from linearize.attention.tensor_file import FileProblem
+from linearize.attention.students import file as student_file
+from linearize.attention.students.file import StudentFile, load_student, save_student
+from linearize.attention.students.tensor_file import FileProblem
 
 CASES = 10_000 if bool(os.environ.get("LINEARIZE_TEST_ALL")) else 500
 SECONDS, PEAK_BYTES = 2.0, 50e6

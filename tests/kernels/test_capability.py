@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from linearize.attention import ClearSpec, HeadGroup, HeadSplit, Segment, TokenLayout, attention, grid_segment
-from linearize.attention import clear_triton as backend
-from linearize.attention.backends import BACKENDS, Call, choose_backend
-from linearize.attention.clear_blocks import GRID_TILES, query_table
+from linearize.attention.gpu import clear as backend
+from linearize.attention.gpu.clear_blocks import GRID_TILES, query_table
+from linearize.attention.runtime.backends import BACKENDS, Call, choose_backend
 from linearize.attention.specs import groups_of
-from linearize.attention.student import Learned
+from linearize.attention.students.learned import Learned
 from linearize.kernels import Tile, capability, refusal, tile_for, tuning
 
 LAYOUT = TokenLayout.of((Segment("text", 5), grid_segment("main", 1, 9, 14)))

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from linearize.attention import Segment, TokenLayout, attention, grid_segment, radius_per_head, reference_attention
-from linearize.attention.clear_triton import clear_with_triton
+from linearize.attention.gpu.clear import clear_with_triton
+from linearize.attention.kinds.reference import clear_mask
 from linearize.attention.memory import LongLived
-from linearize.attention.reference import clear_mask
 from linearize.attention.specs import ClearSpec
 
 HALF = [torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
@@ -237,7 +237,7 @@ def test_pooling_weights_get_gradients(qkv, exact_dtype, relative_error, toleran
 
 
 def test_the_statistics_are_the_log_of_the_sums(qkv, exact_dtype):
-    from linearize.attention.clear_triton import _tables
+    from linearize.attention.gpu.clear import _tables
 
     layout, spec = flux(5, 7, 4), ClearSpec(3)
     query, key, value = qkv(layout, dtype=exact_dtype)
@@ -262,7 +262,7 @@ def test_tables_are_kept_and_shared_between_passes(qkv, exact_dtype):
 
 
 def test_torch_compile_needs_no_graph_break(qkv, exact_dtype):
-    from linearize.attention.clear_triton import _tables
+    from linearize.attention.gpu.clear import _tables
     from linearize.kernels import attend
 
     layout = flux(5, 7, 4)
@@ -281,7 +281,7 @@ def test_torch_compile_needs_no_graph_break(qkv, exact_dtype):
 
 
 def test_the_operators_keep_pytorchs_rules(qkv, exact_dtype):
-    from linearize.attention.clear_triton import _tables
+    from linearize.attention.gpu.clear import _tables
 
     layout = flux(3, 4, 2)
     inputs = [tensor.requires_grad_() for tensor in qkv(layout, 1, dtype=exact_dtype)]

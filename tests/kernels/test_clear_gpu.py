@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from linearize.attention import Segment, TokenLayout, attention, grid_segment
-from linearize.attention import clear_triton as backend
-from linearize.attention.backends import BACKENDS, Call, choose_backend
-from linearize.attention.clear_triton import clear_with_triton
+from linearize.attention.gpu import clear as backend
+from linearize.attention.gpu.clear import clear_with_triton
+from linearize.attention.kinds.reference import clear_mask
 from linearize.attention.memory import LongLived
-from linearize.attention.reference import clear_mask
+from linearize.attention.runtime.backends import BACKENDS, Call, choose_backend
 from linearize.attention.specs import ClearSpec
 
 pytestmark = pytest.mark.gpu

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from linearize.attention import Segment, TokenLayout, grid_segment, reference_attention
-from linearize.attention.clear_triton import clear_with_triton
+from linearize.attention.gpu.clear import clear_with_triton
 from linearize.attention.specs import ClearSpec, groups_of, radius_per_head
 
 CASES = 600 if os.environ.get("LINEARIZE_TEST_ALL") or torch.cuda.is_available() else 30

@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from linearize.attention import Segment, TokenLayout, grid_segment, mixed_triton, reference_attention
-from linearize.attention.clear_triton import SELF_TEST_TOLERANCE
-from linearize.attention.feature_maps import MAPS, TINY, Elementwise, Favor
-from linearize.attention.linear import TORCH, LinearState, RawState
-from linearize.attention.mixed_triton import TRITON, mixed_with_triton
+from linearize.attention import Segment, TokenLayout, grid_segment, reference_attention
+from linearize.attention.gpu import mapped as mixed_triton
+from linearize.attention.gpu.clear import SELF_TEST_TOLERANCE
+from linearize.attention.gpu.mapped import TRITON, mixed_with_triton
+from linearize.attention.kinds.feature_maps import MAPS, TINY, Elementwise, Favor
+from linearize.attention.kinds.linear import TORCH, LinearState, RawState
 from linearize.attention.specs import ChunkedSpec, HybridSpec, LinearSpec
 from linearize.kernels import FUSED_MAPS, Tile, linear_state, mixed_attend, state, tile_for, tuning
 

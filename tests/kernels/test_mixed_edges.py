@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from linearize.attention import Segment, TokenLayout, grid_segment
-from linearize.attention.feature_maps import MAPS
-from linearize.attention.mixed_triton import mixed_with_triton
+from linearize.attention.gpu.mapped import mixed_with_triton
+from linearize.attention.kinds.feature_maps import MAPS
 from linearize.attention.specs import ChunkedSpec, HybridSpec, LinearSpec
 
 CLIP = TokenLayout.of((grid_segment("main", 5, 3, 4), Segment("text", 3)))

@@ -7,10 +7,11 @@ outputs and gradients against float64.
 import pytest
 import torch
 
-from linearize.attention import TokenLayout, grid_segment, mixed_triton, reference_attention
-from linearize.attention.clear_triton import SELF_TEST_TOLERANCE
-from linearize.attention.feature_maps import MAPS
-from linearize.attention.mixed_triton import mixed_with_triton
+from linearize.attention import TokenLayout, grid_segment, reference_attention
+from linearize.attention.gpu import mapped as mixed_triton
+from linearize.attention.gpu.clear import SELF_TEST_TOLERANCE
+from linearize.attention.gpu.mapped import mixed_with_triton
+from linearize.attention.kinds.feature_maps import MAPS
 from linearize.attention.specs import ChunkedSpec, HybridSpec, LinearSpec
 
 pytestmark = pytest.mark.gpu

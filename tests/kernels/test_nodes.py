@@ -11,7 +11,7 @@ def sample(comfy, device):
     """A function that samples a picture with a node of the pack; it returns the latent and the run record."""
     if device.type != "cpu":
         pytest.skip("the tests run ComfyUI on the CPU")
-    patching = comfy.module("nodes.patching")
+    patching = comfy.module("patching")
     generator = torch.Generator().manual_seed(0)
     tensor, pooled = torch.randn(1, 12, 64, generator=generator), torch.randn(1, 32, generator=generator)
     conditioning = [[tensor, {"pooled_output": pooled}]]

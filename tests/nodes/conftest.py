@@ -36,8 +36,8 @@ def sd3(comfy):
 
 def make_studio(comfy, name, text_width, default_size, pooled_width=32):
     """Return what loads, conditions, patches, samples and reads the record of one tiny model."""
-    patching = comfy.module("nodes.patching")
-    runtime_module = comfy.module("attention.runtime")
+    patching = comfy.module("patching")
+    runtime_module = comfy.module("attention.runtime.runtime")
     with torch.inference_mode():
         (model,) = comfy.nodes.UNETLoader().load_unet(f"linearize_tiny_{name}.safetensors", "default")
 
@@ -75,6 +75,7 @@ def make_studio(comfy, name, text_width, default_size, pooled_width=32):
         sample=sample,
         ran=ran,
         patching=patching,
+        node_status=comfy.module("nodes.node_status"),
         runtime=runtime_module,
         record=lambda model: patching.runtime_of(model).record,
     )
@@ -89,13 +90,13 @@ def everywhere():
 @pytest.fixture
 def notes(studio, monkeypatch):
     """What each node tells beside the summary, in the order in which they ran."""
-    told, show = [], studio.patching.show_on_node
+    told, show = [], studio.node_status.show_on_node
 
     def note(node_id, lines=()):
         told.append(" ".join(lines))
         return show(node_id, lines)
 
-    monkeypatch.setattr(studio.patching, "show_on_node", note)
+    monkeypatch.setattr(studio.node_status, "show_on_node", note)
     return told
 
 

@@ -37,7 +37,7 @@ def own(base, pooled=1, apart=0.0):
 def auto(comfy, studio):
     """A function: what `auto` does for a model and a spec."""
     source, spec = comfy.module("nodes.clear_source"), comfy.module("attention.specs").ClearSpec
-    read = comfy.module("training.comfy_patch").parameter
+    read = comfy.module("patching.patcher").parameter
 
     def choose(*values, model=None, **more):
         model = model or studio.model

@@ -15,13 +15,13 @@ SITES = ("double.0", "double.1", "single.0", "single.1")
 @pytest.fixture(scope="session")
 def kit(comfy):
     """The pack's own classes as ComfyUI loaded them."""
-    candidates, specs = comfy.module("attention.candidates"), comfy.module("attention.specs")
+    candidates, specs = comfy.module("attention.students.candidates"), comfy.module("attention.specs")
 
     class Kit:
         clear, hybrid, dense = specs.ClearSpec, specs.HybridSpec, specs.DenseSpec
         candidate, student = candidates.Candidate, candidates.Candidates
-        problem = comfy.module("attention.tensor_file").FileProblem
-        load = staticmethod(comfy.module("attention.student_file").load_student)
+        problem = comfy.module("attention.students.tensor_file").FileProblem
+        load = staticmethod(comfy.module("attention.students.file").load_student)
 
         @staticmethod
         def pool(seed, size=2):
@@ -75,7 +75,7 @@ def shown(studio, monkeypatch):
     def show(node_id, notes=()):
         return lambda text: told.append("\n".join([text, *notes]))
 
-    monkeypatch.setattr(studio.patching, "show_on_node", show)
+    monkeypatch.setattr(studio.node_status, "show_on_node", show)
     return told
 
 

@@ -53,7 +53,7 @@ def map_parameters(comfy, spec, site):
     """Return how many parameters the maps of a site have, and the matrix behind it."""
     learned = 0
     if hasattr(spec, "feature_map"):
-        make = comfy.module("attention.feature_maps").MAPS[spec.feature_map]
+        make = comfy.module("attention.kinds.feature_maps").MAPS[spec.feature_map]
         learned = 2 * sum(each.numel() for each in make(site.num_heads, site.head_dim, spec.feature_dim).parameters())
     return learned + site.num_heads * site.head_dim**2
 
@@ -82,13 +82,15 @@ def test_the_note_says_what_fine_tuning_estimates(comfy, models, name, claim):
         each for each in comfy.module("attention.hosts").HOSTS if each.name == name.split("_")[0].removesuffix("21")
     )
     sites, weights = host.sites(module), host.site_weights(module)
-    sizes = comfy.module("training.deltas").projections(module, (path for each in sites for path in weights[each.id]))
+    sizes = comfy.module("training.finetune.deltas").projections(
+        module, (path for each in sites for path in weights[each.id])
+    )
     trained = sum(tune["rank"] * (rows + columns) for rows, columns in sizes.values())
     trained += max(sum(map_parameters(comfy, spec, each) for each in sites) for spec in candidates(comfy, nodes))
     latent = nodes[teacher["latent_image"][0]]["inputs"]
     size = latent["width"], latent["height"], latent.get("length", 1)
     parameters = list(module.parameters())
-    found = comfy.module("training.estimate").estimate(
+    found = comfy.module("training.finetune.estimate").estimate(
         sum(each.nbytes for each in parameters),
         trained,
         optimizer=tune["optimizer"],
@@ -106,7 +108,7 @@ def test_the_note_says_what_fine_tuning_estimates(comfy, models, name, claim):
 
 def share(comfy, host, module, specs, size):
     """Return the FLOPs of attention with a spec per site over those of dense attention, at a size."""
-    cost, dense = comfy.module("attention.cost").attention_cost, comfy.module("attention.specs").DenseSpec()
+    cost, dense = comfy.module("attention.planning.cost").attention_cost, comfy.module("attention.specs").DenseSpec()
     layout = host.planned_layout(module, *size, host.default_text_tokens)
     flops = [0, 0]
     for site, spec in zip(host.sites(module), specs, strict=True):

@@ -45,7 +45,7 @@ def wan(comfy):
 
 def test_half_of_wan_runs_hybrid(comfy, wan):
     """The sites are those of the shipped template; the feature map is the paper's, with its number of parameters."""
-    patching = comfy.module("nodes.patching")
+    patching = comfy.module("patching")
     host, module = patching.host_of(wan)
     sites = host.sites(module)
     assert [(site.id, site.num_heads, site.head_dim) for site in sites] == [(f"blocks.{i}", 12, 128) for i in range(30)]

@@ -21,8 +21,7 @@ def high_res(comfy):
 def shown(comfy, monkeypatch):
     """The texts that nodes show."""
     texts = []
-    patching = comfy.module("nodes.patching")
-    monkeypatch.setattr(patching, "show_on_node", lambda *_: texts.append)
+    monkeypatch.setattr(comfy.module("nodes.node_status"), "show_on_node", lambda *_: texts.append)
     return texts
 
 
@@ -140,7 +139,7 @@ def test_other_kinds_settings_and_the_source_stay(studio, high_res, comfy):
     for settings in studio.patching.runtime_of(patched).sites.values():
         assert (settings.min_tokens, settings.percents) == (7, (0.0, 0.9))
     assert studio.patching.runtime_of(studio.clear(studio.model)).sites["single.0"].spec.proportional is False
-    scale = comfy.module("attention.high_res").with_proportional_scale
+    scale = comfy.module("attention.planning.high_res").with_proportional_scale
     specs = comfy.module("attention.specs")
     assert scale(specs.DenseSpec()) == specs.DenseSpec()
     split = specs.radius_per_head((4, 8))
@@ -184,7 +183,7 @@ def test_an_embedding_without_a_base_is_refused(studio, high_res):
 
 
 def test_its_costs_are_those_of_attention_report_matrices_included(comfy, studio, high_res, shown):
-    specs, student = comfy.module("attention.specs"), comfy.module("attention.student")
+    specs, student = comfy.module("attention.specs"), comfy.module("attention.students.learned")
     host, module = studio.patching.host_of(studio.model)
     (site,) = (each for each in host.sites(module) if each.id == "single.0")
     matrices = torch.eye(site.head_dim).expand(site.num_heads, -1, -1)

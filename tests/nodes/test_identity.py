@@ -89,10 +89,10 @@ def test_a_file_that_goes_is_read_all_the_same(model_files, tmp_path):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_checksum_of_the_hub_is_that_of_the_file_it_fetched(comfy, model_files, tmp_path, change):
-    hub = comfy.module("attention.hub")
+    hub = comfy.module("attention.hub.download")
     path = tmp_path / "student.safetensors"
     path.write_bytes(FIRST)
-    file = comfy.module("attention.hub_transfer").HubFile("me/student", path.name)
+    file = comfy.module("attention.hub.transfer").HubFile("me/student", path.name)
     known = hub.Download(path, "0" * 40, hashlib.sha256(FIRST).hexdigest(), len(FIRST), "mit")
     hub._write_record(known, file, path.stat().st_mtime_ns)
     assert hub.recorded_sha256(path) == known.sha256

@@ -132,8 +132,8 @@ def test_what_is_left_out_is_what_the_widget_shows(comfy):
     behind = {  # where the defaults of a node's **inputs stand
         "LinearizeHybrid": signature_defaults(module("nodes.kind_inputs").run_kind),
         "LinearizeLinear": signature_defaults(module("nodes.kind_inputs").run_kind),
-        "LinearizeTransfer": vars_of(module("training.recipe").TransferRecipe()),
-        "LinearizeFinetune": vars_of(module("training.recipe").FinetuneRecipe()),
+        "LinearizeTransfer": vars_of(module("training.engine.recipe").TransferRecipe()),
+        "LinearizeFinetune": vars_of(module("training.engine.recipe").FinetuneRecipe()),
         "LinearizeTeacherSamples": module("nodes.teacher_samples").ADVANCED,
     }
     specs = module("attention.specs")
@@ -276,7 +276,7 @@ def test_the_status_is_shown_on_the_node(studio, comfy, monkeypatch):
     monkeypatch.setattr(server.PromptServer, "instance", fake, raising=False)
     settings = studio.runtime.SiteSettings(comfy.module("attention.specs").ClearSpec(2))
     sites = dict.fromkeys(("double.0", "single.1"), settings)
-    patched, _ = studio.patching.patch_model(studio.model, sites, studio.patching.show_on_node("17"))
+    patched, _ = studio.patching.patch_model(studio.model, sites, studio.node_status.show_on_node("17"))
     studio.sample(patched)
     assert [node for node, _ in sent] == ["17"]
     assert sent[0][1].startswith("clear (torch): 2 sites\n100% linearized")

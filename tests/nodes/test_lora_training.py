@@ -47,8 +47,10 @@ def train(comfy, studio, wan, monkeypatch):
 
 def student(comfy, model, spec, *, pools=False, outputs=False, deltas=False):
     """Return a student that runs `spec` everywhere with parameters of its own, made as nodes make them."""
-    files, plans, students = (comfy.module(f"attention.{name}") for name in ("student_file", "plans", "student"))
-    host, module = comfy.module("nodes.patching").host_of(model)
+    files, plans, students = (
+        comfy.module(f"attention.{name}") for name in ("students.file", "plans", "students.learned")
+    )
+    host, module = comfy.module("patching").host_of(model)
     parameters, changes = {}, {}
     with torch.inference_mode():
         for site in host.sites(module):

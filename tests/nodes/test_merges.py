@@ -20,8 +20,8 @@ def other(comfy, studio):
 @pytest.fixture
 def student(comfy):
     """A function: a student of hybrid attention everywhere, with a change of the first projection or without."""
-    files, plans, specs = (comfy.module(f"attention.{name}") for name in ("student_file", "plans", "specs"))
-    students = comfy.module("attention.student")
+    files, plans, specs = (comfy.module(f"attention.{name}") for name in ("students.file", "plans", "specs"))
+    students = comfy.module("attention.students.learned")
 
     def make(with_change=True):
         generator = torch.Generator().manual_seed(3)

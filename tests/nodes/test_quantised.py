@@ -89,7 +89,7 @@ COARSE = {
 
 @pytest.mark.parametrize("kind", COARSE)
 def test_a_student_changes_weights_that_are_stored_packed(comfy, studio, everywhere, packed_base, kind, relative_error):
-    files, plans, specs = (comfy.module(f"attention.{name}") for name in ("student_file", "plans", "specs"))
+    files, plans, specs = (comfy.module(f"attention.{name}") for name in ("students.file", "plans", "specs"))
     model, deltas = packed_base(kind), changes()
     before = {key: effective(model, key).clone() for key in (QKV, BIAS, "single_blocks.1.linear2.weight")}
     student = files.StudentFile("flux", plans.Plan("flux", specs.ClearSpec(3)), deltas=deltas)
@@ -113,7 +113,7 @@ def test_a_student_changes_weights_that_are_stored_packed(comfy, studio, everywh
 
 @pytest.mark.parametrize("kind", COARSE)
 def test_a_change_of_another_shape_is_told_in_shapes_of_numbers(comfy, packed_base, kind):
-    files, plans, specs = (comfy.module(f"attention.{name}") for name in ("student_file", "plans", "specs"))
+    files, plans, specs = (comfy.module(f"attention.{name}") for name in ("students.file", "plans", "specs"))
     name = "diffusion_model.double_blocks.0.img_attn.qkv.diff"
     student = files.StudentFile("flux", plans.Plan("flux", specs.ClearSpec(3)), deltas={name: torch.zeros(768, 128)})
     with pytest.raises(ValueError, match=r"\(768, 128\), which does not fit this model's \(768, 256\)"):
@@ -123,7 +123,7 @@ def test_a_change_of_another_shape_is_told_in_shapes_of_numbers(comfy, packed_ba
 @pytest.mark.parametrize("kind", COARSE)
 def test_base_weights_are_read_as_numbers(comfy, studio, packed_base, kind, relative_error):
     """Also while the model is loaded with a patch on them: a fingerprint may be made of any weight."""
-    patch = comfy.module("training.comfy_patch")
+    patch = comfy.module("patching.patcher")
     model = packed_base(kind).clone()
     for key in (QKV, BIAS):
         model.add_patches({f"diffusion_model.{key}": ("diff", (torch.ones(effective(model, key).shape),))})

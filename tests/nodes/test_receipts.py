@@ -47,7 +47,7 @@ def prompts(comfy):
     from comfy_execution.progress import reset_progress_state
     from comfy_execution.utils import CurrentNodeContext
 
-    receipt, record = comfy.module("nodes.receipt"), comfy.module("attention.record")
+    receipt, record = comfy.module("patching.receipt"), comfy.module("attention.runtime.record")
     receipt._receipts.clear()
 
     def queue(nodes, **extra_data):
@@ -170,7 +170,7 @@ def test_a_long_chain_of_nodes_is_no_recursion(prompts):
 
 
 def test_the_receipt_holds_no_text_of_an_exception(comfy, prompts):
-    decisions, layout = comfy.module("attention.decisions"), comfy.module("attention.layout")
+    decisions, layout = comfy.module("attention.runtime.decisions"), comfy.module("attention.layout")
     failed = decisions.why_failed("triton", RuntimeError("cannot open /data/ada/secret.cu"))
     trained = layout.Reason("mask", "trained weights on dense attention: an attention mask is given")
     assert prompts.receipt_of(prompts.sampled(reason=failed))["fell_back"] == ["failed"]

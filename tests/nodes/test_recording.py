@@ -155,7 +155,7 @@ def test_a_step_records_what_the_next_one_replays(studio, recorder, share):
 
 
 def test_pauses_inside_each_other_end_with_the_outermost(comfy, recorder):
-    pause = comfy.module("training.comfy_patch").pause_recording
+    pause = comfy.module("patching.patcher").pause_recording
     with pause():
         with pause():
             assert recorder.paused
@@ -182,6 +182,6 @@ def test_the_pause_is_that_of_a_core_that_records(comfy, monkeypatch):
             "pause_malloc_graph",
             lambda: entered.append(True) or contextlib.nullcontext(),
         )
-    with comfy.module("training.comfy_patch").pause_recording():
+    with comfy.module("patching.patcher").pause_recording():
         pass
     assert len(entered) == len(defined) <= 1

@@ -14,7 +14,7 @@ def files(comfy):
     """Write students into models/linearize; they are removed at the end."""
     import folder_paths
 
-    student_file = comfy.module("attention.student_file")
+    student_file = comfy.module("attention.students.file")
     folder = Path(folder_paths.get_folder_paths("linearize")[0])
     folder.mkdir(parents=True, exist_ok=True)
     made = []
@@ -275,7 +275,7 @@ def test_a_whole_weight_lies_under_earlier_loras(comfy, studio, make, files):
 
 
 def test_the_receipt_names_the_file_also_through_apply(comfy, studio, make, files):
-    receipt = comfy.module("nodes.receipt")
+    receipt = comfy.module("patching.receipt")
     name = files(host="flux", plan=make(default=make.clear(3)), deltas=low_rank()[0])
     patched, student = load(comfy, studio.model, name)
     (applied,) = comfy.node("LinearizeApply")(model=studio.model, attention=student).args
@@ -286,7 +286,7 @@ def test_the_receipt_names_the_file_also_through_apply(comfy, studio, make, file
 
 
 def test_a_student_that_is_replaced_while_it_loads_has_no_hash(comfy, studio, make, files, monkeypatch):
-    node, receipt = comfy.module("nodes.load_student"), comfy.module("nodes.receipt")
+    node, receipt = comfy.module("nodes.load_student"), comfy.module("patching.receipt")
     read = node.load_student
     name = files(host="flux", plan=make(default=make.clear(3)), deltas=low_rank()[0])
 
@@ -305,7 +305,7 @@ def test_a_student_that_is_replaced_while_it_loads_has_no_hash(comfy, studio, ma
 def test_what_a_student_says_of_itself_is_one_line_each(comfy, studio, make, files, notes, text):
     apply = comfy.module("nodes.apply")
     plan = make(default=make.clear(3))
-    student = comfy.module("attention.student_file").StudentFile("flux", plan, base_model=text, licence=text)
+    student = comfy.module("attention.students.file").StudentFile("flux", plan, base_model=text, licence=text)
     note = apply.student_note(student)
     assert note.isprintable() and len(note) < 500
     with pytest.raises(ValueError) as error:
@@ -319,7 +319,7 @@ def test_a_node_shows_lines_and_nothing_else(comfy, studio, monkeypatch):
     sent = []
     told = type("Told", (), {"send_progress_text": staticmethod(lambda text, node: sent.append(text))})
     monkeypatch.setattr(PromptServer, "instance", told, raising=False)
-    studio.patching.show_on_node("3", ["a\x1bb"])("first\nsecond\u202e")
+    studio.node_status.show_on_node("3", ["a\x1bb"])("first\nsecond\u202e")
     assert sent == ["first\nsecond\\u202e\na\\x1bb"]
 
 
@@ -457,7 +457,7 @@ def test_a_saved_student_is_found_again_after_a_restart_of_the_list(comfy, studi
 
 def test_two_servers_that_save_one_name_both_keep_their_file(comfy, studio, make, tmp_path, monkeypatch):
     """Both took the same free number: the second one's file gets the next, and replaces nothing."""
-    model_files, student_file = comfy.module("nodes.model_files"), comfy.module("attention.student_file")
+    model_files, student_file = comfy.module("nodes.model_files"), comfy.module("attention.students.file")
     student = student_file.StudentFile(host="flux", plan=make(default=make.clear(3)))
     taken = tmp_path / "twice_00001_.safetensors"
     paths = iter([taken, taken, tmp_path / "twice_00002_.safetensors"])

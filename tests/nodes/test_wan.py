@@ -146,7 +146,7 @@ def test_an_error_inside_a_block_that_another_node_catches(wan):
 
 def test_threads_do_not_see_each_others_sites(wan, comfy):
     """CFG split runs model calls in parallel threads; each has its own site."""
-    hooks = comfy.module("attention.site_hooks")
+    hooks = comfy.module("attention.hosts.site_hooks")
     seen, both = {}, threading.Barrier(2)
 
     class Slow(torch.nn.Module):
@@ -179,7 +179,7 @@ def test_the_copy_for_another_gpu(wan):
 def test_two_gpus_share_a_sampling(wan, monkeypatch):
     """ComfyUI runs each half of the guidance in a thread, on a model of its own, with the settings of the first."""
     texts = []
-    monkeypatch.setattr(wan.patching, "show_on_node", lambda *_: texts.append)
+    monkeypatch.setattr(wan.node_status, "show_on_node", lambda *_: texts.append)
     patched = wan.clear(wan.model, radius=3)
     expected = wan.sample(patched, cfg=3.0)
     deep = patched.deepclone_multigpu(new_load_device=torch.device("cpu", 0))  # another name of the same device

@@ -68,7 +68,7 @@ def test_every_package_is_mapped():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     found = {
         "linearize." + path.parent.relative_to(ROOT).as_posix().replace("/", ".")
-        for layer in ("kernels", "attention", "training", "nodes")
+        for layer in ("kernels", "attention", "patching", "training", "nodes")
         for path in (ROOT / layer).rglob("__init__.py")
     }
     assert set(project["tool"]["setuptools"]["packages"]) == {"linearize", *found}

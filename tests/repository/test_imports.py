@@ -1,4 +1,4 @@
-"""The import law: nodes -> training -> attention -> kernels, and comfy only where it is allowed."""
+"""The import law: nodes -> training -> patching -> attention -> kernels, rooms in order, comfy where it is allowed."""
 
 import ast
 import sys
@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = ("kernels", "attention", "training", "nodes")  # each may import itself and those before it
+LAYERS = ("kernels", "attention", "patching", "training", "nodes")  # each may import itself and those before it
+ROOMS = {  # the same inside a layer; "" is the layer's own files
+    "attention": ("", "kinds", "gpu", "hosts", "students", "planning", "runtime", "hub"),
+    "training": ("samples", "engine", "transfer", "finetune", "jobs", "comfyui", ""),
+}
+MAY_USE_COMFYUI = ("nodes", "patching", "training/comfyui")
 HOST_APPLICATION = {
     "comfy", "comfy_api", "comfy_extras", "comfy_execution", "execution", "folder_paths", "latent_preview", "server",
 }  # fmt: skip
@@ -16,8 +21,13 @@ PATCHER_METHODS = {
     "model_options", "remove_callbacks_with_key", "remove_wrappers_with_key", "set_additional_models",
     "set_attachments", "set_injections", "set_model_attn1_patch", "set_model_unet_function_wrapper",
 }  # fmt: skip
-NO_HOSTS = (["base"], ["source"])  # what hosts, and what judges models beside them, may share
-MAY_TOUCH_PATCHERS = {"nodes/patching.py", "nodes/weight_patches.py", "training/comfy_patch.py"}
+# what hosts, and what judges models beside them, may share
+NO_HOSTS = (
+    ["base"],
+    ["source"],
+    ["site_hooks"],
+    ["class_code"],
+)
 
 
 def modules():
@@ -38,6 +48,13 @@ def imported(path: Path):
                 yield from ((node.lineno, f"{name}.{alias.name}" if name else alias.name) for alias in node.names)
 
 
+def room(path: str) -> str:
+    """Return in which of a layer's rooms a module or a file is, "" for the layer's own."""
+    layer, _, rest = path.partition("/")
+    first = rest.partition("/")[0]
+    return first if first in ROOMS.get(layer, ()) else ""
+
+
 def violations(path: Path):
     relative = path.relative_to(ROOT).as_posix()
     layer = relative.split("/")[0]
@@ -47,9 +64,12 @@ def violations(path: Path):
             yield f"{relative}:{line} imports {name} from a layer above"
         if top == "linearize":
             yield f"{relative}:{line} imports its own pack by an absolute name"
-        in_nodes = layer == "nodes" or relative.startswith("training/comfy_")
-        if top in HOST_APPLICATION and not in_nodes:
-            yield f"{relative}:{line} imports {name}, which only nodes/ and training/comfy_*.py may"
+        rooms, own, other = ROOMS.get(layer, ()), room(relative), room(name.replace(".", "/"))
+        is_door = relative == f"{layer}/__init__.py"  # what a layer offers; nothing in the layer imports it
+        if top == layer and rooms and not is_door and rooms.index(other) > rooms.index(own):
+            yield f"{relative}:{line} imports {name} from a room above"
+        if top in HOST_APPLICATION and not relative.startswith(MAY_USE_COMFYUI):
+            yield f"{relative}:{line} imports {name}, which only {', '.join(MAY_USE_COMFYUI)} may"
         if relative.startswith("attention/hosts/") and not relative.endswith("__init__.py"):
             parts = name.split(".")
             if parts[:2] == ["attention", "hosts"] and parts[2:3] not in ([], *NO_HOSTS):
@@ -66,8 +86,8 @@ def test_imports_follow_the_arrows(path):
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_only_the_patching_modules_touch_a_model_patcher(path):
-    if path.relative_to(ROOT).as_posix() in MAY_TOUCH_PATCHERS:
+def test_only_patching_touches_a_model_patcher(path):
+    if path.relative_to(ROOT).parts[0] == "patching":
         return
     tree = ast.parse(path.read_text(encoding="utf-8"))
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -86,6 +106,18 @@ def test_the_law_can_be_broken(tmp_path, monkeypatch):
     )
     lines = {int(text.split(":")[1].split()[0]) for text in violations(bad)}
     assert lines == {1, 2, 3, 4, 5}
+    bad = tmp_path / "attention" / "kinds" / "bad.py"
+    bad.parent.mkdir()
+    bad.write_text("from ..runtime import record\nfrom ..runtime.record import x\nfrom ..specs import ClearSpec\n")
+    assert {int(text.split(":")[1].split()[0]) for text in violations(bad)} == {1, 2}
+    bad = tmp_path / "training" / "engine" / "bad.py"
+    bad.parent.mkdir(parents=True)
+    bad.write_text("import comfy.sample\nfrom ..worker import x\nfrom ...patching import host_of\nfrom . import loop\n")
+    assert {int(text.split(":")[1].split()[0]) for text in violations(bad)} == {1, 2}
+    bad = tmp_path / "patching" / "bad.py"
+    bad.parent.mkdir()
+    bad.write_text("import comfy.ops\nfrom ..training.engine import loop\nfrom ..attention import specs\n")
+    assert {int(text.split(":")[1].split()[0]) for text in violations(bad)} == {2}
     bad = tmp_path / "kernels" / "bad.py"
     bad.parent.mkdir()
     bad.write_text("import math\nimport torch\nimport triton\nimport numpy\nfrom ..attention import layout\n")
@@ -103,7 +135,7 @@ def test_attention_imports_without_comfyui():
     import sys
 
     code = (
-        "import sys, linearize.attention, linearize.attention.runtime, linearize.attention.report;"
+        "import sys, linearize.attention, linearize.attention.runtime.runtime, linearize.attention.planning.report;"
         "bad = [m for m in sys.modules if m.split('.')[0] in ('comfy', 'nodes', 'folder_paths', 'comfy_api')];"
         "sys.exit(repr(bad) if bad else 0)"
     )

@@ -57,7 +57,7 @@ def test_the_archive_is_small_and_clean(archive):
     tops = {name.split("/")[0] for name in names}
     pages = {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "requirements.txt"}
     needed = {"__init__.py", "attention", "nodes", "web", "locales", "workflows", "subgraphs", *pages}
-    assert needed <= tops <= needed | {"kernels", "training"}
+    assert needed <= tops <= needed | {"kernels", "patching", "training"}
     assert size < 3 * 10**6
     assert {PurePosixPath(name).suffix for name in names} <= SUFFIXES
     assert not [name for name in names if "__pycache__" in name or name.startswith("workflows/api/")]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from linearize.attention.cost import attention_cost
 from linearize.attention.layout import TokenLayout, grid_segment
+from linearize.attention.planning.cost import attention_cost
 from linearize.attention.specs import DenseSpec, HybridSpec
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from listening import events
 
-from linearize.training.job import read_values
+from linearize.training.engine.job_folder import read_values
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "demo"))

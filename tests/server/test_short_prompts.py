@@ -4,7 +4,7 @@ import pytest
 
 from linearize.attention.plans import Plan
 from linearize.attention.specs import ClearSpec
-from linearize.attention.student_file import StudentFile, save_student
+from linearize.attention.students.file import StudentFile, save_student
 
 PLACE = {"sites": "all", "host": "flux"}
 SIZE = {"width": 512, "height": 512}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-for folder in (ROOT / "tests" / "hosts", Path(__file__).parent):
+for folder in (ROOT / "tests" / "attention" / "hosts", Path(__file__).parent):
     sys.path.append(str(folder))  # files that import each other by name
 
 from stand_ins import NODES, Given, given  # noqa: E402
@@ -74,7 +74,7 @@ def execute(core, models, monkeypatch):
     from comfy.patcher_extension import CallbacksMP
     from server import PromptServer
 
-    runtime_of = core.module("nodes.patching").runtime_of
+    runtime_of = core.module("patching").runtime_of
     server = SimpleNamespace(client_id=None, last_node_id=None)
     server.send_sync = server.send_progress_text = lambda *_: None
     monkeypatch.setattr(PromptServer, "instance", server, raising=False)

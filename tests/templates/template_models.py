@@ -1,7 +1,7 @@
 """The models that templates name, as tiny random ones of the same class: which file is of which family.
 
-Shapes are those of `tests/hosts/family_*.py` with the channels of the family's real latents, since nodes of templates
-make latents themselves.
+Shapes are those of `tests/attention/hosts/family_*.py` with the channels of the family's real latents, since nodes of
+templates make latents themselves.
 """
 
 import re

@@ -67,7 +67,7 @@ def test_every_site_runs_on_windows(name, templates, execute):
 
 @pytest.mark.parametrize("name", DENSE)
 def test_what_stays_dense_says_why(name, core, templates, execute):
-    expect_declines = core.module("attention.runtime").expect_declines
+    expect_declines = core.module("attention.runtime.runtime").expect_declines
     for run in templates[name].runs():
         with expect_declines(DENSE[name].code):
             sampled = execute(run)

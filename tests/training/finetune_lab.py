@@ -35,9 +35,9 @@ def lab(comfy, studios, folders, monkeypatch):
 
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(folders))
     shown, patching = [], studios["flux"].patching
-    monkeypatch.setattr(patching, "show_on_node", lambda *_: shown.append)
-    specs, candidates = comfy.module("attention.specs"), comfy.module("attention.candidates")
-    student_module = comfy.module("attention.student")
+    monkeypatch.setattr(comfy.module("nodes.node_status"), "show_on_node", lambda *_: shown.append)
+    specs, candidates = comfy.module("attention.specs"), comfy.module("attention.students.candidates")
+    student_module = comfy.module("attention.students.learned")
 
     def samples(name):
         used, shape = studios[name], SIZES[name]

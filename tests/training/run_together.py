@@ -7,14 +7,14 @@ import torch
 from toy import Overflowing, ToyTeacher
 from toy_trainee import ToyTrainee
 
-from linearize.attention.candidates import Candidate, Candidates
 from linearize.attention.specs import HybridSpec, LinearSpec
-from linearize.attention.student import new_maps
-from linearize.training.distributed import Joint, OtherProcessFailed, StopSignal, join, shared_job
-from linearize.training.finetune import Finetune
-from linearize.training.loop import run_stage
-from linearize.training.recipe import FinetuneRecipe, TransferRecipe
-from linearize.training.transfer import Transfer
+from linearize.attention.students.candidates import Candidate, Candidates
+from linearize.attention.students.learned import new_maps
+from linearize.training.engine.loop import run_stage
+from linearize.training.engine.recipe import FinetuneRecipe, TransferRecipe
+from linearize.training.finetune.finetune import Finetune
+from linearize.training.jobs.distributed import Joint, OtherProcessFailed, StopSignal, join, shared_job
+from linearize.training.transfer.transfer import Transfer
 from linearize.training.worker import leave
 
 CPU, SITES = torch.device("cpu"), ("double.0", "single.0", "single.1")

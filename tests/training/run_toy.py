@@ -7,10 +7,10 @@ import torch
 from toy import ToyTeacher
 
 from linearize.attention.specs import LinearSpec
-from linearize.training.job import JobFolder
-from linearize.training.loop import run_stage
-from linearize.training.recipe import TransferRecipe
-from linearize.training.transfer import Transfer
+from linearize.training.engine.job_folder import JobFolder
+from linearize.training.engine.loop import run_stage
+from linearize.training.engine.recipe import TransferRecipe
+from linearize.training.transfer.transfer import Transfer
 
 RECIPE = TransferRecipe(updates=40, queries=8, held_out=1)
 

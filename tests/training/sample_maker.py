@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from linearize.attention.fingerprint import LENGTH
-from linearize.training.conditioning import Conditioning
-from linearize.training.sample_index import About
-from linearize.training.samples_writer import SamplesWriter, Wanted
+from linearize.attention.students.fingerprint import LENGTH
+from linearize.training.samples.conditioning import Conditioning
+from linearize.training.samples.index import About
+from linearize.training.samples.writer import SamplesWriter, Wanted
 
 PROMPTS = ["a lake", "a red house, “quoted”", "湖"]
 FINGERPRINT = torch.linspace(0.5, 1.5, LENGTH)

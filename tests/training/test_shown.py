@@ -10,18 +10,18 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linearize.attention.hub_transfer import HubFile
+from linearize.attention.hub.model_card import describe_student, model_card
+from linearize.attention.hub.transfer import HubFile
 from linearize.attention.plans import Plan, select_sites
-from linearize.attention.record import Once
+from linearize.attention.runtime.record import Once
 from linearize.attention.shown import LONGEST, one_line, printable, quote, quote_some
 from linearize.attention.specs import ClearSpec, spec_from_json
-from linearize.attention.student_file import StudentFile, load_student, save_student
-from linearize.attention.student_fit import check_student
-from linearize.attention.tensor_file import open_tensor_file, problem, write_tensor_file
-from linearize.training.job_file import job_from_json
-from linearize.training.model_card import describe_student, model_card
-from linearize.training.sample_index import About, read_about
-from linearize.training.samples import check_samples
+from linearize.attention.students.file import StudentFile, load_student, save_student
+from linearize.attention.students.fit import check_student
+from linearize.attention.students.tensor_file import open_tensor_file, problem, write_tensor_file
+from linearize.training.jobs.description import job_from_json
+from linearize.training.samples.folder import check_samples
+from linearize.training.samples.index import About, read_about
 
 HOSTILE = (
     "two\nlines", "\r\x1b[2J\x1b]0;title\x07", "\u202egnp.exe", "\u2028next", "a\x00b\x7f\x85", "\ud83d", "\u200bzero",

@@ -15,7 +15,7 @@ WIDTH = HEADS * SIZE
 
 
 class ToyTeacher:
-    """`linearize.training.model.Teacher`."""
+    """`linearize.training.engine.protocols.Teacher`."""
 
     host = FluxHost()
     has_negative = False

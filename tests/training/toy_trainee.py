@@ -7,9 +7,9 @@ from torch import nn
 from linearize.attention.hosts.base import ModelCall
 from linearize.attention.hosts.flux import FluxHost
 from linearize.attention.memory import LongLived
-from linearize.attention.override import OVERRIDE_KEY, AttentionOverride
-from linearize.attention.runtime import RUNTIME_KEY, Runtime
-from linearize.training.roles import Roles
+from linearize.attention.runtime.override import OVERRIDE_KEY, AttentionOverride
+from linearize.attention.runtime.runtime import RUNTIME_KEY, Runtime
+from linearize.training.finetune.roles import Roles
 
 HEADS, SIZE, TEXT, CHANNELS = 2, 8, 3, 4
 WIDTH = HEADS * SIZE
@@ -105,7 +105,7 @@ class ToyModel(nn.Module):
 
 
 class ToyTrainee:
-    """`linearize.training.model.Trainee`."""
+    """`linearize.training.engine.protocols.Trainee`."""
 
     has_negative = False
 

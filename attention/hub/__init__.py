@@ -1,0 +1,1 @@
+"""The Hub: downloads that resume and are verified, known files, model cards, uploads."""

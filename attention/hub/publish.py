@@ -1,0 +1,151 @@
+"""A student's way to the Hub: a file with its model card, shown before anything is sent, then one commit.
+
+The token is the Hub's own login on this machine; it goes to the endpoint only and is no input of any node.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..shown import one_line
+from ..students.file import StudentFile, load_student
+from .download import is_offline
+from .model_card import describe_size, describe_student, model_card
+from .transfer import Hub, HubError, HubFile
+
+log = logging.getLogger("linearize")
+CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Publication:
+    """What would be uploaded.
+
+    Args:
+        file: where it goes.
+        path: the student on this machine.
+        size: of the student, in bytes.
+        card: text of the model card.
+        student: what the file holds.
+    """
+
+    file: HubFile
+    path: Path
+    size: int
+    card: str
+    student: StudentFile
+
+
+def prepare(path: Path, repo: str) -> Publication:
+    """Return what publishing a file would upload; touches no network.
+
+    Args:
+        path: of a student.
+        repo: "owner/name" on the Hub.
+
+    Raises:
+        ValueError: repository or file name could not be loaded again, or the file is no whole student; one sentence.
+    """
+    file = HubFile(repo.strip(), path.name)
+    student = load_student(path)
+    size = path.stat().st_size
+    return Publication(file, path, size, model_card(student, file, size), student)
+
+
+def publish(publication: Publication, *, private: bool, replace_card: bool = False) -> str:
+    """Upload a student and its card in one commit, and return the commit's address.
+
+    A repository that is not there is made. The card of one that is there stays, unless it is to be replaced.
+
+    Args:
+        publication: from `prepare`.
+        private: whether a new repository is; with it, one that is there and public is refused.
+        replace_card: write the card anew where there is one.
+
+    Raises:
+        HubError: nobody is logged in, the Hub refuses or cannot be reached; one sentence.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    repo, name = publication.file.repo, publication.file.file
+    with contextlib.closing(_hub()) as hub, _explained(repo), _token_stays_home(hub):
+        api = HfApi(endpoint=hub.endpoint, token=hub.token, library_name="linearize")
+        api.create_repo(repo, private=private, exist_ok=True)
+        info = api.model_info(repo)
+        if private and not info.private:
+            raise HubError(f"{repo} is there and public; switch private off, or make it private on the Hub first")
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(publication.path))]
+        if replace_card or CARD not in {each.rfilename for each in info.siblings or ()}:
+            operations.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=publication.card.encode()))
+        commit = api.create_commit(repo, operations=operations, commit_message=f"Add {name}")
+    log.info("published %s: %s", publication.file, one_line(commit.commit_url, 300))
+    return one_line(commit.commit_url, 300)
+
+
+def describe_publication(publication: Publication, private: bool, card_path: Path) -> str:
+    """Return for people what would be uploaded, then the card."""
+    lines = [
+        f"to {publication.file.repo}, {'private' if private else 'public'} if it is made now:",
+        f"- {publication.file.file}, {describe_size(publication.size)}",
+        f"- {CARD}, written to {card_path}",
+        *describe_student(publication.student),
+    ]
+    return "\n".join([*lines, "", publication.card])
+
+
+def _hub() -> Hub:
+    """Return the endpoint with the token of this machine.
+
+    Raises:
+        HubError: offline by setting, no login, or an endpoint that may not have the token.
+    """
+    if is_offline():
+        raise HubError("HF_HUB_OFFLINE is set, so nothing can be published; unset it and restart ComfyUI")
+    hub = Hub()
+    if not hub.token:
+        hub.close()
+        raise HubError(
+            f"nobody is logged in at {hub.endpoint}; run hf auth login on this machine, or set HF_TOKEN, with a token"
+            " that may write, and restart ComfyUI"
+        )
+    return hub
+
+
+@contextlib.contextmanager
+def _token_stays_home(hub: Hub) -> Iterator[None]:
+    """Keep the client from taking the token to another address that the endpoint names, as it does after uploads."""
+    from huggingface_hub.utils import get_session
+
+    def strip(request: Any) -> Any:
+        if not hub.is_own(str(request.url)):
+            request.headers.pop("Authorization", None)
+        return request
+
+    session: Any = get_session()  # of `requests` or of `httpx`; both call `auth` with each request
+    before, session.auth = session.auth, strip
+    try:
+        yield
+    finally:
+        session.auth = before
+
+
+@contextlib.contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    """Turn what the Hub and its client raise, whose classes changed between versions, into a sentence."""
+    try:
+        yield
+    except HubError:
+        raise
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = one_line(" ".join(str(error).split()), 300) or type(error).__name__
+        if status in (401, 403):
+            remedy = "log in with a token that may write there (hf auth login)"
+        elif status == 404:
+            remedy = "check owner and name"
+        else:
+            remedy = "run again; what is there already is not sent twice"
+        raise HubError(f"{repo} could not be published, {remedy}: {reason}") from error

@@ -1,0 +1,1 @@
+"""What each kind of attention computes: formulas in PyTorch, feature maps, the float64 reference."""

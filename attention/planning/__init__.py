@@ -1,0 +1,1 @@
+"""Which attention each site runs: what it costs, and the choice under a budget."""

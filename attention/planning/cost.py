@@ -1,0 +1,174 @@
+"""What attention costs: exact pairs of query and key, FLOPs and bytes, without running anything.
+
+Counts are for the core of attention, without projections and rotary embedding.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+from ..kinds.chunked import chunks_of, linear_runs
+from ..kinds.feature_maps import MAPS
+from ..layout import Grid, TokenLayout
+from ..specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, MappedSpec, SiteSpec, groups_of
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one forward of one site costs, per item of the batch.
+
+    Args:
+        pairs: (query, key) pairs that meet in a softmax, summed over heads.
+        flops: floating point operations: 4 * D per pair, what linear keys take (feature maps, state, its reading), and
+            2 * D * D per head and grid token where matrices follow.
+        moved_bytes: bytes of q, k, v and the output, each touched once: the least that has to move.
+    """
+
+    pairs: int
+    flops: int
+    moved_bytes: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.pairs + other.pairs, self.flops + other.flops, self.moved_bytes + other.moved_bytes)
+
+
+@functools.lru_cache(maxsize=1024)
+def disc_pairs(grid: Grid, radius: int, temporal_radius: int = 0) -> int:
+    """Return the number of (query, key) pairs of grid tokens that see each other under CLEAR.
+
+    pairs = sum over offsets (dt, dy, dx) in the disc of (frames - |dt|) (height - |dy|) (width - |dx|).
+
+    Args:
+        grid: (frames, height, width) in tokens.
+        radius: in tokens, strict.
+        temporal_radius: in frames, strict; 0 lets every frame see every frame.
+
+    Source: mask of CLEAR (arXiv 2412.16112); the sum is checked against brute force in the tests.
+    """
+    frames, height, width = grid
+    squared = max(temporal_radius, 1) ** 2
+    total = 0
+    for dt in range(frames):
+        across = (frames - dt) * (1 if dt == 0 else 2)
+        # whole numbers: dt^2 r^2 + (dy^2 + dx^2) rt^2 < r^2 rt^2
+        left = radius**2 * squared - (dt**2 * radius**2 if temporal_radius else 0)
+        if left > 0:
+            total += across * _plane_pairs(height, width, (left - 1) // squared)
+    return total
+
+
+def _plane_pairs(height: int, width: int, largest: int) -> int:
+    """Return the pairs of cells of one plane whose squared distance is at most `largest`."""
+    total = 0
+    for dy in range(min(height - 1, math.isqrt(largest)) + 1):
+        reach = min(width - 1, math.isqrt(largest - dy * dy))
+        row = width + 2 * sum(width - dx for dx in range(1, reach + 1))
+        total += (height - dy) * (1 if dy == 0 else 2) * row
+    return total
+
+
+def pooled_tokens(grid: Grid, down_factor: int) -> int:
+    """Return the number of pooled tokens of a grid; squares at the border may be partial."""
+    if down_factor == 1:
+        return 0
+    frames, height, width = grid
+    return frames * math.ceil(height / down_factor) * math.ceil(width / down_factor)
+
+
+def clear_pairs(spec: ClearSpec, layout: TokenLayout) -> int:
+    """Return the (query, key) pairs of one head under CLEAR.
+
+    Global queries see every token but no pooled one; grid queries see the global tokens, their disc and the pooled
+    tokens of their own grid.
+    """
+    pairs = layout.num_global * layout.num_tokens
+    for _, grid in layout.grids:
+        tokens = math.prod(grid)
+        pairs += tokens * (layout.num_global + pooled_tokens(grid, spec.down_factor))
+        pairs += disc_pairs(grid, spec.radius, spec.temporal_radius)
+    return pairs
+
+
+def exact_pairs(spec: MappedSpec, layout: TokenLayout) -> int:
+    """Return the (query, key) pairs of one head that meet in a softmax; the others go through feature maps."""
+    pairs = layout.num_global * layout.num_tokens
+    anchors = _anchors(spec, layout)
+    for _, grid in layout.grids:
+        pairs += math.prod(grid) * (layout.num_global + anchors)
+        if isinstance(spec, ChunkedSpec):
+            cells = grid[1] * grid[2]
+            steps = chunks_of(grid[0], spec)
+            pairs += sum((step.stop - step.start) * (step.stop - step.first) for step in steps) * cells**2
+    return pairs
+
+
+def linear_flops(spec: MappedSpec, layout: TokenLayout, head_dim: int) -> int:
+    """Return the FLOPs of one head that feature maps take, and the state S, z: building it, and reading it.
+
+    Every query on a grid that has a linear key goes through phi_q and reads a state; every key on a grid that is linear
+    for some query goes through phi_k and into a state, once. Sums of states are not counted: they do not grow with the
+    tokens.
+    """
+    kind = MAPS[spec.feature_map]
+    per_map = 2 * kind.num_products(head_dim, spec.feature_dim)
+    per_state = 2 * kind.features(head_dim, spec.feature_dim) * (head_dim + 1)
+    return sum(_linear_tokens(spec, layout)) * (per_map + per_state)
+
+
+def _linear_tokens(spec: MappedSpec, layout: TokenLayout) -> tuple[int, int]:
+    """Return the queries on grids that have linear keys, and the keys on grids that are linear for some query."""
+    everything = sum(math.prod(grid) for _, grid in layout.grids)
+    if not isinstance(spec, ChunkedSpec):
+        keys = everything - _anchors(spec, layout)
+        return (everything, keys) if keys else (0, 0)
+    if len(layout.grids) > 1:
+        return everything, everything
+    queries = keys = 0
+    for _, (frames, height, width) in layout.grids:
+        steps = tuple(chunks_of(frames, spec))
+        queries += sum(step.stop - step.start for step in steps if step.has_linear) * height * width
+        keys += sum(stop - first for first, stop in linear_runs(frames, steps, False)) * height * width
+    return queries, keys
+
+
+def _anchors(spec: MappedSpec, layout: TokenLayout) -> int:
+    """Return the tokens on grids that are exact keys for every query."""
+    if not isinstance(spec, HybridSpec):
+        return 0
+    return sum(math.ceil(math.prod(grid) / spec.rate) for _, grid in layout.grids)
+
+
+def attention_cost(
+    spec: SiteSpec,
+    layout: TokenLayout,
+    num_heads: int,
+    head_dim: int,
+    bytes_per_value: int = 2,
+    *,
+    has_matrices: bool = False,
+) -> Cost:
+    """Return the cost of one site.
+
+    Args:
+        spec: what the site runs.
+        layout: the tokens of the call.
+        num_heads, head_dim: H and D.
+        bytes_per_value: of q, k, v and output; 2 for fp16 and bf16.
+        has_matrices: a matrix per head follows the attention, see `output_map.py`.
+
+    Raises:
+        ValueError: a split that names another number of heads.
+    """
+    pairs, linear = 0, 0
+    for group in groups_of(spec, num_heads):
+        if isinstance(group.spec, DenseSpec):
+            pairs += len(group.heads) * layout.num_tokens**2
+        elif isinstance(group.spec, ClearSpec):
+            pairs += len(group.heads) * clear_pairs(group.spec, layout)
+        else:
+            pairs += len(group.heads) * exact_pairs(group.spec, layout)
+            linear += len(group.heads) * linear_flops(group.spec, layout, head_dim)
+    if has_matrices:
+        linear += 2 * sum(math.prod(grid) for _, grid in layout.grids) * num_heads * head_dim**2
+    moved = 4 * layout.num_tokens * num_heads * head_dim * bytes_per_value
+    return Cost(pairs, 4 * head_dim * pairs + linear, moved)

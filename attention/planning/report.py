@@ -1,0 +1,76 @@
+"""What a plan costs at a size, as rows and as text, before anything runs."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..hosts import Host, Site
+from ..layout import TokenLayout
+from ..plans import describe_sites, group_sites
+from ..specs import DenseSpec, HeadSplit, SiteSpec
+from .cost import Cost, attention_cost
+
+
+@dataclass(frozen=True, slots=True)
+class SiteCost:
+    """One site with its spec, and its cost as dense attention and as planned."""
+
+    site: Site
+    spec: SiteSpec
+    dense: Cost
+    planned: Cost
+
+
+def site_costs(
+    host: Host,
+    module: Any,
+    specs: Mapping[str, SiteSpec],
+    layout: TokenLayout,
+    with_matrices: Collection[str] = (),
+) -> tuple[SiteCost, ...]:
+    """Return the cost of every site of a model; sites that `specs` does not name are dense.
+
+    Args:
+        with_matrices: sites that have a matrix per head behind their attention, see `output_map.py`.
+    """
+    rows = []
+    for site in host.sites(module):
+        spec, own = specs.get(site.id, DenseSpec()), host.site_layout(site.id, layout)
+        dense = attention_cost(DenseSpec(), own, site.num_heads, site.head_dim)
+        has_matrices = site.id in with_matrices and site.id in specs
+        planned = attention_cost(spec, own, site.num_heads, site.head_dim, has_matrices=has_matrices)
+        rows.append(SiteCost(site, spec, dense, planned))
+    return tuple(rows)
+
+
+def describe_spec(spec: SiteSpec) -> str:
+    """Return a spec in a few words: its kind, and the parameters that differ from the defaults."""
+    if isinstance(spec, HeadSplit):
+        return " + ".join(f"{len(group.heads)} heads {describe_spec(group.spec)}" for group in spec.groups)
+    shown = {"radius", "rate", "chunk_frames"}
+    default = asdict(type(spec)())
+    words = [f"{name} {value}" for name, value in asdict(spec).items() if name in shown or value != default[name]]
+    return " ".join([spec.kind, *words])
+
+
+def describe_costs(title: str, size: str, layout: TokenLayout, rows: Sequence[SiteCost]) -> str:
+    """Return the report as text: tokens, what runs where, FLOPs per forward and the least memory traffic."""
+    dense, planned = (sum(getattr(row, name).flops for row in rows) for name in ("dense", "planned"))
+    specs = group_sites({row.site.id: row.spec for row in rows})
+    counts = {spec: sum(row.spec == spec for row in rows) for _, spec in specs}
+    sites = {spec: f"{count} site" if count == 1 else f"{count} sites" for spec, count in counts.items()}
+    lines = [
+        f"{title}, {size}: {layout.num_tokens:,} tokens ({layout.num_global:,} global),"
+        f" {len(rows)} sites: {describe_sites([row.site.id for row in rows])}",
+        *(f"{describe_spec(spec)}: {sites[spec]} ({expression})" for expression, spec in specs),
+        f"attention per forward: {_flops(dense)} dense, {_flops(planned)} as planned ({planned / dense:.1%})",
+        f"q, k, v and output of one site in 16 bits: {rows[0].dense.moved_bytes / 2**20:,.0f} MiB",
+    ]
+    return "\n".join(lines)
+
+
+def _flops(count: int) -> str:
+    for unit, size in (("TFLOP", 10**12), ("GFLOP", 10**9)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 10**6:,.1f} MFLOP"

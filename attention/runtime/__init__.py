@@ -1,0 +1,1 @@
+"""What happens at an attention call while a model samples: the override, the decision, the backends, the record."""

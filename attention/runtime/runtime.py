@@ -1,0 +1,336 @@
+"""The plan of one model at work: what runs at each attention call of a sampling run.
+
+`Runtime` holds the plan and settings of one model, `begin_call` notes the token layout once per forward, and `run_site`
+acts call by call; `override.py` calls both. Nothing here raises into a sampling run: what cannot be done is left to the
+attention that was there before, with the reason logged once and counted. (With LINEARIZE_STRICT=1, for tests, an
+unexpected reason raises instead.)
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..hosts import Host, ModelCall
+from ..hosts.site_hooks import KnownModel, forget_running
+from ..kinds.output_map import map_outputs
+from ..layout import Reason, TokenLayout
+from ..memory import LongLived
+from ..planning.cost import attention_cost
+from ..site_call import SiteCall, to_bhnd
+from ..specs import DenseSpec
+from ..students.learned import StudentParameters
+from .backends import AUTO, Call, choose_backend
+from .decisions import CallFacts, Half, Percents, SiteSettings, decide, is_within, left_to_host, why_failed
+from .joined_tokens import watch_joined
+from .record import LastRun, Ran, RunRecord, once
+
+RUNTIME_KEY = "linearize_runtime"
+CALL_KEY = "linearize_call"
+HALF_KEY = "cond_or_uncond"  # in the transformer options: which parts of the guidance a forward holds
+
+_expected: ContextVar[frozenset[str]] = ContextVar("expected declines", default=frozenset())
+
+
+class UnexpectedDecline(AssertionError):
+    """Under LINEARIZE_STRICT=1: a call fell back to dense for a reason that the test did not name."""
+
+
+@contextlib.contextmanager
+def expect_declines(*codes: str) -> Iterator[None]:
+    """Allow declines with these reason codes under LINEARIZE_STRICT=1."""
+    token = _expected.set(_expected.get() | set(codes))
+    try:
+        yield
+    finally:
+        _expected.reset(token)
+
+
+@dataclass(slots=True)
+class Runtime:
+    """Plan, settings and state of one patched model. Clones of the model get their own through `copy`.
+
+    Args:
+        host: the model's architecture.
+        sites: settings per site id; sites that are not named stay dense.
+        memory: what outlives a call.
+        parameters: what was learned for the sites; shared between clones, never written.
+        status: told the summary when a run ends.
+        observe: shown what every site of the host was given and what came out, whoever computed it; for distillation.
+        core: the host application's own attention.
+        percent_to_sigma: turns a share of sampling into a noise level; the model's own, set anew when a run starts.
+        record: counts of the run in progress, or of the last one.
+        copies: the last run of a clone, for nodes that ask for the last run of the model that was cloned.
+        override: ours over another node's, kept between forwards.
+
+    A site whose output was infinite or NaN in one run uses backend torch from then on, where the choice is `auto`.
+    """
+
+    host: Host
+    sites: Mapping[str, SiteSettings]
+    memory: LongLived
+    parameters: StudentParameters = field(default_factory=StudentParameters)
+    status: Callable[[str], None] | None = None
+    observe: Callable[[SiteCall], None] | None = None
+    core: Callable[..., Tensor] | None = None
+    percent_to_sigma: Callable[[float], float] | None = None
+    record: RunRecord = field(default_factory=RunRecord)
+    copies: LastRun = field(default_factory=LastRun)
+    override: Any = None
+    _told: tuple[LastRun, ...] = ()
+    _known: dict[Any, KnownModel] = field(default_factory=dict)
+    _unhook: dict[Any, Callable[[], None]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _masked: dict[str, set[Half]] = field(default_factory=dict)
+    _finite: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
+    _distrusted: frozenset[str] = frozenset()
+
+    def copy(self) -> "Runtime":
+        """Return a runtime with the same settings and no shared state; its runs are told to this one."""
+        memory = LongLived(self.memory.pause, self.memory.max_bytes)
+        own = {"memory": memory, "record": RunRecord(), "copies": LastRun(), "override": None}
+        own |= {"_known": dict(self._known), "_unhook": {}, "_lock": threading.Lock()}
+        return replace(self, **own, _told=(*self._told, self.copies), _masked={}, _finite={}, _distrusted=frozenset())
+
+    def __deepcopy__(self, _: dict[int, Any]) -> "Runtime":
+        return self.copy()
+
+    def merged_over(self, earlier: "Runtime") -> "Runtime":
+        """Return the runtime of two nodes in a row: this one's sites, and the earlier one's where it has none.
+
+        Raises:
+            ValueError: the runtimes are for different hosts.
+        """
+        if self.host.name != earlier.host.name:
+            raise ValueError(f"settings for {self.host.title} cannot follow settings for {earlier.host.title}")
+        parameters = earlier.parameters.without(set(self.sites)).joined(self.parameters)
+        statuses = [status for status in (earlier.status, self.status) if status is not None]
+
+        def status(text: str) -> None:
+            for each in statuses:
+                each(text)
+
+        sites = {**earlier.sites, **self.sites}
+        return replace(self.copy(), sites=sites, parameters=parameters, status=status, _told=())
+
+    def meet(self, module: Any) -> None:
+        """Note the modules of the model that this runtime is put on, before other nodes move them."""
+        self._known = {module: KnownModel.of(self.host, module)}
+
+    def start_run(self, percent_to_sigma: Callable[[float], float] | None = None) -> None:
+        """Forget the last run, but for the sites that gave infinities or NaN."""
+        self._distrusted |= set(self.record.non_finite)
+        planned = (site for site, settings in self.sites.items() if not isinstance(settings.spec, DenseSpec))
+        self.record = RunRecord(sampled=True, planned=tuple(planned))
+        self.percent_to_sigma = percent_to_sigma or self.percent_to_sigma
+        self._masked.clear()
+        self._finite.clear()
+
+    def finish_run(self) -> None:
+        """Read the flags, free what was kept for the run, tell the node, and the models that this is a clone of."""
+        bad = {site for (site, _), finite in self._finite.items() if not bool(finite)}
+        self.record.non_finite = tuple(site for site in self.sites if site in bad)
+        self._finite.clear()
+        self.memory.clear()
+        self._take_hooks_away()
+        for each in self._told:
+            each.record = self.record
+        if self.status is not None:
+            try:
+                self.status(self.record.summary())
+            except Exception as error:  # a closed connection must not cost the finished latent
+                once.warning(f"Linearize: the status could not be shown: {error}")
+
+    def last_run(self) -> str:
+        """Return what the last run of this model did, or else that of a clone, which samplers may make themselves."""
+        if self.record.sampled or self.copies.record is None:
+            return self.record.summary()
+        return f"{self.copies.record.summary()}\n(a copy of this model was sampled)"
+
+    @torch.compiler.disable  # a compiled model would keep the layout and noise level of its first call
+    def begin_call(self, call: ModelCall, options: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of the transformer options in which the override finds this forward's facts.
+
+        Raises:
+            ValueError: a node asked for one backend, by name, that cannot run this forward.
+        """
+        # some models run what wraps them inside the core's recording of allocations
+        with self.memory.pause():
+            forget_running()
+            self.record.forwards += 1
+            self._hook(call.module)
+            if torch.is_grad_enabled():
+                self.parameters.let_autograd_save()
+            facts = CallFacts(self.host.layout(call), self._outside(options), tuple(options.get(HALF_KEY) or ()))
+            if isinstance(facts.layout, TokenLayout):
+                self._check_named_backends(call, facts, facts.layout)
+        return {**watch_joined(options, facts.joined), CALL_KEY: facts}
+
+    def _hook(self, module: Any) -> None:
+        """Have the model's modules tell what runs, until the run ends; each GPU of several has a model and a thread."""
+        with self._lock:
+            if module not in self._known:
+                self._known[module] = KnownModel.of(self.host, module)
+            if module not in self._unhook:
+                self._unhook[module] = self._known[module].hook()
+
+    def _take_hooks_away(self) -> None:
+        with self._lock:
+            if self._unhook:  # what else is known belongs to models that are not used any more
+                self._known = {module: self._known[module] for module in self._unhook}
+            while self._unhook:
+                self._unhook.popitem()[1]()
+
+    def _outside(self, options: Mapping[str, Any]) -> frozenset[Percents]:
+        """Return the parts of sampling, of those that a site was given, that this forward lies outside of."""
+        parts = {settings.percents for settings in self.sites.values() if settings.percents is not None}
+        if not parts or self.percent_to_sigma is None or options.get("sigmas") is None:
+            return frozenset()
+        sigma = float(options["sigmas"].max())
+        return frozenset(part for part in parts if not is_within(sigma, *map(self.percent_to_sigma, part)))
+
+    def _check_named_backends(self, call: ModelCall, facts: CallFacts, layout: TokenLayout) -> None:
+        """Raise, before a forward computes anything, if a backend that the user named cannot run it."""
+        latent = call.argument(0, "x")
+        latent = latent[0] if isinstance(latent, list | tuple) else latent  # of a video and its sound
+        # on a GPU `auto` is asked too: a backend tests itself now, where allocations are not recorded
+        on_gpu, sizes = isinstance(latent, Tensor) and latent.is_cuda, self._known[call.module].site
+        for settings in {each for each in self.sites.values() if on_gpu or each.backend != AUTO}:
+            if left_to_host(settings, facts, layout.num_tokens) is not None:
+                continue
+            shape = (latent.shape[0], sizes.num_heads, layout.num_tokens, sizes.head_dim)
+            call_facts = Call(settings.spec, layout, shape, call.dtype or latent.dtype, latent.device)
+            backend, reasons = choose_backend(call_facts, settings.backend)
+            if backend is None and settings.backend != AUTO and not isinstance(settings.spec, DenseSpec):
+                raise ValueError(
+                    f"backend {settings.backend} cannot run here: {reasons[0].text}; choose backend {AUTO}"
+                )
+
+    def recording_paused(self, site: str) -> contextlib.AbstractContextManager[Any]:
+        """Return the core's pause of recording for a site of the plan, whichever attention runs there.
+
+        A recording that held the allocations of one step would not fit the next, where another attention may run.
+        """
+        settings = self.sites.get(site)
+        if settings is None or isinstance(settings.spec, DenseSpec):
+            return contextlib.nullcontext()
+        return self.memory.pause()
+
+    def trusted(self, site: str, settings: SiteSettings) -> SiteSettings:
+        """Return the settings, with backend torch where `auto` gave infinities or NaN at this site before."""
+        if site not in self._distrusted or settings.backend != AUTO:
+            return settings
+        return replace(settings, backend="torch")
+
+    def masked_in_another_half(self, site: str, half: Half) -> Reason | None:
+        """Return that a mask kept this site dense for the other half of the guidance, which has to run alike."""
+        if len(half) != 1 or not self._masked.get(site, set()) - {half}:
+            return None
+        return Reason(
+            "mask", "an attention mask keeps the other half of the guidance dense, and both have to run alike"
+        )
+
+    def note_mask(self, site: str, half: Half) -> None:
+        """Remember that a mask kept this site dense for a half of the guidance."""
+        self._masked.setdefault(site, set()).add(half)
+
+    def note_output(self, site: str, output: Tensor) -> None:
+        """Accumulate on the device whether outputs were finite; read once, when the run ends."""
+        key = (site, output.device)
+        finite = torch.isfinite(output.detach()).all()
+        self._finite[key] = finite & self._finite[key] if key in self._finite else finite
+
+
+def run_site(
+    runtime: Runtime,
+    site: str,
+    facts: CallFacts,
+    shape: tuple[int, int, int, int],
+    inputs: Sequence[Tensor],
+    options: Mapping[str, Any],
+) -> Tensor | None:
+    """Return what the plan makes of one call, (B, H, N, D), or None where the host's attention has to run; count it.
+
+    Args:
+        shape: (B, H, N, D) of the queries.
+        inputs: queries, keys and values as the host gives them.
+        options: the call's other arguments by name: `mask`, `skip_reshape`, `scale` if there is one.
+    """
+    if site not in runtime.sites:
+        return None
+    settings = runtime.sites[site]
+    dense_pairs = shape[1] * shape[2] * inputs[1].shape[2 if options["skip_reshape"] else 1]
+    if isinstance(settings.spec, DenseSpec):
+        runtime.record.count_host(site, "dense", dense_pairs, None, chosen=True)
+        return None
+    choice = left_to_host(settings, facts, shape[2])
+    if choice is not None:
+        runtime.record.count_host(site, settings.spec.kind, dense_pairs, choice, chosen=True)
+        return None
+    result = runtime.masked_in_another_half(site, facts.half) or run_planned(
+        runtime, site, settings, facts, shape, inputs, options
+    )
+    if isinstance(result, Reason):
+        if result.code == "mask":
+            runtime.note_mask(site, facts.half)
+        decline(runtime, site, settings, dense_pairs, result)
+        return None
+    output, backend, call, has_matrices = result
+    cost = attention_cost(settings.spec, call.layout, shape[1], shape[3], has_matrices=has_matrices)
+    ran, pairs = Ran(site, settings.spec.kind, backend.name), cost.flops // (4 * shape[3])
+    runtime.record.count_run(ran, call.layout, pairs, dense_pairs)
+    runtime.note_output(site, output)
+    return output
+
+
+def run_planned(
+    runtime: Runtime,
+    site: str,
+    settings: SiteSettings,
+    facts: CallFacts,
+    shape: tuple[int, int, int, int],
+    inputs: Sequence[Tensor],
+    options: Mapping[str, Any],
+) -> tuple[Tensor, Any, Call, bool] | Reason:
+    """Return the output, its backend and call, and whether matrices follow; or why the call has to stay dense.
+
+    Where `auto` chose a backend that then fails, torch is tried too: it computes the same.
+    """
+    wish, failure = runtime.trusted(site, settings), None
+    while True:
+        decision = decide(wish, facts, shape, inputs, options["mask"], options["skip_reshape"])
+        if isinstance(decision, Reason):
+            return failure or decision
+        backend, call, passed_over = decision
+        runtime.record.note_passed_over(passed_over)
+        failure = None
+        try:
+            query, key, value = (to_bhnd(t, shape[1], shape[3], options["skip_reshape"]) for t in inputs)
+            learned, scale = runtime.parameters.learned(site, query.device), options.get("scale")
+            output = backend.run(query, key, value, call, scale=scale, learned=learned, memory=runtime.memory)
+            if learned.output is not None:
+                output = map_outputs(output, call.layout, learned.output)
+            return output, backend, call, learned.output is not None
+        except Exception as error:  # whatever a device or driver throws must not cost the user a picture
+            failure = why_failed(backend.name, error)
+        # outside the handler, whose traceback keeps the failed attempt's tensors alive
+        if wish.backend != AUTO or backend.name == "torch":
+            return failure
+        runtime.record.note_passed_over((failure,))
+        wish = replace(wish, backend="torch")
+
+
+def decline(runtime: Runtime, site: str, settings: SiteSettings, dense_pairs: int, reason: Reason) -> None:
+    """Count and log a fall-back to dense; raise it where tests ask for that."""
+    if os.environ.get("LINEARIZE_STRICT") == "1" and reason.code not in _expected.get():
+        raise UnexpectedDecline(f"{site}: {reason.text}")
+    if settings.trained:
+        reason = Reason(reason.code, f"trained weights on dense attention: {reason.text}")
+    runtime.record.count_host(site, settings.spec.kind, dense_pairs, reason, chosen=False)
+    once.warning(f"Linearize: dense attention where the plan says {settings.spec.kind}: {reason.text}")

@@ -1,0 +1,134 @@
+"""Whether a student fits a model, and what its sites learned, as the module that runs it."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from ..hosts.base import Site
+from ..kinds.feature_maps import Favor, FeatureMap, Maps
+from ..plans import describe_sites
+from ..shown import quote
+from ..specs import ClearSpec, DenseSpec, HeadSplit, MappedSpec, SiteSpec, groups_of
+from .file import PARAMETER, StudentFile
+from .learned import StudentParameters, empty_maps, map_shapes
+
+
+def check_student(student: StudentFile, host_name: str, sites: Sequence[Site]) -> dict[str, SiteSpec]:
+    """Return the spec of each site of a model, after checking that the student fits it.
+
+    A site with pooled tokens and no `<site>.pool` averages uniformly.
+
+    Args:
+        student: as loaded.
+        host_name: of the model.
+        sites: of the model.
+
+    Raises:
+        ValueError: the student is for another host, its plan names a site or a number of heads that the model does
+            not have, or a parameter belongs to no site, to a kind without such parameters, or to another down_factor.
+    """
+    if student.host != host_name:
+        raise ValueError(f"the student is for host {quote(student.host)}, this model is {quote(host_name)}")
+    ids = [site.id for site in sites]
+    specs = student.plan.resolve(ids)
+    for site in sites:
+        try:
+            groups_of(specs[site.id], site.num_heads)
+        except ValueError as error:
+            raise ValueError(f"the student does not fit {site.id}: {error}") from None
+    for name, tensor in student.parameters.items():
+        found = PARAMETER.fullmatch(name)
+        if found is None or found["site"] not in specs:
+            raise ValueError(f"the student has {quote(name)}, this model has only {describe_sites(ids)}")
+        site = next(each for each in sites if each.id == found["site"])
+        _check_part(name, found["part"], tensor, specs[site.id], site)
+    student_maps(student, specs, sites)
+    return specs
+
+
+def student_parameters(student: StudentFile, specs: Mapping[str, SiteSpec], sites: Sequence[Site]) -> StudentParameters:
+    """Return what the sites of a model learned; arguments and errors as those of `student_maps`."""
+    pools, outputs = (
+        {name.removesuffix(end): tensor for name, tensor in student.parameters.items() if name.endswith(end)}
+        for end in (".pool", ".output.weight")
+    )
+    return StudentParameters(pools, student_maps(student, specs, sites), outputs)
+
+
+def student_maps(student: StudentFile, specs: Mapping[str, SiteSpec], sites: Sequence[Site]) -> dict[str, Maps]:
+    """Return phi_q and phi_k of every site whose kind has feature maps, with the student's parameters.
+
+    Raises:
+        ValueError: a parameter of a map is missing, unknown, or of another shape; or the map does not fit the site.
+    """
+    found: dict[str, Maps] = {}
+    shared: dict[tuple[SiteSpec, int], Maps] = {}  # maps without parameters are drawn, which takes its time
+    for site in sites:
+        spec = specs[site.id]
+        if not isinstance(spec, MappedSpec):
+            continue
+        try:
+            shapes = map_shapes(spec, site.num_heads, site.head_dim)
+        except ValueError as error:
+            raise ValueError(f"the student does not fit {site.id}: {error}") from None
+        # before memory is taken for them: a file of a few bytes can ask for any size
+        for part in ("phi_q", "phi_k"):
+            _check_shapes(spec.feature_map, shapes, f"{site.id}.{part}.", student.parameters)
+        maps = None if shapes else shared.get((spec, site.head_dim))
+        if maps is None:
+            maps = shared[spec, site.head_dim] = empty_maps(spec, site.num_heads, site.head_dim)
+            for feature_map in maps:
+                if isinstance(feature_map, Favor):
+                    feature_map.take_draw(student.draw)
+        found[site.id] = maps
+        for part, feature_map in zip(("phi_q", "phi_k"), maps, strict=True):
+            _fill(feature_map, f"{site.id}.{part}.", student.parameters)
+    return found
+
+
+def _check_shapes(name: str, wanted: Mapping[str, tuple[int, ...]], prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    given = _below(prefix, tensors)
+    if given.keys() != wanted.keys():
+        strange = sorted(given.keys() ^ wanted.keys())[0]
+        what = "lacks" if strange in wanted else "has"
+        raise ValueError(
+            f"the student {what} {quote(prefix + strange)}; feature map {name} has"
+            f" {', '.join(wanted) or 'no parameters'}"
+        )
+    for each, shape in wanted.items():
+        if tuple(given[each].shape) != shape:
+            raise ValueError(
+                f"{quote(prefix + each)} has shape {quote(tuple(given[each].shape))}, the site has {shape}"
+            )
+
+
+def _fill(feature_map: FeatureMap, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    given = _below(prefix, tensors)
+    for name, parameter in feature_map.named_parameters():
+        parameter.data = given[name].detach()
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _check_part(name: str, part: str, tensor: Tensor, spec: SiteSpec, site: Site) -> None:
+    kinds = [group.spec for group in spec.groups] if isinstance(spec, HeadSplit) else [spec]
+    if part == "output.weight":
+        wanted = (site.num_heads, site.head_dim, site.head_dim)
+        if spec == DenseSpec() or tuple(tensor.shape) != wanted:
+            raise ValueError(
+                f"{quote(name)} has shape {quote(tuple(tensor.shape))}, the site takes {wanted} if it is not dense"
+            )
+        return
+    if part == "pool":
+        factors = {kind.down_factor for kind in kinds if isinstance(kind, ClearSpec)} - {1}
+        if not factors:
+            raise ValueError(f"the student has {quote(name)}, its plan pools no tokens at that site")
+        if any(tuple(tensor.shape) != (factor, factor) for factor in factors):
+            wanted = " and ".join(str(factor) for factor in sorted(factors))
+            raise ValueError(
+                f"{quote(name)} has shape {quote(tuple(tensor.shape))}, the plan's down_factor is {wanted}"
+            )
+    elif all(isinstance(kind, (ClearSpec, DenseSpec)) for kind in kinds):
+        raise ValueError(f"the student has {quote(name)}, its plan has no feature map at that site")

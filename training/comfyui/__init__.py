@@ -1,0 +1,1 @@
+"""ComfyUI's models, samplers and conditionings as what training needs."""

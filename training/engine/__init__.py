@@ -1,0 +1,1 @@
+"""A training run that survives kills: its recipe, loop, folder, results, workers, optimisers, losses, noise levels."""

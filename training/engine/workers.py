@@ -1,0 +1,32 @@
+"""Several processes that train one student: which this one is, and averages over all of them.
+
+One process needs nothing; more are accelerate's, see `worker.py`. The loops know this and nothing else of them.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Workers(Protocol):
+    """The processes of a run: `rank` of `count`; rank 0 writes files."""
+
+    rank: int
+    count: int
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its mean over all processes; all call with tensors of equal shapes, in equal order."""
+        ...
+
+
+class OneWorker:
+    """A run of one process."""
+
+    rank, count = 0, 1
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """The mean of one is itself."""
+
+
+ALONE = OneWorker()

@@ -1,0 +1,106 @@
+"""What of a student learns: feature maps, pooling weights and changes of projections, as one module of fp32 parameters.
+
+The runtime reads the maps where they lie, the hooks of `deltas.py` the changes; nothing is copied between updates.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...attention.hosts.base import Host, Site
+from ...attention.specs import ClearSpec, DenseSpec, SiteSpec
+from ...attention.students.candidates import Candidate, Candidates
+from ...attention.students.fit import check_student, student_parameters
+from ...attention.students.learned import StudentParameters
+from ..engine.recipe import FinetuneRecipe
+from .deltas import Delta, as_deltas, made_whole, new_deltas, projections, read_deltas
+
+
+class Trainables(nn.Module):
+    """The parameters of a student in training.
+
+    Args:
+        student: one candidate per converted site.
+        host, sites: of the model.
+        module: the diffusion model; its projections are looked at, not changed.
+        recipe: what of the student learns.
+        device: of the parameters.
+
+    Raises:
+        ValueError: the student is another host's or does not fit the model, it changes weights in a way that cannot
+            be trained further, or nothing of it can learn.
+    """
+
+    def __init__(
+        self,
+        student: Candidates,
+        host: Host,
+        sites: Iterable[Site],
+        module: nn.Module,
+        recipe: FinetuneRecipe,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        file, sites = student.student(), tuple(sites)
+        specs = check_student(file, host.name, sites)
+        self.student = student
+        self.specs: dict[str, SiteSpec] = {s: spec for s, spec in specs.items() if not isinstance(spec, DenseSpec)}
+        given = student_parameters(file, specs, sites)
+        pools = {site: _new_pool(spec) for site, spec in self.specs.items() if _pools(spec)} | given.pools()
+        self.learned = StudentParameters(pools, given.maps(), given.outputs()).float().requires_grad_(True)
+        weights = host.site_weights(module)
+        sizes = projections(module, (path for site in self.specs for path in weights[site]))
+        found: dict[str, Delta] = {**new_deltas(sizes, recipe.trainables, recipe.rank, recipe.seed)}
+        for path, delta in read_deltas(file.deltas).items():
+            found[path] = made_whole(delta) if recipe.trainables == "full" else delta
+        self._deltas = nn.ModuleList(found.values()).requires_grad_(recipe.trainables != "maps")
+        self._paths = tuple(found)
+        self.to(device)
+        if not any(each.requires_grad for each in self.parameters()):
+            raise ValueError(
+                "this student has no feature maps or pooling weights to train; set rank above 0 to train changes of "
+                "weights"
+            )
+
+    @property
+    def deltas(self) -> dict[str, Delta]:
+        """The changes of projections, by path."""
+        return dict(zip(self._paths, self._deltas, strict=True))  # pyright: ignore[reportReturnType]
+
+    def groups(self, recipe: FinetuneRecipe) -> list[dict[str, Any]]:
+        """Return the parameters that learn as an optimiser takes them, each group with its learning rate."""
+        maps = [each for each in self.learned.parameters() if each.requires_grad]
+        deltas = [each for each in self._deltas.parameters() if each.requires_grad]
+        groups = ({"params": maps, "lr": recipe.map_rate}, {"params": deltas, "lr": recipe.delta_rate})
+        return [group for group in groups if group["params"]]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that learn, by name."""
+        return {name: each for name, each in self.named_parameters() if each.requires_grad}
+
+    def candidates(self, errors: Mapping[str, float], recipe: Mapping[str, Any]) -> Candidates:
+        """Return the student as it is now.
+
+        Args:
+            errors: by site, where they were measured.
+            recipe: facts about how it was trained.
+        """
+        learned, sites = self.learned.by_site(), {}
+        for site, (candidate,) in self.student.sites.items():
+            parameters: Mapping[str, Tensor] = candidate.parameters
+            if site in learned:
+                parameters = {name: value.cpu().clone() for name, value in learned[site].stored().items()}
+            sites[site] = (Candidate(candidate.spec, errors.get(site, candidate.error), parameters),)
+        return replace(self.student, sites=sites, recipe=dict(recipe), deltas=as_deltas(self.deltas))
+
+
+def _pools(spec: SiteSpec) -> bool:
+    return isinstance(spec, ClearSpec) and spec.down_factor > 1
+
+
+def _new_pool(spec: SiteSpec) -> Tensor:
+    assert isinstance(spec, ClearSpec)
+    return torch.full((spec.down_factor,) * 2, 1 / spec.down_factor**2)

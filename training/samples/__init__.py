@@ -1,0 +1,1 @@
+"""A teacher's samples on disk: conditionings, index, reader, writer."""
