@@ -2,7 +2,7 @@
 
 The first call makes `.venv` and `.comfyui/` inside this checkout and says what it downloads; later calls start in
 seconds. Only the standard library is used here, so any Python 3.11 to 3.13 can run it. The commands themselves live in
-`demo/`, `tests/` and `benchmarks/` and run inside `.venv`.
+`lab/` and `tests/` and run inside `.venv`.
 """
 
 from __future__ import annotations  # so that older Pythons reach the sentence that says which one is needed
@@ -96,8 +96,8 @@ def parse_arguments() -> argparse.Namespace:
     test.add_argument("--only", default="", help="some stages, such as unit,hosts")
     serve = commands.add_parser("serve", parents=[common], help="open ComfyUI with the pack")
     serve.add_argument("--port", type=int, default=8188)
-    bench = commands.add_parser("bench", parents=[common], help="measure; rows go to benchmarks/results.csv")
-    bench.epilog = "Other arguments go to benchmarks/run.py, for example --suite declined."
+    bench = commands.add_parser("bench", parents=[common], help="measure; rows go to lab/benchmarks/results.csv")
+    bench.epilog = "Other arguments go to lab/benchmarks/run.py, for example --suite declined."
     args, args.rest = parser.parse_known_args()
     if args.rest and args.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
@@ -142,7 +142,7 @@ def install(args: argparse.Namespace, python: Path, comfyui: Path) -> None:
         ("torch", index, lambda: install_torch(constrained, torch_index)),
         (
             "torchvision and torchaudio",
-            read("demo/cpu_torchvision_compat.py"),
+            read("lab/cpu_torchvision_compat.py"),
             lambda: install_vision(constrained, torch_index, python),
         ),
         fetch_step(args.comfyui, pip, comfyui),
@@ -212,7 +212,7 @@ def install_vision(constrained: list[str], torch_index: list[str], python: Path)
     packages = packages_of(python)
     # only where the packages do not load: beside a build of torch that has their operators the help would do harm
     if not imports(python, "torchvision.ops"):
-        shutil.copy(ROOT / "demo" / "cpu_torchvision_compat.py", packages)
+        shutil.copy(ROOT / "lab" / "cpu_torchvision_compat.py", packages)
         (packages / "cpu_torchvision_compat.pth").write_text("import cpu_torchvision_compat\n", encoding="utf-8")
     if not imports(python, "torchaudio"):
         for library in (packages / "torchaudio" / "lib").glob("*.so"):
@@ -277,13 +277,13 @@ def fetch_with_comfy_cli(version: str, comfyui: Path) -> None:
 
 
 def install_requirements(constrained: list[str], comfyui: Path) -> None:
-    wanted = []
+    lines = []
     for line in (comfyui / "requirements.txt").read_text(encoding="utf-8").splitlines():
         name = re.split(r"[<>=~!\[ ;#]", line.strip(), maxsplit=1)[0]
         if name and not COMFYUI_SKIP.match(name):
-            wanted.append(line.strip())
+            lines.append(line.strip())
     listing = HOME / "requirements.txt"
-    listing.write_text("\n".join(wanted), encoding="utf-8")
+    listing.write_text("\n".join(lines), encoding="utf-8")
     run([*constrained, "-r", str(listing), "-r", str(ROOT / "requirements.txt")])
     run([*constrained, "--no-deps", *TEMPLATE_PACKAGES])
 
@@ -296,7 +296,7 @@ def link_packs() -> None:
     """Put this checkout, and the demo's own small nodes, into ComfyUI's custom_nodes folder."""
     folder = BASE / "custom_nodes"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, target in (("linearize", ROOT), ("linearize_demo", ROOT / "demo" / "nodes")):
+    for name, target in (("linearize", ROOT), ("linearize_demo", ROOT / "lab" / "demo" / "nodes")):
         link = folder / name
         if link.exists() and link.resolve() == target:
             continue
@@ -374,16 +374,16 @@ def call(comfyui: Path, *command: str | Path, **extra: str) -> int:
 
 def command_demo(args: argparse.Namespace, python: Path, comfyui: Path) -> int:
     if args.distill:
-        return call(comfyui, python, "-u", "demo/run_distill.py", args.distill)
-    return call(comfyui, python, "-u", "demo/run_demo.py", "--size", str(args.size))
+        return call(comfyui, python, "-u", "-m", "lab.demo.run_distill", args.distill)
+    return call(comfyui, python, "-u", "-m", "lab.demo.run_demo", "--size", str(args.size))
 
 
 def command_serve(args: argparse.Namespace, python: Path, comfyui: Path) -> int:
-    return call(comfyui, python, "-u", "demo/live_server.py", "--port", str(args.port))
+    return call(comfyui, python, "-u", "-m", "lab.server", "--port", str(args.port))
 
 
 def command_bench(args: argparse.Namespace, python: Path, comfyui: Path) -> int:
-    return call(comfyui, python, "-u", "benchmarks/run.py", *args.rest)
+    return call(comfyui, python, "-u", "-m", "lab.benchmarks.run", *args.rest)
 
 
 def command_test(args: argparse.Namespace, python: Path, comfyui: Path) -> int:

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, whatever ends the process that writes them.
+"""Files that are written whole or not at all, even if the process is killed.
 
 On Linux a file has no name until it is whole, so a kill leaves nothing, unless it hits the moment in which a file that
 replaces another changes its hidden name for the final one. Where a system or a disk cannot do that, a file has a hidden

@@ -8,7 +8,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 Grid = tuple[int, int, int]  # (frames, height, width) in tokens, row-major, width fastest
+Ranges = tuple[tuple[int, int], ...]  # (start, stop) of some tokens each
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +110,21 @@ class TokenLayout:
         return tuple((span.start, span.segment.grid) for span in self.spans if span.segment.grid is not None)
 
     @property
-    def global_ranges(self) -> tuple[tuple[int, int], ...]:
+    def global_ranges(self) -> Ranges:
         """(start, stop) of the global tokens, neighbouring segments joined."""
-        ranges: list[tuple[int, int]] = []
-        for span in self.spans:
-            if span.segment.grid is not None or span.segment.length == 0:
-                continue
-            if ranges and ranges[-1][1] == span.start:
-                ranges[-1] = (ranges[-1][0], span.stop)
-            else:
-                ranges.append((span.start, span.stop))
-        return tuple(ranges)
+        spans = (span for span in self.spans if span.segment.grid is None and span.segment.length)
+        return join_ranges((span.start, span.stop) for span in spans)
+
+    def grid_tokens(self, device: torch.device) -> Tensor:
+        """Return the indices of all tokens that lie on a grid."""
+        return token_indices([(start, start + math.prod(grid)) for start, grid in self.grids], device)
+
+    def check(self, *tensors: Tensor) -> None:
+        """Raise ValueError where a tensor (B, H, N, D) has another number of tokens."""
+        for tensor in tensors:
+            mismatch = self.mismatch(tensor.shape[2])
+            if mismatch:
+                raise ValueError(str(mismatch))
 
     def mismatch(self, num_tokens: int) -> Reason | None:
         """Return why this layout cannot describe a call of `num_tokens` tokens, or None if it covers it exactly."""
@@ -128,3 +136,20 @@ class TokenLayout:
             f"the attention call has {num_tokens} tokens where {parts} = {self.num_tokens} were expected;"
             " another node adds or removes tokens",
         )
+
+
+def join_ranges(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Return ranges of tokens in order, neighbours made one."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return tuple(joined)
+
+
+def token_indices(ranges: Iterable[tuple[int, int]], device: torch.device | None = None) -> Tensor:
+    """Return the tokens of some ranges, one range after the other, (n,) int64."""
+    parts = [torch.arange(start, stop, device=device) for start, stop in ranges]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)

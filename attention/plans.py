@@ -1,14 +1,14 @@
 """Plans: which spec each site of a host runs, with site expressions and the JSON form `linearize/plan/1`.
 
-A plan is data; `attention/runtime/runtime.py` acts on it.
+A plan is data; `attention/runtime/run_site.py` acts on it.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .checks import parse_json
 from .shown import one_line, quote, quote_some
 from .specs import DenseSpec, SiteSpec, spec_from_json, spec_to_json
 
@@ -98,6 +98,11 @@ class Plan:
     default: SiteSpec = DenseSpec()
     rules: tuple[tuple[str, SiteSpec], ...] = ()
 
+    @classmethod
+    def of_sites(cls, host: str, specs: Mapping[str, SiteSpec]) -> "Plan":
+        """Return the plan that gives each site its spec; sites that are not named stay dense."""
+        return cls(host, rules=group_sites(specs))
+
     def resolve(self, sites: Sequence[str]) -> dict[str, SiteSpec]:
         """Return the spec of each of `sites`.
 
@@ -155,13 +160,9 @@ class Plan:
             ValueError: as `from_json`, or the text is not JSON (line and column are named).
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"the plan is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-            ) from None
-        except (ValueError, RecursionError):
-            raise ValueError("the plan holds a number of thousands of digits, or is nested too deeply") from None
+            data = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"the plan {error}") from None
         return cls.from_json(data)
 
 

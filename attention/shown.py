@@ -1,4 +1,4 @@
-"""How a text that nobody vouches for (of a file, a name, a host, another program) is shown to a person.
+"""Untrusted text (of files, names, hosts, other programs) in a form that is safe to show to a person.
 
 On one line, of printable characters, of bounded length. `hub/model_card.py` knows what Markdown would make of it.
 """

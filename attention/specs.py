@@ -1,6 +1,6 @@
-"""Kinds of attention as data: one frozen dataclass per kind, checked on construction, with a JSON round trip.
+"""Kinds of attention as data: one frozen dataclass per kind, checked on construction, with a JSON form.
 
-Nothing here computes attention; `attention/kinds/clear.py` and its siblings do.
+Nothing here computes attention. `attention/runtime/registry.py` says what does, and enters each kind in `SPECS`.
 """
 
 import math
@@ -8,27 +8,62 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from .bounds import MOST_TOKENS, check_whole
+from .checks import MOST_TOKENS, check_boolean, check_choice, check_whole
 from .shown import quote, quote_some
 
-FEATURE_MAPS = ("elu1", "relu", "favor", "hedgehog", "polynomial", "linfusion")
 STABILIZERS = ("max", "lse", "common")
 MOST_DOWN_FACTOR = 256  # a site's pooling weights have its square
 MOST_FEATURES = 1024  # a map has up to the square of them per head
 MOST_HEADS = 1024
 MOST_FRAMES = 2**20
 TRAINING_TOKENS = 4608  # CLEAR was distilled on 64 x 64 image tokens and 512 text tokens
+FEATURE_MAPS: dict[str, type] = {}  # by name; `kinds/feature_maps.py` registers them
 
 
 @dataclass(frozen=True, slots=True)
-class DenseSpec:
+class Spec:
+    """A kind with its parameters; a kind that answers one of these questions otherwise says so itself."""
+
+    kind: ClassVar[str]
+    told: ClassVar[tuple[str, ...]] = ()  # the parameters that are told even at their defaults
+    is_dense: ClassVar[bool] = False  # left as the host runs it
+
+    @property
+    def feature_map(self) -> str:
+        """One of FEATURE_MAPS where the kind has such maps, on all heads of a site; a field there."""
+        return ""
+
+    @property
+    def feature_dim(self) -> int:
+        """Features per head, a field where there are some; 0 takes the map's own number."""
+        return 0
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether a site has feature maps."""
+        return bool(self.feature_map)
+
+    @property
+    def pool_side(self) -> int:
+        """Side of the square of pooling weights that a site learns; 0 is none."""
+        return 0
+
+    @property
+    def parts(self) -> "tuple[Spec, ...]":
+        """The specs of a site's heads: this one."""
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseSpec(Spec):
     """Softmax attention over every token: the site is left as the host runs it."""
 
     kind: ClassVar[str] = "dense"
+    is_dense: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
-class ClearSpec:
+class ClearSpec(Spec):
     """CLEAR: a grid token sees the global tokens and the grid tokens inside a disc around it.
 
     visible(i, j) = dy^2 + dx^2 < radius^2, and for several frames (dt * radius / temporal_radius)^2 + dy^2 + dx^2 <
@@ -49,6 +84,7 @@ class ClearSpec:
     """
 
     kind: ClassVar[str] = "clear"
+    told: ClassVar[tuple[str, ...]] = ("radius",)
     radius: int = 16
     temporal_radius: int = 0
     down_factor: int = 1
@@ -64,7 +100,12 @@ class ClearSpec:
         )
         check_whole("temporal_radius", self.temporal_radius, 0, MOST_TOKENS, "0 means every frame")
         check_whole("down_factor", self.down_factor, 1, MOST_DOWN_FACTOR, "1 means no pooled tokens")
-        _boolean("proportional", self.proportional)
+        check_boolean("proportional", self.proportional)
+
+    @property
+    def pool_side(self) -> int:
+        """`down_factor` where there are pooled tokens."""
+        return self.down_factor if self.down_factor > 1 else 0
 
     def scale(self, head_dim: int, num_tokens: int) -> float:
         """Return the factor on q . k for `num_tokens` keys (global and grid tokens, pooled ones not counted)."""
@@ -76,7 +117,7 @@ class ClearSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class LinearSpec:
+class LinearSpec(Spec):
     """Linear attention: phi_q(q) S / (phi_q(q) z) with S = sum phi_k(k) v and z = sum phi_k(k).
 
     Args:
@@ -85,6 +126,8 @@ class LinearSpec:
     """
 
     kind: ClassVar[str] = "linear"
+    rate: ClassVar[None] = None  # no key on a grid is exact
+    stabilizer: ClassVar[str] = "max"
     feature_map: str = "polynomial"
     feature_dim: int = 0
 
@@ -93,7 +136,7 @@ class LinearSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class HybridSpec:
+class HybridSpec(Spec):
     """Every `rate`-th token as an exact key, the others through a feature map, under one denominator.
 
     Args:
@@ -109,6 +152,7 @@ class HybridSpec:
     """
 
     kind: ClassVar[str] = "hybrid"
+    told: ClassVar[tuple[str, ...]] = ("rate",)
     rate: int = 2
     feature_map: str = "polynomial"
     feature_dim: int = 0
@@ -117,11 +161,11 @@ class HybridSpec:
     def __post_init__(self) -> None:
         check_whole("rate", self.rate, 1, MOST_TOKENS, "1 keeps every key exact")
         _feature_map(self)
-        _choice("stabilizer", self.stabilizer, STABILIZERS)
+        check_choice("stabilizer", self.stabilizer, STABILIZERS)
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkedSpec:
+class ChunkedSpec(Spec):
     """Softmax inside a chunk of frames and its overlap, linear attention outside.
 
     Args:
@@ -135,6 +179,9 @@ class ChunkedSpec:
     """
 
     kind: ClassVar[str] = "chunked"
+    told: ClassVar[tuple[str, ...]] = ("chunk_frames",)
+    rate: ClassVar[None] = None  # exact keys are whole frames
+    stabilizer: ClassVar[str] = "max"
     chunk_frames: int = 3
     overlap_frames: int = 1
     causal: bool = False
@@ -144,14 +191,12 @@ class ChunkedSpec:
     def __post_init__(self) -> None:
         check_whole("chunk_frames", self.chunk_frames, 1, MOST_FRAMES, "a chunk holds at least one frame")
         check_whole("overlap_frames", self.overlap_frames, 0, MOST_FRAMES, "0 means no overlap")
-        _boolean("causal", self.causal)
+        check_boolean("causal", self.causal)
         _feature_map(self)
 
 
 MappedSpec = LinearSpec | HybridSpec | ChunkedSpec  # the kinds that have feature maps
-Spec = DenseSpec | ClearSpec | MappedSpec
-SPECS: dict[str, type] = {spec.kind: spec for spec in (DenseSpec, ClearSpec, LinearSpec, HybridSpec, ChunkedSpec)}
-KINDS = tuple(SPECS)
+SPECS: dict[str, type[Spec]] = {}  # by kind; `runtime/registry.py` enters them
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +215,11 @@ class HeadSplit:
         ValueError: a head is named twice or the heads do not run from 0 without gap.
     """
 
+    is_dense: ClassVar[bool] = False
+    feature_map: ClassVar[str] = ""  # kinds with feature maps run on all heads of a site
+    feature_dim: ClassVar[int] = 0
+    has_maps: ClassVar[bool] = False
+    pool_side: ClassVar[int] = 0  # pooled tokens of some heads are plain means
     groups: tuple[HeadGroup, ...]
 
     def __post_init__(self) -> None:
@@ -184,9 +234,14 @@ class HeadSplit:
         return sum(len(group.heads) for group in self.groups)
 
     @property
+    def parts(self) -> tuple[Spec, ...]:
+        """The specs of the groups."""
+        return tuple(group.spec for group in self.groups)
+
+    @property
     def kind(self) -> str:
         """The kind all groups share, else the distinct kinds joined by "+"."""
-        return "+".join(sorted({group.spec.kind for group in self.groups}))
+        return "+".join(sorted({part.kind for part in self.parts}))
 
 
 SiteSpec = Spec | HeadSplit
@@ -236,7 +291,7 @@ def spec_from_json(data: object) -> SiteSpec:
         raise ValueError(f"a spec is an object with a kind, or a list of heads and specs, got {quote(data)}")
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in SPECS:
-        raise ValueError(f"kind is one of {', '.join(KINDS)}, got {quote(kind)}")
+        raise ValueError(f"kind is one of {', '.join(SPECS)}, got {quote(kind)}")
     known = {field.name for field in fields(SPECS[kind])}
     unknown = sorted(set(data) - known - {"kind"})
     if unknown:
@@ -257,16 +312,6 @@ def _group_from_json(entry: object) -> HeadGroup:
     return HeadGroup(tuple(heads), spec)
 
 
-def _boolean(name: str, value: object) -> None:
-    if type(value) is not bool:
-        raise ValueError(f"{name} is true or false, got {name}={quote(value)}")
-
-
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is one of {', '.join(choices)}, got {name}={quote(value)}")
-
-
 def _feature_map(spec: MappedSpec) -> None:
-    _choice("feature_map", spec.feature_map, FEATURE_MAPS)
+    check_choice("feature_map", spec.feature_map, FEATURE_MAPS)
     check_whole("feature_dim", spec.feature_dim, 0, MOST_FEATURES, "0 takes the map's own number")

@@ -4,8 +4,9 @@ Importing this package imports no Triton; the files with kernels are imported wh
 """
 
 from .capability import architecture, is_interpreted, refusal
-from .clear import Table, attend
-from .mixed import mixed_attend
+from .clear import attend
+from .clear_table import Table
+from .mapped import mapped_attend
 from .state import FUSED_MAPS, GIVEN, LOGS, linear_state
 from .tuning import Tile, tile_for
 
@@ -19,7 +20,7 @@ __all__ = [
     "attend",
     "is_interpreted",
     "linear_state",
-    "mixed_attend",
+    "mapped_attend",
     "refusal",
     "tile_for",
 ]

@@ -8,7 +8,8 @@ Each program owns its rows and visits blocks of columns in the order of the tabl
 import triton
 import triton.language as tl
 
-from .primitives import COUNTS, hide, load_tokens, locate, masked_tokens, read_block, read_columns, store_tokens
+from .clear_reader import COUNTS, hide, locate, masked_tokens, read_block, read_columns
+from .tokens import load_tokens, store_tokens
 
 LN2 = tl.constexpr(0.6931471805599453)
 

@@ -7,18 +7,8 @@ visits its keys in two loops: those that every query of the block sees, then tho
 import triton
 import triton.language as tl
 
-from .primitives import COUNTS, hide, load_tokens, locate, masked_tokens, read_block, read_columns, store_tokens
-
-
-@triton.jit
-def absorb(scores, scale, v, top, total, acc):
-    """Add keys to an online softmax: p = exp2(scale scores - top), total = sum p, acc = sum p v."""
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    p = tl.exp2(scores * scale - new_top[:, None])
-    decay = tl.exp2(top - new_top)
-    total = total * decay + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return new_top, total, acc
+from .clear_reader import COUNTS, hide, locate, masked_tokens, read_block, read_columns
+from .tokens import absorb, load_tokens, store_tokens
 
 
 @triton.jit(do_not_specialize=COUNTS)

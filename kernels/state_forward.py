@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .features import apply_map, load_numbers, weights_of
-from .primitives import load_tokens
+from .tokens import load_tokens
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_heads", "num_copies", "share"])

@@ -24,8 +24,8 @@ class Tile(NamedTuple):
 
 
 KERNELS = ("forward", "dq", "dk_dv")  # of CLEAR
-MIXED_KERNELS = ("mixed_forward", "mixed_dx", "mixed_dq", "mixed_dk_dv", "state")
-Tiles = tuple[Tile, ...]  # one per name in KERNELS, or in MIXED_KERNELS
+MAPPED_KERNELS = ("mapped_forward", "mapped_dx", "mapped_dq", "mapped_dk_dv", "state")
+Tiles = tuple[Tile, ...]  # one per name in KERNELS, or in MAPPED_KERNELS
 
 SAFE: Tiles = (Tile(32, 32, 4, 1),) * 5
 _WIDE = (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2))
@@ -57,28 +57,28 @@ TILES: dict[str, dict[int, Tiles]] = {
     "interpreted": {256: (Tile(16, 32, 4, 1),) * 3},
 }
 _STATE = Tile(64, 64, 8, 2)
-_MIXED_64: Tiles = (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), _STATE)
-_MIXED_99_KB: dict[int, Tiles] = {
-    64: _MIXED_64,
+_MAPPED_64: Tiles = (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), _STATE)
+_MAPPED_99_KB: dict[int, Tiles] = {
+    64: _MAPPED_64,
     128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), _STATE),
     256: (Tile(32, 32, 8, 2), Tile(32, 64, 4, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), _STATE),
 }
-_MIXED_228_KB: dict[int, Tiles] = {
-    64: _MIXED_64,
+_MAPPED_228_KB: dict[int, Tiles] = {
+    64: _MAPPED_64,
     128: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), _STATE),
     256: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), _STATE),
 }
-# as TILES, of MIXED_KERNELS
-MIXED_TILES: dict[str, dict[int, Tiles]] = {
+# as TILES, of MAPPED_KERNELS
+MAPPED_TILES: dict[str, dict[int, Tiles]] = {
     "sm80": {
-        64: _MIXED_64,
+        64: _MAPPED_64,
         128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), _STATE),
         256: (Tile(32, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), _STATE),
     },
-    "sm86": _MIXED_99_KB,
-    "sm90": _MIXED_228_KB,
-    "sm100": _MIXED_228_KB,
-    "sm120": _MIXED_99_KB,
+    "sm86": _MAPPED_99_KB,
+    "sm90": _MAPPED_228_KB,
+    "sm100": _MAPPED_228_KB,
+    "sm120": _MAPPED_99_KB,
     "amd": {128: (Tile(64, 32, 8, 1),) * 5},
     "interpreted": {256: (Tile(16, 32, 4, 1),) * 5},
 }
@@ -86,8 +86,8 @@ _reduced: set[tuple[str, int, tuple[str, ...]]] = set()
 
 
 def tile_for(kernel: str, architecture: str, head_size: int) -> Tile:
-    """Return the tile of one of KERNELS or MIXED_KERNELS for heads of `head_size` values."""
-    family, table = (KERNELS, TILES) if kernel in KERNELS else (MIXED_KERNELS, MIXED_TILES)
+    """Return the tile of one of KERNELS or MAPPED_KERNELS for heads of `head_size` values."""
+    family, table = (KERNELS, TILES) if kernel in KERNELS else (MAPPED_KERNELS, MAPPED_TILES)
     by_size = table.get(architecture, {})
     largest = min((size for size in by_size if size >= head_size), default=None)
     tiles = SAFE if largest is None or (architecture, head_size, family) in _reduced else by_size[largest]

@@ -1,4 +1,4 @@
-"""What Apply and Load do to a model: settings per site from a plan or a student, checked before anything is touched."""
+"""Puts the settings of a plan or student on a model, for Apply and Load; checks all before it touches any."""
 
 from typing import Any
 
@@ -7,8 +7,7 @@ from ..attention.plans import Plan, select_sites
 from ..attention.runtime.runtime import SiteSettings
 from ..attention.shown import one_line
 from ..attention.specs import DenseSpec
-from ..attention.students.candidates import Candidates, as_student
-from ..attention.students.file import StudentFile
+from ..attention.students.candidates import Candidates, decided
 from ..attention.students.fingerprint import distance, match
 from ..attention.students.fit import check_student, student_parameters
 from ..patching.patcher import model_fingerprint
@@ -38,7 +37,7 @@ def apply_plan(model: Any, plan: Plan, node_id: str | None) -> Any:
     return patching.patch_model(model, settings, status)[0]
 
 
-def apply_student(model: Any, student: StudentFile | Candidates, node_id: str | None) -> Any:
+def apply_student(model: Any, student: Candidates, node_id: str | None) -> Any:
     """Return a clone of `model` that runs a student: its plan, learned parameters and weight deltas.
 
     Of several candidates of a site the one of lowest error runs, and the node says so.
@@ -48,30 +47,31 @@ def apply_student(model: Any, student: StudentFile | Candidates, node_id: str | 
     """
     host, module = patching.host_of(model)
     sites = host.sites(module)
-    student, choice = as_student(student)
-    specs = check_student(student, host.name, sites)
-    parameters = student_parameters(student, specs, sites)
+    one, note = decided(student)
+    file = one.student()
+    specs = check_student(file, host.name, sites)
+    parameters = student_parameters(file, specs, sites)
     learned = set(specs) if student.deltas else set(parameters.by_site())
     settings = {
-        site: SiteSettings(spec, trained=site in learned and not isinstance(spec, DenseSpec), origin=student.origin)
+        site: SiteSettings(spec, trained=site in learned and not spec.is_dense, origin=file.origin)
         for site, spec in specs.items()
     }
     takers = taker_notes(node_id) if learned else ()
-    notes = (student_note(student), *choice, *base_notes(model, student), *patching.replaced_notes(model, settings))
-    status = node_status.show_on_node(node_id, (*notes, *takers))
+    notes = [student_note(student), note, *base_notes(model, student), *patching.replaced_notes(model, settings)]
+    status = node_status.show_on_node(node_id, (*filter(None, notes), *takers))
     if takers:  # the model that they take may never be sampled
         status(NOT_SAMPLED)
     return patching.patch_model(model, settings, status, parameters=parameters, deltas=student.deltas)[0]
 
 
-def student_note(student: StudentFile) -> str:
+def student_note(student: Candidates) -> str:
     """Return one line about where a student comes from."""
     base = one_line(student.base_model or "an unnamed model", 200)
     licence = f", licence {one_line(student.licence, 200)}" if student.licence else ""
     return f"student of {base}{licence}"
 
 
-def base_notes(model: Any, student: StudentFile) -> tuple[str, ...]:
+def base_notes(model: Any, student: Candidates) -> tuple[str, ...]:
     """Return a warning where the student was distilled on another base model; nothing is refused for that."""
     if student.fingerprint is None:
         return ()

@@ -1,4 +1,4 @@
-"""Budget Plan: of the candidates that were distilled, which one each site runs under a budget of FLOPs."""
+"""Budget Plan: chooses one of the distilled candidates for each site under a budget of FLOPs."""
 
 from comfy_api.latest import io
 
@@ -6,7 +6,6 @@ from .. import patching
 from ..attention.planning.budget import Budget, decide
 from ..attention.planning.knapsack import METHODS
 from ..attention.students.candidates import Candidates
-from ..attention.students.file import StudentFile
 from . import node_status
 from .sockets import CATEGORY_PLAN, AttentionPlan, AttentionStudent
 
@@ -91,7 +90,7 @@ class LinearizeBudgetPlan(io.ComfyNode):
     def execute(
         cls,
         model,
-        student: StudentFile | Candidates,
+        student: Candidates,
         budget: float,
         width: int,
         height: int,

@@ -5,7 +5,7 @@ from functools import partial
 from comfy_api.latest import io
 
 from .. import patching
-from ..attention.plans import Plan, group_sites, select_sites
+from ..attention.plans import select_sites
 from ..attention.runtime import backends
 from ..attention.runtime.runtime import SiteSettings
 from ..attention.specs import ClearSpec
@@ -102,7 +102,4 @@ class LinearizeCLEAR(io.ComfyNode):
             status,
             **weights_read,
         )
-        plan = Plan(
-            runtime.host.name, rules=group_sites({site: settings.spec for site, settings in runtime.sites.items()})
-        )
-        return io.NodeOutput(patched, plan)
+        return io.NodeOutput(patched, runtime.plan())

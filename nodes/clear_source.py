@@ -1,4 +1,4 @@
-"""Which weights the CLEAR node uses: none, a file, or the published one that fits, and what to tell about it.
+"""Which weights the CLEAR node uses: none, a file, or the published one, and what it says about them.
 
 A file that the user chose is used wherever it fits; `auto` only where the model's own weights are those it began as.
 """
@@ -168,9 +168,9 @@ def _another_shape(host: Host, module: Any) -> str:
     depth = len(module.double_blocks), len(module.single_blocks)
     if widths == {PUBLISHED_WIDTH} and depth == PUBLISHED_DEPTH:
         return ""
-    wanted, found = (f"{double} + {single} blocks" for double, single in (PUBLISHED_DEPTH, depth))
+    expected, found = (f"{double} + {single} blocks" for double, single in (PUBLISHED_DEPTH, depth))
     return (
-        f"FLUX.1-dev, {PUBLISHED_WIDTH} wide with {wanted}; this model is {', '.join(map(str, sorted(widths)))} wide "
+        f"FLUX.1-dev, {PUBLISHED_WIDTH} wide with {expected}; this model is {', '.join(map(str, sorted(widths)))} wide "
         f"with {found}"
     )
 

@@ -1,4 +1,4 @@
-"""The picture of a student's errors: a group of bars per site, one bar per candidate, on a logarithmic scale."""
+"""The picture of a student's errors: a bar per candidate, grouped by site, on a logarithmic scale."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..attention.planning.report import describe_spec
 from ..attention.specs import SiteSpec
 from ..attention.students.candidates import Candidate
-from .plan_picture import BACKGROUND, COLOURS, FULL, INK
+from .plan_picture import BACKGROUND, FULL, INK, colour_of
 
 LEFT, WIDTH, MARGIN = 90, 560, 8
 LINE, BAR, GAP = 14, 6, 5  # heights: of a line of text, of a bar, between sites
@@ -49,7 +49,7 @@ def spec_colours(specs: Sequence[SiteSpec]) -> dict[SiteSpec, tuple[int, int, in
         kinds.setdefault(spec.kind, []).append(spec)
     colours = {}
     for kind, of_kind in kinds.items():
-        base = COLOURS.get(kind, COLOURS["dense"])
+        base = colour_of(kind)
         for number, spec in enumerate(of_kind):
             lighter = LIGHTEST * number / max(1, len(of_kind) - 1)
             red, green, blue = (round(part + (255 - part) * lighter) for part in base)

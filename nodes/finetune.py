@@ -1,33 +1,27 @@
-"""Fine-tune Student: changes of weights join a student's feature maps, block by block and then end to end."""
+"""Fine-tune Student: trains feature maps and changes of weights, block by block, then end to end."""
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
 import latent_preview
 from comfy_api.latest import io
 
-from .. import patching
 from ..attention.site_call import SiteCall
 from ..attention.students.candidates import Candidates, decided
-from ..attention.students.file import StudentFile
-from ..attention.students.fit import check_student
 from ..patching.patcher import weights_without_backward
+from ..training.comfyui.model import ComfyModel
 from ..training.comfyui.teacher import stop_if_interrupted
-from ..training.comfyui.trainee import ComfyTrainee, with_trainee
-from ..training.engine.job_folder import JobFolder
-from ..training.engine.loop import Progress
+from ..training.comfyui.trainee import ComfyTrainee
 from ..training.engine.optimizers import OPTIMIZERS
 from ..training.engine.recipe import PRESETS, FinetuneRecipe
-from ..training.engine.results import Finished, student_digest
 from ..training.finetune.estimate import Estimate, estimate
 from ..training.finetune.finetune import Finetune
-from ..training.jobs.runs import run_finetune
+from ..training.jobs.watch import Update
 from ..training.samples.folder import TeacherSamples as Samples
-from . import node_status
-from .apply import model_fingerprint
 from .sockets import CATEGORY_DISTILL, AttentionStudent, TeacherSamples
-from .training_run import cancelled_runs, check_model, finished, job_folder, run_with_progress
-from .training_worker import gpus_input, gpus_key, train_in_processes
+from .training_run import NodeWatch, cancelled_runs
+from .training_worker import gpus_input, train
 
 TITLE = "fine-tuning"
 
@@ -53,7 +47,7 @@ class LinearizeFinetune(io.ComfyNode):
                     "student", tooltip="What Distill Attention or Load Linearized Attention gave. Of a site with "
                     "several candidates the one of lowest error is taken, unless Budget Plan chose before."
                 ),
-                TeacherSamples.Input("samples", tooltip="What the teacher painted, from Generate Teacher Samples."),
+                TeacherSamples.Input("samples", tooltip="The teacher's samples, from Generate Teacher Samples."),
                 io.Int.Input("updates", default=500, min=0, max=10**6,
                              tooltip="Updates of the whole model, after those of the single blocks."),
                 io.Combo.Input(
@@ -78,7 +72,7 @@ class LinearizeFinetune(io.ComfyNode):
     def execute(
         cls,
         model,
-        student: Candidates | StudentFile,
+        student: Candidates,
         samples: Samples,
         updates: int,
         preset: str,
@@ -89,81 +83,59 @@ class LinearizeFinetune(io.ComfyNode):
         **advanced: Any,
     ) -> io.NodeOutput:
         """Return the student and the losses."""
-        notes = [check_model(model, samples)]
-        chosen, note = decided(candidates_of(model, student))
+        subject = ComfyModel(model)
+        notes = [subject.check(samples)]
+        chosen, note = decided(student)
         kind = "maps" if rank == 0 else "full" if full_rank else "lora"
         recipe = FinetuneRecipe(updates=updates, trainables=kind, rank=max(rank, 1), **PRESETS[preset], **advanced)
-        digest = student_digest(chosen)
-        with job_folder("finetune", model, samples, recipe.to_json(), student=digest, **gpus_key(gpus)) as job:
-            result, node_id = finished(job), cls.hidden.unique_id
-            if result is None and gpus > 1:
-                result = train_in_processes(gpus, model, samples, recipe, job, node_id, TITLE, student=chosen)
-            elif result is None:
-                fingerprint, device = model_fingerprint(model), comfy.model_management.get_torch_device()
-
-                def train(trainee: ComfyTrainee) -> Finished:
-                    run = Updates(trainee, job, node_id, preview_every)
-                    return run_finetune(
-                        trainee, samples, fingerprint, chosen, recipe, job, run, device=device, say=run.say
-                    )
-
-                result = with_trainee(model, samples, train)
-            node_status.show_on_node(node_id)("\n".join(text for text in (result.text, note, *notes) if text))
+        watch = FinetuneWatch(cls.hidden.unique_id, preview_every)
+        result = train(subject, samples, recipe, watch, gpus, student=chosen)
+        watch.show("\n".join(filter(None, (result.text, note, *notes))))
         return io.NodeOutput(result.candidates, {"loss": result.history.get("loss", [])})
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> int:
-        """Return what changes when a run was cancelled: the next one goes on."""
+        """Return a value that changes when a run is cancelled, so that the next one resumes it."""
         return cancelled_runs()
 
 
-def candidates_of(model: Any, student: Candidates | StudentFile) -> Candidates:
-    """Return a student as candidates, after checking that it fits the model.
-
-    Raises:
-        ValueError: it is another host's, or does not fit the model's sites.
-    """
-    host, module = patching.host_of(model)
-    if isinstance(student, StudentFile):
-        return Candidates.of_student(student, check_student(student, host.name, host.sites(module)))
-    check_student(student.student(), host.name, host.sites(module))
-    return student
-
-
-class Updates:
-    """Does a stage's updates with progress on the node, after telling what memory they take.
+class FinetuneWatch(NodeWatch):
+    """Follows a run of fine-tuning: the text begins with the memory it takes, and the bar has pictures.
 
     Args:
-        trainee: that is trained.
-        job: its folder.
         node_id: of the node.
         preview_every: updates between pictures; 0 makes none.
     """
 
-    def __init__(self, trainee: ComfyTrainee, job: JobFolder, node_id: str | None, preview_every: int) -> None:
-        self._trainee, self._job, self._node_id, self._preview_every = trainee, job, node_id, preview_every
-        self._show, self._needed = node_status.show_on_node(node_id), ""
+    def __init__(self, node_id: str | None, preview_every: int) -> None:
+        super().__init__(node_id, TITLE)
+        self._preview_every, self._needed = preview_every, ""
+        self._preview: Callable[[], Any] | None = None
 
-    def __call__(self, stage: Finetune) -> Progress:
-        """Return how far it got."""
-        needed = needed_memory(self._trainee, stage)
-        free: Any = comfy.model_management.get_free_memory(self._trainee.device)
+    def begin(self, stage: Finetune) -> None:
+        trainee = stage.trainee
+        assert isinstance(trainee, ComfyTrainee)
+        needed = needed_memory(trainee, stage)
+        free: Any = comfy.model_management.get_free_memory(trainee.device)
         # the model is there already
         self._needed = f"{TITLE} {needed.text(free + needed.base)}"
-        self._show(self._needed)
-        preview = previewer(self._trainee, stage) if self._preview_every else None
-        return run_with_progress(
-            stage, self._job, self._node_id, TITLE, preview=preview, preview_every=self._preview_every
-        )
+        self.show(self._needed)
+        self._preview = previewer(trainee, stage) if self._preview_every else None
+        super().begin(stage)
 
     def say(self, text: str) -> None:
-        """Show what is done between updates, and still what memory it takes; an interrupt ends it."""
-        self._show("\n".join((f"{TITLE}: {text}", self._needed)))
+        """Show what is done between updates, above the memory that training needs; an interrupt ends it."""
+        self.show("\n".join((f"{TITLE}: {text}", self._needed)))
         stop_if_interrupted()
+
+    def picture(self, update: Update) -> Any:
+        if self._preview is None or update.done % self._preview_every:
+            return None
+        return self._preview()
 
 
 def needed_memory(trainee: ComfyTrainee, stage: Finetune) -> Estimate:
-    """Return what a run takes of the device, after one forward of the teacher that tells its tokens."""
+    """Return the device memory that a run needs, after one forward of the teacher, which shows its tokens."""
     seen: list[SiteCall] = []
     trainee.watch(stage.held_out[0], lambda call: None if seen else seen.append(call))
     (call,) = seen
@@ -247,7 +219,7 @@ def _advanced_inputs() -> list[Any]:
         io.Int.Input(
             "preview_every", default=0, min=0, max=10**6, optional=True, advanced=True,
             tooltip="Updates between pictures of what the student sees in a noised sample. 0 shows none; pictures "
-            "also want previews switched on in ComfyUI.",
+            "also need previews switched on in ComfyUI.",
         ),
         gpus_input(),
     ]  # fmt: skip

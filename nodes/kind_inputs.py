@@ -7,10 +7,10 @@ from comfy_api.latest import io
 
 from .. import patching
 from ..attention.kinds.feature_maps import MAPS
-from ..attention.plans import Plan, group_sites, select_sites
+from ..attention.plans import Plan, select_sites
 from ..attention.runtime.backends import AUTO, BACKENDS
 from ..attention.runtime.runtime import SiteSettings
-from ..attention.specs import STABILIZERS, ChunkedSpec, ClearSpec, HybridSpec, LinearSpec, MappedSpec, SiteSpec
+from ..attention.specs import STABILIZERS, ChunkedSpec, ClearSpec, HybridSpec, LinearSpec, SiteSpec
 from . import node_status
 
 UNTRAINED_MAP = "elu1"  # has nothing to learn, and no map costs less
@@ -174,7 +174,7 @@ def place_inputs() -> list[Any]:
 def untrained_notes(specs: Iterable[SiteSpec]) -> list[str]:
     """Return what a node says when specs run without a student."""
     notes = ["untrained: the model's own weights"]
-    names = {spec.feature_map for spec in specs if isinstance(spec, MappedSpec)}
+    names = {part.feature_map for spec in specs for part in spec.parts if part.has_maps}
     learned = sorted(name for name in names if any(True for _ in MAPS[name](1, 2).parameters()))
     if learned:
         notes.append(f"feature map {', '.join(learned)} gives noise until it is trained; load a student")
@@ -204,5 +204,4 @@ def run_kind(
     notes = (*untrained_notes([spec]), *patching.replaced_notes(model, chosen))
     status = node_status.show_on_node(node_id, notes)
     patched, runtime = patching.patch_model(model, dict.fromkeys(chosen, settings), status)
-    specs: dict[str, SiteSpec] = {site: each.spec for site, each in runtime.sites.items()}
-    return patched, Plan(host.name, rules=group_sites(specs))
+    return patched, runtime.plan()

@@ -5,8 +5,10 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from .. import patching
+from ..attention.students.candidates import Candidates
 from ..attention.students.clear_weights import published_radius
 from ..attention.students.file import load_student
+from ..attention.students.fit import check_student
 from . import model_files
 from .apply import apply_student
 from .sockets import CATEGORY, AttentionStudent
@@ -61,12 +63,13 @@ class LinearizeLoadStudent(io.ComfyNode):
     @classmethod
     def execute(cls, model, student: str, hub_file: str = "", allow_download: bool = False) -> io.NodeOutput:
         """Return the patched model and the student."""
-        patching.host_of(model)  # an unknown model is refused before anything is fetched
+        host, module = patching.host_of(model)  # an unknown model is refused before anything is fetched
         path = model_files.student_path("" if student == NO_FILE else student, hub_file.strip(), allow_download)
         if published_radius(path.name) is not None and path.name in model_files.published_files():
             raise ValueError(f"{path.name} is one of CLEAR's own files; choose it under weights of CLEAR Attention")
-        loaded, origin = model_files.read_identified(path, load_student)
-        loaded = replace(loaded, origin=origin)
+        file, origin = model_files.read_identified(path, load_student)
+        specs = check_student(file, host.name, host.sites(module))
+        loaded = Candidates.of_student(replace(file, origin=origin), specs)
         return io.NodeOutput(apply_student(model, loaded, cls.hidden.unique_id), loaded)
 
     @classmethod

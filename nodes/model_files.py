@@ -43,7 +43,7 @@ def local_files() -> list[str]:
 
 def published_files() -> list[str]:
     """Return the names of CLEAR's files, there or not."""
-    return [known.file.file for known in CLEAR_FILES.values()]
+    return [file.file for file in CLEAR_FILES.values()]
 
 
 def find(name: str) -> Path | None:
@@ -77,10 +77,10 @@ def fetch(name: str) -> Path:
     path = find(name)
     if path is not None:
         return path
-    known = next((known for known in CLEAR_FILES.values() if known.file.file == name), None)
-    if known is None:
+    published = next((file for file in CLEAR_FILES.values() if file.file == name), None)
+    if published is None:
         raise ValueError(f"there is no {name} in {_folder()}; put it there, or choose another file")
-    return _download(known.file, allow_download=True)
+    return _download(published, allow_download=True)
 
 
 def student_path(name: str, hub_file: str, allow_download: bool) -> Path:

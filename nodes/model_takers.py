@@ -1,4 +1,4 @@
-"""What other nodes of the graph keep of a model with trained weights: merges and saves of whole models.
+"""What other nodes of the graph keep of a model with trained weights: merges and saves of models.
 
 Both read the weights and nothing else, and call no hook of the pack; so the graph is read when the node runs that put
 the weights in.

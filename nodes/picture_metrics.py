@@ -1,7 +1,8 @@
-"""How far a batch of pictures is from its teacher's: PSNR, SSIM, a map of the difference, a sheet to look at.
+"""How far pictures are from the teacher's: PSNR, SSIM, a map of the difference, a sheet to look at.
 
 Pictures are ComfyUI's: (B, height, width, channels) in 0 to 1, several for a clip. Nothing is resized or aligned here,
-and nothing here imports ComfyUI.
+and nothing here imports ComfyUI. PSNR and SSIM are written out: kornia's SSIM takes whole pictures, where bands of rows
+keep the float64 maps small, and ComfyUI runs without kornia too.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from ..attention.words import counted
 
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
 SSIM_BAND = 64  # rows at a time
@@ -47,7 +50,7 @@ class Comparison:
         """Return the measures as text, a line each."""
         count = len(self.psnr)
         lines = [
-            f"{self.width} x {self.height}, {count} {'frame' if count == 1 else 'frames'}",
+            f"{self.width} x {self.height}, {counted(count, 'frame')}",
             f"PSNR {_psnr_words(self.psnr)}",
             f"SSIM {_over_frames(self.ssim, 4, '')}",
             f"largest difference {float(self.largest.max()):.3f} of 1; the map shows differences x {DIFFERENCE_GAIN}",
@@ -170,15 +173,15 @@ def _psnr_words(psnr: Tensor) -> str:
     return f"{_over_frames(psnr, 2, ' dB', different)}; {num_equal} of {len(psnr)} frames are equal"
 
 
-def _over_frames(values: Tensor, digits: int, unit: str, counted: Tensor | None = None) -> str:
-    """Return a value, or for several frames the mean (of `counted`) and the lowest with its frame, from 1."""
+def _over_frames(values: Tensor, digits: int, unit: str, taken: Tensor | None = None) -> str:
+    """Return a value, or for several frames the mean (of `taken`) and the lowest with its frame, from 1."""
     if len(values) == 1:
         return f"{float(values):.{digits}f}{unit}"
     lowest = int(values.argmin())
-    mean = float((values if counted is None else counted).mean())
+    mean = float((values if taken is None else taken).mean())
     return f"{mean:.{digits}f}{unit} mean, {float(values[lowest]):.{digits}f}{unit} lowest (frame {lowest + 1})"
 
 
 def _size(batch: Tensor) -> str:
     count, height, width = batch.shape[:3]
-    return f"{width} x {height}, {count} {'frame' if count == 1 else 'frames'}"
+    return f"{width} x {height}, {counted(count, 'frame')}"

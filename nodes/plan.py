@@ -1,4 +1,4 @@
-"""Uniform Plan and Apply: a plan as a thing of its own, and the node that puts it on a model."""
+"""Uniform Plan, which makes a plan, and Apply Linearized Attention, which puts one on a model."""
 
 from comfy_api.latest import io
 
@@ -6,7 +6,6 @@ from ..attention.hosts import HOSTS
 from ..attention.plans import Plan
 from ..attention.specs import spec_from_json
 from ..attention.students.candidates import Candidates
-from ..attention.students.file import StudentFile
 from .apply import apply_plan, apply_student
 from .kind_inputs import chunked_inputs, clear_inputs, feature_map_inputs, hybrid_inputs
 from .sockets import CATEGORY, CATEGORY_PLAN, AttentionPlan, AttentionStudent
@@ -86,7 +85,7 @@ class LinearizeApply(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, attention: Plan | StudentFile | Candidates) -> io.NodeOutput:
+    def execute(cls, model, attention: Plan | Candidates) -> io.NodeOutput:
         """Return the patched model."""
         if isinstance(attention, Plan):
             return io.NodeOutput(apply_plan(model, attention, cls.hidden.unique_id))

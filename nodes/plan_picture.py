@@ -1,4 +1,4 @@
-"""The map of a plan: one row per site, a grey bar for dense attention and a coloured one for the planned kind."""
+"""The picture of a plan: one row per site, a grey bar for dense cost, a coloured one for the planned kind."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..attention.kinds.kind import KINDS
 from ..attention.planning.report import SiteCost, describe_spec
 
-COLOURS = {
-    "dense": (130, 130, 130),
-    "clear": (46, 134, 171),
-    "linear": (214, 123, 40),
-    "hybrid": (111, 76, 155),
-    "chunked": (64, 145, 108),
-}
 BACKGROUND, INK, FULL = (250, 250, 248), (40, 40, 40), (222, 222, 218)
 ROW, LEFT, WIDTH, TOP, RIGHT = 14, 90, 520, 34, 260
 
@@ -35,10 +29,15 @@ def draw_plan(title: str, rows: Sequence[SiteCost]) -> Tensor:
         top = TOP + ROW * number
         draw.text((8, top), row.site.id, INK, font=font)
         _bar(draw, top, row.dense.flops / longest, FULL)
-        _bar(draw, top, row.planned.flops / longest, COLOURS.get(row.spec.kind, COLOURS["dense"]))
+        _bar(draw, top, row.planned.flops / longest, colour_of(row.spec.kind))
         share = row.planned.flops / row.dense.flops
         draw.text((LEFT + WIDTH + 8, top), f"{share:6.1%}  {describe_spec(row.spec)}", INK, font=font)
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)[None]
+
+
+def colour_of(kind: str) -> tuple[int, int, int]:
+    """Return the colour of a kind; heads of several kinds have that of dense attention."""
+    return KINDS.get(kind, KINDS["dense"]).colour
 
 
 def _bar(draw: ImageDraw.ImageDraw, top: int, share: float, colour: tuple[int, int, int]) -> None:

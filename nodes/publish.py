@@ -1,4 +1,4 @@
-"""Publish to Hub: a student's file and its model card, shown first and sent only when that is asked for."""
+"""Publish to Hub: shows a student's file and its model card, and sends them only when asked."""
 
 from pathlib import Path
 

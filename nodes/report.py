@@ -1,4 +1,4 @@
-"""Attention Report: what a model's attention costs at a size, and what really ran when ordered behind the sampler."""
+"""Attention Report: what attention costs at a size and, behind the sampler, what really ran."""
 
 from comfy_api.latest import io, ui
 

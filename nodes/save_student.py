@@ -6,9 +6,10 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..attention.hub.model_card import describe_size, describe_student
-from ..attention.students.candidates import Candidates, as_student
+from ..attention.hub.model_card import describe_student
+from ..attention.students.candidates import Candidates, decided
 from ..attention.students.file import ROLES, StudentFile, save_student
+from ..attention.words import file_size
 from . import model_files, node_status
 from .sockets import CATEGORY_DISTILL, AttentionStudent
 
@@ -79,7 +80,7 @@ class LinearizeSaveStudent(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        student: StudentFile | Candidates,
+        student: Candidates,
         name: str,
         base_model: str = "",
         licence: str = "",
@@ -87,16 +88,16 @@ class LinearizeSaveStudent(io.ComfyNode):
         pair_id: str = "",
     ) -> io.NodeOutput:
         """Write the file and return a text about it."""
-        found, notes = as_student(student)
+        one, note = decided(student)
         given = {"base_model": base_model, "licence": licence, "pair_id": pair_id}
         given = {key: value.strip() for key, value in given.items() if value.strip()}
         given |= {} if role == AS_DISTILLED else {"role": role}
-        saved = replace(found, **given)
+        saved = replace(one.student(), **given)
         path = _save_under_new_name(name, saved)
         lines = [
-            f"saved {path}, {describe_size(path.stat().st_size)}",
+            f"saved {path}, {file_size(path.stat().st_size)}",
             *describe_student(saved),
-            *notes,
+            *filter(None, (note,)),
             f"to use it: Load Linearized Attention, student {model_files.shown_name(path)} (press R to renew its list)",
         ]
         text = "\n".join(lines)

@@ -1,11 +1,12 @@
 """Plot Site Errors: what distillation measured, site by site and candidate by candidate."""
 
+import math
+
 from comfy_api.latest import io, ui
 
 from ..attention.hosts import HOSTS
 from ..attention.shown import one_line
-from ..attention.students.candidates import Candidate, Candidates
-from ..attention.students.file import StudentFile
+from ..attention.students.candidates import IN_MEMORY, Candidate, Candidates
 from .error_picture import draw_errors
 from .sockets import CATEGORY_INSPECT, AttentionStudent
 
@@ -35,7 +36,7 @@ class LinearizeSiteErrors(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, student: StudentFile | Candidates) -> io.NodeOutput:
+    def execute(cls, student: Candidates) -> io.NodeOutput:
         """Return the picture."""
         sites = measured_sites(student)
         title = next((host.title for host in HOSTS if host.name == student.host), one_line(student.host))
@@ -43,16 +44,14 @@ class LinearizeSiteErrors(io.ComfyNode):
         return io.NodeOutput(picture, ui=ui.PreviewImage(picture, cls=cls))
 
 
-def measured_sites(student: StudentFile | Candidates) -> dict[str, tuple[Candidate, ...]]:
-    """Return the candidates of each site; of a loaded student those sites whose error its file holds.
+def measured_sites(student: Candidates) -> dict[str, tuple[Candidate, ...]]:
+    """Return the candidates of each site, of a loaded student only those whose error its file holds.
 
     Raises:
         ValueError: there are none.
     """
-    if isinstance(student, Candidates):
-        sites = dict(student.sites)
-    else:
-        sites = {site: (Candidate(student.plan.spec_of(site), error),) for site, error in student.site_errors.items()}
+    is_loaded = student.origin != IN_MEMORY
+    sites = {site: of for site, of in student.sites.items() if not is_loaded or math.isfinite(of[0].error)}
     if not sites:
         raise ValueError("this student holds no errors to draw; Distill Attention measures them")
     return sites

@@ -1,4 +1,4 @@
-"""Generate Teacher Samples: what the untouched model paints, kept on disk for distillation."""
+"""Generate Teacher Samples: samples the untouched model and keeps the results for distillation."""
 
 import re
 from pathlib import Path
@@ -9,13 +9,14 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from .. import patching
-from ..attention.bounds import MOST_SEED
+from ..attention.checks import MOST_SEED
+from ..attention.words import counted
+from ..patching.patcher import model_fingerprint
 from ..training.comfyui.conditioning import ready_conditioning
 from ..training.comfyui.identity import model_digest
-from ..training.comfyui.sampling import Order, describe_samples, generate_samples, latent_shape, many
+from ..training.comfyui.sampling import Order, describe_samples, generate_samples, latent_shape
 from ..training.samples.index import INDEX, About
 from . import node_status
-from .apply import model_fingerprint
 from .model_files import WINDOWS_NAMES
 from .sockets import CATEGORY_DISTILL, TeacherSamples
 
@@ -35,7 +36,7 @@ class LinearizeTeacherSamples(io.ComfyNode):
             node_id="LinearizeTeacherSamples",
             display_name="Generate Teacher Samples",
             category=CATEGORY_DISTILL,
-            description="Paints your prompts with the untouched model and keeps what came out, for distillation to "
+            description="Samples your prompts with the untouched model and keeps what came out, for distillation to "
             "learn from. What is finished is kept: run it again after a stop and it goes on; a finished folder "
             "returns at once.",
             search_aliases=["distillation data", "training samples", "dataset", "distill"],
@@ -51,12 +52,12 @@ class LinearizeTeacherSamples(io.ComfyNode):
                     "comes in has one prompt per entry.",
                 ),
                 io.Latent.Input(
-                    "latent_image", tooltip="An empty latent of the size to paint at. Its batch does not count."
+                    "latent_image", tooltip="An empty latent of the size to sample at. Its batch does not count."
                 ),
                 io.String.Input(
                     "name",
                     default="teacher",
-                    tooltip="Folder of the samples in output/linearize. Other settings want another name; prompts may "
+                    tooltip="Folder of the samples in output/linearize. Other settings need another name; prompts may "
                     "be added at the end.",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder that reads the prompts."),
@@ -115,7 +116,7 @@ def _sampling_inputs() -> list[Any]:
             max=100.0,
             step=0.1,
             round=0.01,
-            tooltip="Strength of the negative prompt; 1 leaves it out, as FLUX wants.",
+            tooltip="Strength of the negative prompt; 1 leaves it out, as FLUX needs.",
         ),
         io.Combo.Input(
             "sampler_name",
@@ -210,7 +211,7 @@ def _order(one: dict[str, Any], prompts: list[str], positive: list[Any], negativ
     if about.uses_negative and len(negative) > 1 and len(negative) != len(positive):
         raise ValueError(
             f"negative is one conditioning for all samples or one for each of positive, got {len(negative)} for "
-            f"{many(len(positive), 'ready conditioning')}"
+            f"{counted(len(positive), 'ready conditioning')}"
         )
     if about.uses_negative and not negative and clip is None:
         raise ValueError(f"cfg {about.cfg} needs a negative conditioning; wire one to negative, or set cfg to 1")

@@ -1,10 +1,6 @@
-"""What the nodes that train share: the job of a run on disk, refusals, progress and interrupts on the node.
-
-A job is found again by what it is made of; finished, it answers without the model, unfinished, it goes on.
-"""
+"""What the nodes that train share: where jobs lie, progress and interrupts on the node."""
 
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,108 +8,71 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 
-from .. import patching
-from ..patching.patcher import model_fingerprint
-from ..training.comfyui.identity import job_digest, model_digest, norms_digest
 from ..training.comfyui.teacher import stop_if_interrupted
-from ..training.engine.job_folder import JobFolder
-from ..training.engine.loop import Losses, Progress, Stage, progress_of, run_stage
-from ..training.engine.results import Finished, unpack
-from ..training.samples.folder import OTHER_MODEL, TeacherSamples, check_samples
+from ..training.engine.loop import Progress, Stage
+from ..training.jobs.watch import Update, Watch
 from . import node_status
 
-VERSION = 1  # of what the stages do; a change of results starts every job anew
 TEXT_INTERVAL_S = 0.5
 _cancelled: list[str] = []
 
 
-def check_model(model: Any, samples: TeacherSamples) -> str:
-    """Return a note on a model and its samples, often empty, after refusing what cannot be trained.
-
-    Raises:
-        ValueError: a Linearize node patched the model already, no host knows it, or the samples are another model's.
-    """
-    host, _ = patching.host_of(model)
-    if patching.runtime_of(model) is not None:
-        raise ValueError("this model is linearized already; connect the one that goes into the Linearize node")
-    found = check_samples(samples, host.name, model_fingerprint(model), model_digest(model))
-    return "" if found == "same" else OTHER_MODEL
-
-
-def job_folder(kind: str, model: Any, samples: TeacherSamples, recipe: Mapping[str, Any], **more: Any) -> JobFolder:
-    """Return the folder of a job below ComfyUI's output folder.
+class NodeWatch(Watch):
+    """Follows a run on a node: a progress bar, a status text, and an interrupt that ends the updates early.
 
     Args:
-        kind: of training, such as "transfer".
-        model: the teacher.
-        samples: its samples.
-        recipe: as JSON holds it.
-        more: what else the result depends on, as JSON holds it.
-    """
-    host, _ = patching.host_of(model)
-    description = {
-        "kind": kind, "version": VERSION, "host": host.name, "model": job_digest(model), "samples": samples.digest,
-        "recipe": dict(recipe), **more,
-    }  # fmt: skip
-    root = Path(folder_paths.get_output_directory()) / "linearize" / "jobs"
-    return JobFolder(root, description, {**description, "model": norms_digest(model)})
-
-
-def run_with_progress(
-    stage: Stage,
-    job: JobFolder,
-    node_id: str | None,
-    title: str,
-    *,
-    preview: Callable[[], Any] | None = None,
-    preview_every: int = 0,
-) -> Progress:
-    """Do the updates of a stage with a progress bar and a status text; an interrupt ends it early.
-
-    Args:
+        node_id: of the node.
         title: what is trained, for the status text.
-        preview: returns a picture as ComfyUI's progress bar takes it, or None.
-        preview_every: updates between pictures; 0 makes none.
-
-    Returns:
-        How far it got: fewer updates than the stage has mean that the user cancelled. The state is saved then, and the
-        stage holds the last finished update.
     """
-    bar = comfy.utils.ProgressBar(stage.num_updates, node_id=node_id)
-    show = node_status.show_on_node(node_id)
-    started = shown = time.monotonic()
-    first: list[int] = []
 
-    def watch(done: int, total: int, losses: Losses) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        first.append(done) if not first else None
-        picture = preview() if preview is not None and preview_every and done % preview_every == 0 else None
-        bar.update_absolute(done, total, picture)
-        if now - shown >= TEXT_INTERVAL_S or done == total:
-            shown = now
-            show(progress_text(title, done, total, losses, (now - started) / (done - first[0] + 1)))
+    interrupts = (comfy.model_management.InterruptProcessingException,)
+
+    def __init__(self, node_id: str | None, title: str) -> None:
+        super().__init__()
+        self.show, self._node_id, self._title = node_status.show_on_node(node_id), node_id, title
+        self._shown = time.monotonic()
+
+    def say(self, text: str) -> None:
+        self.report(text)
         stop_if_interrupted()
 
-    try:
-        return run_stage(stage, job, watch)
-    except comfy.model_management.InterruptProcessingException:
-        _cancelled.append(title)
-        return progress_of(job)
+    def begin(self, stage: Stage) -> None:
+        self.expect(stage.num_updates)
+
+    def update(self, update: Update) -> None:
+        self.tell(update, interval=TEXT_INTERVAL_S)
+        stop_if_interrupted()
+
+    def stopped(self, progress: Progress, total: int) -> None:
+        """Remember that this run was cancelled."""
+        _cancelled.append(self._title)
+
+    def report(self, text: str) -> None:
+        """Show what is done."""
+        self.show(f"{self._title}: {text}")
+
+    def expect(self, total: int) -> None:
+        """Begin a progress bar."""
+        self._bar, self._shown = comfy.utils.ProgressBar(total, node_id=self._node_id), time.monotonic()
+
+    def tell(self, update: Update, *, interval: float = 0.0) -> None:
+        """Show an update on the bar, and as text where the last text is `interval` seconds old."""
+        self._bar.update_absolute(update.done, update.total, self.picture(update))
+        now = time.monotonic()
+        if now - self._shown >= interval or update.done == update.total:
+            self._shown = now
+            self.report(str(update))
+
+    def picture(self, update: Update) -> Any:
+        """Return a picture for an update as ComfyUI's progress bar takes it, or None."""
+        return None
+
+
+def jobs_folder() -> Path:
+    """Return the folder of all jobs, below ComfyUI's output folder."""
+    return Path(folder_paths.get_output_directory()) / "linearize" / "jobs"
 
 
 def cancelled_runs() -> int:
-    """Return how many runs were cancelled so far: for a node's `fingerprint_inputs`, so that the next run goes on."""
+    """Return how many runs were cancelled so far: for a node's `fingerprint_inputs`, so that the next one resumes."""
     return len(_cancelled)
-
-
-def progress_text(title: str, done: int, total: int, losses: Losses, seconds: float) -> str:
-    """Return the status of a run: updates, losses, seconds per update."""
-    parts = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-    return f"{title}: update {done} of {total}, {parts}, {seconds:.2g} s per update"
-
-
-def finished(job: JobFolder) -> Finished | None:
-    """Return the result of a finished job, or None."""
-    saved = job.result()
-    return unpack(*saved) if saved else None

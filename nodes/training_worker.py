@@ -1,4 +1,4 @@
-"""Training on several GPUs from a node: processes of `training/worker.py`, watched through files.
+"""Training on several GPUs from a node: starts `training/worker.py` processes and follows their files.
 
 ComfyUI's own process has used its GPU and holds other models, so nothing is forked from it. What the processes get is
 the model's file; what nodes did to the model they cannot see, and that is refused.
@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,18 @@ from ..attention.students.candidates import Candidates
 from ..attention.students.file import save_student
 from ..patching.patcher import is_as_loaded
 from ..training import worker
-from ..training.comfyui.worker import WEIGHT_DTYPES
-from ..training.engine.job_folder import JobFolder, read_values
+from ..training.comfyui.model import ComfyModel
+from ..training.comfyui.worker import LOADER_OPTIONS
+from ..training.engine.job_folder import read_values
 from ..training.engine.recipe import FinetuneRecipe, TransferRecipe
-from ..training.engine.results import Finished, pack, unpack
+from ..training.engine.results import Finished, unpack
 from ..training.jobs.description import ModelFile, TrainingJob
+from ..training.jobs.distributed import ProcessGroup
 from ..training.jobs.progress_file import ProgressReader
+from ..training.jobs.run_job import Job, finished, open_job, run
+from ..training.jobs.watch import Update
 from ..training.samples.folder import TeacherSamples
-from . import node_status
-from .training_run import progress_text
+from .training_run import NodeWatch, jobs_folder
 
 POLL_S = 0.2
 STOP_S = 600  # what an update may still take after a stop
@@ -54,13 +56,36 @@ def gpus_input() -> Any:
     )  # fmt: skip
 
 
-def gpus_key(gpus: int) -> dict[str, int]:
-    """Return what the number of processes adds to a job's description; one process adds nothing."""
-    return {"gpus": gpus} if gpus > 1 else {}
+def train(
+    model: ComfyModel,
+    samples: TeacherSamples,
+    recipe: TransferRecipe | FinetuneRecipe,
+    watch: NodeWatch,
+    gpus: int,
+    *,
+    plans: tuple[Plan, ...] = (),
+    student: Candidates | None = None,
+) -> Finished:
+    """Return what a node's job learned, in this process or in `gpus` of them; see `run_job.run`.
+
+    Args:
+        model, samples, recipe: of the job.
+        watch: of the node.
+        gpus: how many processes train together.
+        plans: of Distill Attention.
+        student: of Fine-tune Student.
+    """
+    job = Job(jobs_folder(), recipe, plans, student, gpus)
+    if gpus == 1:
+        return run(job, model, samples, watch)
+    with open_job(job, model, samples, ProcessGroup()) as folder:
+        result = finished(folder)
+    # the folder is closed: the processes open it
+    return result or train_in_processes(job, model, samples, watch, folder.path / "worker")
 
 
 def check_count(gpus: int) -> None:
-    """Raise ValueError where the machine has fewer GPUs, or processors, than processes are wanted."""
+    """Raise ValueError if the machine has fewer GPUs, or processor cores, than the node asks for."""
     on_cpu = comfy.model_management.get_torch_device().type == "cpu"
     here = (os.cpu_count() or 1) if on_cpu else torch.accelerator.device_count()
     if gpus > here:
@@ -78,7 +103,7 @@ def model_file(model: Any) -> ModelFile:
     from_core = loader in (comfy.sd.load_diffusion_model, comfy.sd.load_checkpoint_guess_config)
     options = dict(given[-1] if loader is comfy.sd.load_diffusion_model else given[6]) if from_core else {}
     dtype, fast = options.pop("dtype", None), bool(options.pop("fp8_optimizations", False))
-    words = [word for word, each in WEIGHT_DTYPES.items() if each == (dtype, fast)]
+    words = [word for word, each in LOADER_OPTIONS.items() if each == (dtype, fast)]
     if not from_core or options or not words:
         raise ValueError(
             "training on several GPUs loads the model's file again, and the node that loaded this model does not say "
@@ -94,62 +119,47 @@ def model_file(model: Any) -> ModelFile:
 
 
 def train_in_processes(
-    gpus: int,
-    model: Any,
-    samples: TeacherSamples,
-    recipe: TransferRecipe | FinetuneRecipe,
-    job: JobFolder,
-    node_id: str | None,
-    title: str,
-    *,
-    plans: Sequence[Plan] = (),
-    student: Candidates | None = None,
+    job: Job, model: ComfyModel, samples: TeacherSamples, watch: NodeWatch, folder: Path
 ) -> Finished:
-    """Return what several processes learned; the job is saved as finished then.
+    """Return what several processes learned; they save states and result in the job's own folder.
 
     Args:
-        gpus: how many processes, one per GPU.
-        model: as its loader gave it.
-        samples, recipe: of the job.
-        job: its folder, opened; the processes keep theirs inside.
-        node_id, title: for progress.
-        plans, student: of which the stage takes one.
+        job, model, samples: of the run; its loader made the model.
+        watch: of the node.
+        folder: for what the processes are given and write beside their states; it goes when the job is finished.
 
     Raises:
         ValueError: the model's file is not known, the machine has fewer GPUs, or a process said what was wrong.
         InterruptProcessingException: the user cancelled; the processes saved their state.
     """
-    check_count(gpus)
+    check_count(job.processes)
     if samples.live:
         raise ValueError(
             "these samples need their ControlNet beside the model, and other processes do not have it; set gpus to 1"
         )
-    on_cpu = comfy.model_management.get_torch_device().type == "cpu"
-    folder = job.path / "worker"
-    file = model_file(model)
+    file = model_file(model.patcher)
     folder.mkdir(exist_ok=True)
     given = None
-    if student is not None:
+    if job.student is not None:
         given = folder / "given.safetensors"
-        save_student(given, student.student())
+        save_student(given, job.student.student())
     order = TrainingJob(
-        model=file, samples=samples.folder.resolve(), recipe=recipe, output=folder / "student.safetensors",
-        plans=tuple(plans), student=given, comfyui=Path(folder_paths.__file__).resolve().parent,
-        device="cpu" if on_cpu else "auto",
+        model=file, samples=samples.folder.resolve(), recipe=job.recipe, output=folder / "student.safetensors",
+        plans=job.plans, student=given, comfyui=Path(folder_paths.__file__).resolve().parent,
+        device="cpu" if comfy.model_management.get_torch_device().type == "cpu" else "auto",
     )  # fmt: skip
     order.write(folder / "job.json")
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
-    result = _Processes(gpus, order, folder, title, node_id).result()
-    job.finish(*pack(result))
+    result = _Processes(job, order, folder, watch).result()
     shutil.rmtree(folder, ignore_errors=True)
     return result
 
 
-def launch_command(count: int, file: Path) -> list[str]:
-    """Return the command that starts the processes of a job."""
+def launch_command(count: int, file: Path, root: Path) -> list[str]:
+    """Return the command that starts the processes of a job whose folder is below `root`."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return [*launcher, str(Path(worker.__file__)), str(file)]
+    return [*launcher, str(Path(worker.__file__)), str(file), str(root)]
 
 
 def own_words(log: str) -> str:
@@ -162,20 +172,18 @@ def own_words(log: str) -> str:
 class _Processes:
     """The processes of one job, while they run."""
 
-    def __init__(self, count: int, order: TrainingJob, folder: Path, title: str, node_id: str | None) -> None:
-        self._total = order.recipe.updates + getattr(order.recipe, "block_updates", 0)
-        self._order, self._folder, self._title = order, folder, title
-        self._bar = comfy.utils.ProgressBar(self._total, node_id=node_id)
-        self._show = node_status.show_on_node(node_id)
+    def __init__(self, job: Job, order: TrainingJob, folder: Path, watch: NodeWatch) -> None:
+        watch.expect(job.recipe.updates + getattr(job.recipe, "block_updates", 0))
+        self._order, self._folder, self._watch = order, folder, watch
         self._problem = self._result = ""
-        self._command = launch_command(count, folder / "job.json")
+        self._command = launch_command(job.processes, folder / "job.json", job.root)
         self._environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_S), "PYTHONFAULTHANDLER": "1"}
         if order.device == "cpu":
-            self._environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+            self._environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // job.processes))
 
     def result(self) -> Finished:
         """Start the processes and return what they learned; see `train_in_processes`."""
-        self._show(f"{self._title}: starting processes, which load the model")
+        self._watch.report("starting processes, which load the model")
         log, reader = self._folder / "worker.log", ProgressReader(self._order.folder)
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -188,7 +196,7 @@ class _Processes:
                     time.sleep(POLL_S)
             finally:
                 if process.poll() is None:
-                    self._show(f"{self._title}: stopping after this update")
+                    self._watch.report("stopping after this update")
                     _stop(process)
         self._tell(reader)
         if process.returncode or not self._result:
@@ -203,10 +211,9 @@ class _Processes:
             self._problem = line.get("problem", self._problem)
             self._result = line.get("result", self._result)
             if "status" in line:
-                self._show(f"{self._title}: {line['status']}")
+                self._watch.report(line["status"])
             elif "update" in line:
-                self._bar.update_absolute(line["update"], line["of"])
-                self._show(progress_text(self._title, line["update"], line["of"], line["losses"], line["seconds"]))
+                self._watch.tell(Update.from_json(line))
 
 
 def _stop(process: subprocess.Popen) -> None:

@@ -2,21 +2,15 @@
 
 from typing import Any
 
-import comfy.model_management
 from comfy_api.latest import io
 
-from .. import patching
 from ..attention.plans import Plan
-from ..patching.patcher import model_fingerprint
-from ..training.comfyui.teacher import stop_if_interrupted, with_teacher
-from ..training.engine.loop import Progress, Stage
+from ..training.comfyui.model import ComfyModel
 from ..training.engine.recipe import VALUE_LOSSES, TransferRecipe
-from ..training.jobs.runs import resolved_plans, run_transfer
 from ..training.samples.folder import TeacherSamples as Samples
-from . import node_status
 from .sockets import CATEGORY_DISTILL, AttentionPlan, AttentionStudent, TeacherSamples
-from .training_run import cancelled_runs, check_model, finished, job_folder, run_with_progress
-from .training_worker import gpus_input, gpus_key, train_in_processes
+from .training_run import NodeWatch, cancelled_runs
+from .training_worker import gpus_input, train
 
 MAX_PLANS = 12
 TITLE = "distilling attention"
@@ -38,7 +32,7 @@ class LinearizeTransfer(io.ComfyNode):
             search_aliases=["distill attention", "attention transfer", "train linear attention"],
             inputs=[
                 io.Model.Input("model", tooltip="The teacher: the model from before any Linearize node."),
-                TeacherSamples.Input("samples", tooltip="What the teacher painted, from Generate Teacher Samples."),
+                TeacherSamples.Input("samples", tooltip="The teacher's samples, from Generate Teacher Samples."),
                 io.Autogrow.Input(
                     "plans",
                     template=plans,
@@ -66,34 +60,17 @@ class LinearizeTransfer(io.ComfyNode):
         cls, model, samples: Samples, plans: dict[str, Plan], updates: int, gpus: int = 1, **advanced: Any
     ) -> io.NodeOutput:
         """Return the candidates and the losses."""
-        notes = [note for note in (check_model(model, samples),) if note]
-        host, module = patching.host_of(model)
-        given = [plan for plan in plans.values() if plan is not None]
-        specs = resolved_plans(host, host.sites(module), given)
-        recipe = TransferRecipe(updates=updates, **advanced)
-        node_id, described = cls.hidden.unique_id, {"plans": [plan.to_json() for plan in given], **gpus_key(gpus)}
-        with job_folder("transfer", model, samples, recipe.to_json(), **described) as job:
-            result = finished(job)
-            if result is None and gpus > 1:
-                result = train_in_processes(gpus, model, samples, recipe, job, node_id, TITLE, plans=given)
-            elif result is None:
-                fingerprint, device = model_fingerprint(model), comfy.model_management.get_torch_device()
-
-                def say(text: str) -> None:
-                    node_status.show_on_node(node_id)(f"{TITLE}: {text}")
-                    stop_if_interrupted()
-
-                def run(stage: Stage) -> Progress:
-                    return run_with_progress(stage, job, node_id, TITLE)
-
-                result = with_teacher(model, samples, lambda teacher: run_transfer(
-                    teacher, samples, fingerprint, specs, recipe, job, run, device=device, say=say))  # fmt: skip
-            node_status.show_on_node(node_id)("\n".join([result.text, *notes]))
+        subject = ComfyModel(model)
+        note = subject.check(samples)
+        given = tuple(plan for plan in plans.values() if plan is not None)
+        watch = NodeWatch(cls.hidden.unique_id, TITLE)
+        result = train(subject, samples, TransferRecipe(updates=updates, **advanced), watch, gpus, plans=given)
+        watch.show("\n".join(filter(None, (result.text, note))))
         return io.NodeOutput(result.candidates, {"loss": result.history.get("loss", [])})
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> int:
-        """Return what changes when a run was cancelled: the next one goes on."""
+        """Return a value that changes when a run is cancelled, so that the next one resumes it."""
         return cancelled_runs()
 
 

@@ -1,4 +1,4 @@
-"""Installs the runtime on a clone of a model; its settings, weights and callbacks.
+"""Installs the runtime on a clone of a model, with its settings, weights and callbacks.
 
 What is installed is stateless: the override, the wrapper and the callbacks find the `Runtime` in the transformer
 options of the model they are called for, so a clone of the model needs nothing but a runtime of its own.
@@ -20,7 +20,6 @@ from ..attention.planning.high_res import with_proportional_scale
 from ..attention.plans import describe_sites
 from ..attention.runtime.backends import refused
 from ..attention.runtime.runtime import RUNTIME_KEY, Runtime, SiteSettings
-from ..attention.specs import MappedSpec
 from ..attention.students.learned import StudentParameters, new_maps
 from .patcher import KEY, host_of, install_runtime, pause_recording, runtime_of
 from .receipt import write_receipt
@@ -86,7 +85,7 @@ def patch_model(
         reason = refused(spec, site.num_heads, site.head_dim)
         if reason is not None:
             raise ValueError(f"{site.id}: {reason.text}")
-        if isinstance(spec, MappedSpec) and site.id not in trained:
+        if spec.has_maps and site.id not in trained:
             untrained[site.id] = new_maps(spec, site.num_heads, site.head_dim)
     if untrained:
         parameters = StudentParameters(parameters.pools(), trained | untrained, parameters.outputs())

@@ -1,4 +1,4 @@
-"""How a runtime gets onto a clone of a model patcher: for training, and for `patching/install.py`, which adds more."""
+"""Puts a runtime on a clone of a model patcher: the part that training and `install.py` share."""
 
 import contextlib
 from collections.abc import Iterator, Mapping

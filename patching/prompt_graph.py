@@ -1,4 +1,4 @@
-"""The graph of the prompt that is being executed: what a node's result was made of, and what tells results apart."""
+"""The graph of the prompt that is being executed: what made a result, and what tells results apart."""
 
 import hashlib
 import json

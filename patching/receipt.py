@@ -1,4 +1,4 @@
-"""The receipt in a saved picture: which plan and weights ran, on which backend, and how much of the attention.
+"""The receipt in a saved picture: which plan, weights and backends ran, and on how much of the attention.
 
 ComfyUI gives every node that saves one and the same `extra_pnginfo`, whose keys it writes into the file. A prompt that
 holds a Linearize node gets one that answers by who reads it: a node finds the receipts of the samplings upstream of it,
@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from typing import Any
 
-from ..attention.plans import Plan, group_sites
 from ..attention.runtime.record import once
 from ..attention.runtime.runtime import Runtime
 from .prompt_graph import Place, executing
@@ -98,11 +97,10 @@ def note_prompt(request: dict[str, Any]) -> dict[str, Any]:
 def receipt_of(runtime: Runtime) -> dict[str, Any]:
     """Return the receipt of the last run as plain data: no text but the pack's own words and names of files."""
     record = runtime.record
-    specs = {site: settings.spec for site, settings in runtime.sites.items()}
     weights = sorted({settings.origin for settings in runtime.sites.values() if settings.origin})
     trained = {site for site, settings in runtime.sites.items() if settings.trained}
     return {
-        "plan": Plan(runtime.host.name, rules=group_sites(specs)).to_json(),
+        "plan": runtime.plan().to_json(),
         "weights": weights or ["the model's own"],
         "backends": sorted({ran.backend for ran in record.ran}),
         "share_linearized": round(record.share_linearized, 4),

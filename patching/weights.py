@@ -1,4 +1,4 @@
-"""Weights that a Linearize node puts on a model patcher: distilled projections and a student's deltas, site by site.
+"""Weights that a node puts on a model patcher, site by site: distilled projections, a student's deltas.
 
 They lie under every LoRA, whichever node came first. What they are is read elsewhere.
 """
@@ -35,15 +35,15 @@ def replace_projections(patched: Any, sites: Iterable[str], projections: Sequenc
     earlier: dict[str, list[tuple[str, Any]]] = dict(patched.get_attachment(PROJECTIONS) or {})
     for site in sites:
         take_away(patched, earlier.pop(site, []))
-    wanted = {
+    requested = {
         (f"diffusion_model.{target.key}", (0, target.start, target.shape[0])): (site, ("set", (tensor,)))
         for site, target, tensor in projections
     }
-    accepted = patched.add_patches({place: value for place, (_, value) in wanted.items()})
-    if len(accepted) != len(wanted):
-        missing = sorted(key for key, _ in set(wanted) - set(accepted))
+    accepted = patched.add_patches({place: value for place, (_, value) in requested.items()})
+    if len(accepted) != len(requested):
+        missing = sorted(key for key, _ in set(requested) - set(accepted))
         raise ValueError(f"this model has no parameter {missing[0]} to put distilled weights into")
-    for (key, _), (site, value) in wanted.items():
+    for (key, _), (site, value) in requested.items():
         earlier[site] = [*earlier.get(site, []), (key, _put_under(patched, key, value))]
     patched.patches_uuid = uuid.uuid4()
     patched.set_attachments(PROJECTIONS, earlier)
@@ -177,16 +177,16 @@ def _is_merge(entry: Any) -> bool:
     return kept != 1.0 or (isinstance(value, list) and strength != 0.0)
 
 
-def _strength(wanted: Any, patches: Iterable[Any]) -> float:
+def _strength(requested: Any, patches: Iterable[Any]) -> float:
     """Return how much of a patch is in what a list of patches computes, those of merged models included."""
     found = 0.0
     for each in patches:
         strength, value, kept = each[:3]
         found *= kept
-        if _are_equal(each, wanted):
+        if _are_equal(each, requested):
             found += strength
         elif isinstance(value, list):
-            found += strength * _strength(wanted, value[1:])
+            found += strength * _strength(requested, value[1:])
     return found
 
 

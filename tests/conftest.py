@@ -1,6 +1,5 @@
 """Shared by all tests: the importable name of the checkout, poisoned memory, error measures, ComfyUI in-process."""
 
-import asyncio
 import importlib
 import importlib.util
 import os
@@ -11,8 +10,6 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMFYUI = Path(os.environ.get("LINEARIZE_COMFYUI", ROOT / ".comfyui" / "comfyui"))
-BASE = Path(os.environ.get("LINEARIZE_BASE", ROOT / ".comfyui" / "base"))
 TINY = ("flux", "wan", "wan_low", "vace", "sd3", "hunyuan_video", "ltx")  # linearize_tiny_*.safetensors
 
 os.environ.setdefault("LINEARIZE_STRICT", "1")
@@ -30,7 +27,9 @@ if importlib.util.find_spec("linearize") is None:  # a plain checkout without th
 
 import torch  # noqa: E402
 
-if os.environ.get("LINEARIZE_TEST_DEVICE"):  # the oracle tests on a card: see benchmarks/gpu.md
+from linearize.lab import comfyui  # noqa: E402
+
+if os.environ.get("LINEARIZE_TEST_DEVICE"):  # the oracle tests on a card: see lab/benchmarks/gpu.md
     torch.set_default_device(os.environ["LINEARIZE_TEST_DEVICE"])
 
 # error against float64, as the Frobenius norm of the difference over that of the truth
@@ -70,24 +69,14 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture(scope="session")
 def comfy():
     """ComfyUI in this process with the pack loaded by its own loader: `.nodes`, `.node(id)`, `.module(name)`."""
-    if not (COMFYUI / "nodes.py").exists():
+    if not (comfyui.COMFYUI / "nodes.py").exists():
         pytest.skip("no ComfyUI here; run the tests with: python run.py test")
-    argv, sys.argv = sys.argv, ["main.py", "--cpu", "--use-pytorch-cross-attention", "--base-directory", str(BASE)]
-    sys.path.insert(0, str(COMFYUI))
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    import nodes
-
-    sys.argv = argv
-    for folder in (ROOT, ROOT / "demo" / "nodes"):
-        assert asyncio.run(nodes.load_custom_node(str(folder), module_parent="custom_nodes"))
+    nodes = comfyui.start(on_cpu=True)
     writers = load_file(ROOT / "tests" / "tiny_models.py")
     for name in TINY:
-        path = BASE / "models" / "diffusion_models" / f"linearize_tiny_{name}.safetensors"
+        path = comfyui.BASE / "models" / "diffusion_models" / f"linearize_tiny_{name}.safetensors"
         if not path.exists():
             getattr(writers, f"write_tiny_{name}")(path)
-    load_file(ROOT / "demo" / "live_server.py").prepare_base()
 
     def node(node_id):
         """Return a function that runs a node with keyword inputs and gives its outputs, defaults filled in."""
@@ -96,11 +85,7 @@ def comfy():
         prepared = cls.PREPARE_CLASS_CLONE(None)
         return lambda **inputs: prepared.EXECUTE_NORMALIZED(**{**defaults, **inputs})
 
-    def module(name):
-        """Return the pack's module as ComfyUI loaded it."""
-        return importlib.import_module(f"{str(ROOT).replace('.', '_x_')}.{name}")
-
-    return SimpleNamespace(nodes=nodes, node=node, module=module)
+    return SimpleNamespace(nodes=nodes, node=node, module=comfyui.module)
 
 
 @pytest.fixture(scope="session")

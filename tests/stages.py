@@ -20,9 +20,9 @@ STAGES: tuple[tuple[str, int, list[str]], ...] = (  # name, minutes it may take 
     ("hosts", 2, ["tests/attention/hosts"]),
     ("nodes", 4, ["tests/nodes"]),
     ("templates", 2, ["tests/templates"]),
-    ("benchmarks", 2, ["tests/benchmarks"]),
+    ("benchmarks", 2, ["tests/lab/benchmarks", "tests/lab/evidence"]),
     ("distill", 7, ["tests/training"]),
-    ("demo", 2, ["tests/demo"]),
+    ("demo", 2, ["tests/lab/demo", "tests/lab/models"]),
     ("server", 6, ["tests/server"]),
     ("browser", 6, ["tests/browser"]),
 )

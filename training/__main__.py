@@ -12,17 +12,21 @@ USAGE = "usage: python -m linearize.training job.json"
 
 
 def main(arguments: list[str]) -> int:
-    """Do a job; return the exit code: 0 done or stopped by a signal, 1 with one sentence on stderr, 2 misuse."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
+    """Do a job; return the exit code: 0 done or stopped by a signal, 1 with one sentence on stderr, 2 misuse.
+
+    Args:
+        arguments: the job's file; nodes that start processes also name the folder of all jobs.
+    """
+    if len(arguments) not in (1, 2) or arguments[0].startswith("-"):
         sys.stderr.write(USAGE + "\n")
         return 0 if arguments in (["-h"], ["--help"]) else 2
     talk()
-    return run(Path(arguments[0]))
+    return run(*map(Path, arguments))
 
 
-def run(file: Path) -> int:
+def run(file: Path, root: Path | None = None) -> int:
     """Do the job of a file; return the exit code, see `main`."""
-    # here, so that a signal is heeded while they are imported
+    # here, so that a signal works while they are imported
     from .comfyui.setup import find_comfyui, prepare
     from .engine.loop import OutOfMemory
     from .jobs.description import read_job
@@ -36,11 +40,11 @@ def run(file: Path) -> int:
         workers = join(on_cpu=job.device == "cpu")
         with workers.reporting():
             prepare(find_comfyui(job.comfyui), on_cpu=job.device == "cpu")
-            from .comfyui import worker as comfy_worker
+            from .comfyui.worker import StoppedEarly, train
 
             try:
-                text = comfy_worker.train(job, workers)
-            except comfy_worker.StoppedEarly as stopped:
+                text = train(job, workers, root)
+            except StoppedEarly as stopped:
                 text = str(stopped)
         workers.close()
     except (ValueError, OutOfMemory) as problem:

@@ -1,7 +1,7 @@
-"""`python worker.py job.json`: as `__main__.py`, by the file's place alone. This is what torchrun is given.
+"""`python worker.py job.json`: `__main__.py` by file path alone, as torchrun starts it.
 
 An installed pack lies in custom_nodes under any name; here it gets the name `linearize` that its modules are found by.
-What takes time to import is imported where it is used: a signal is heeded from the first line on.
+What takes time to import is imported where it is used: signals work from the first line on.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ STOPPED = b"stopped; what was saved is kept, run the same command again to go on
 
 
 def heed_signals() -> None:
-    """Have SIGTERM and SIGINT end the process with exit code 0, wherever nothing else is done about them."""
+    """Make SIGTERM and SIGINT end the process with exit code 0 where no other handler is set."""
     for name in SIGNALS:
         signal.signal(getattr(signal, name), _end)
 

@@ -1,7 +1,8 @@
 """CLEAR's key lists as the tables of the Triton kernels: blocks of rows, lists of columns, packed bits.
 
-`clear_table.py` knows which keys a tile of queries sees; this file lays that out for `kernels/clear.py`. Visibility is
-symmetric, so one function makes both tables: queries as rows and keys as columns, or the reverse.
+`kinds/clear_table.py` knows which keys a tile of queries sees; this file lays that out as `kernels/clear_table.py`
+describes. Visibility is symmetric, so one function makes both tables: queries as rows and keys as columns, or the
+reverse.
 """
 
 import math
@@ -9,24 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ...kernels import Table, Tile
-from ...kernels.clear import ABSOLUTE, NUM_FIELDS
-from ..kinds.clear_table import Tile as GridTile
-from ..kinds.clear_table import TileClass, covers_grid, tile_classes
-from ..layout import Grid, TokenLayout
+from ...kernels.clear_table import ABSOLUTE, NUM_FIELDS
+from ..kinds.clear_table import TILES, TileClass, covers_grid, tile_classes
+from ..layout import Grid, Ranges, TokenLayout, token_indices
 
 Disc = tuple[int, int]  # (radius, temporal radius)
-Ranges = tuple[tuple[int, int], ...]
-
-# rows of a kernel's block: how they can lie on a grid, as (frames, height, width)
-GRID_TILES: dict[int, tuple[GridTile, ...]] = {
-    128: ((1, 8, 16), (1, 16, 8), (2, 8, 8), (4, 4, 8)),
-    64: ((1, 8, 8), (2, 4, 8), (4, 4, 4)),
-    32: ((1, 4, 8), (1, 8, 4), (2, 4, 4)),
-    16: ((1, 4, 4), (2, 2, 4)),
-}
 
 
 def query_table(layout: TokenLayout, discs: Sequence[Disc], pooled: Ranges, tile: Tile, device: torch.device) -> Table:
@@ -37,19 +29,21 @@ def query_table(layout: TokenLayout, discs: Sequence[Disc], pooled: Ranges, tile
         pooled: (start, stop) of the pooled keys of each grid, behind the sequence; none without pooling.
         tile: of the kernel that reads it.
     """
-    everything = _indices(((0, layout.num_tokens),))
-    shared = [(_indices(layout.global_ranges), everything)]
-    beside = [_indices((*layout.global_ranges, *pooled[number : number + 1])) for number in range(len(layout.grids))]
+    everything = token_indices(((0, layout.num_tokens),))
+    shared = [(token_indices(layout.global_ranges), everything)]
+    beside = [
+        token_indices((*layout.global_ranges, *pooled[number : number + 1])) for number in range(len(layout.grids))
+    ]
     return _table(layout, discs, shared, beside, tile, device)
 
 
 def key_table(layout: TokenLayout, discs: Sequence[Disc], pooled: Ranges, tile: Tile, device: torch.device) -> Table:
     """Return the table whose rows are keys, pooled ones too, and whose columns are the queries that see them."""
-    everything = _indices(((0, layout.num_tokens),))
-    shared = [(_indices(layout.global_ranges), everything)]
+    everything = token_indices(((0, layout.num_tokens),))
+    shared = [(token_indices(layout.global_ranges), everything)]
     for span, (start, grid) in zip(pooled, layout.grids, strict=False):
-        shared.append((_indices((span,)), _indices(((start, start + math.prod(grid)),))))
-    beside = [_indices(layout.global_ranges)] * len(layout.grids)
+        shared.append((token_indices((span,)), token_indices(((start, start + math.prod(grid)),))))
+    beside = [token_indices(layout.global_ranges)] * len(layout.grids)
     return _table(layout, discs, shared, beside, tile, device)
 
 
@@ -75,7 +69,7 @@ def _table(
         found: list[list[int]] = []
         for (start, grid), others in zip(layout.grids, beside, strict=True):
             if covers_grid(grid, *disc):
-                tokens = _indices(((start, start + math.prod(grid)),))
+                tokens = token_indices(((start, start + math.prod(grid)),))
                 found += parts.dense_blocks(tokens, torch.cat([others, tokens]))
             else:
                 for tile_class in grid_tiles(grid, disc, tile.rows):
@@ -103,7 +97,7 @@ def _table(
 def grid_tiles(grid: Grid, disc: Disc, rows: int) -> tuple[TileClass, ...]:
     """Return the tile classes of the tile shape that visits the fewest columns, counted in bounding boxes."""
     # a tile deeper than the grid would hold few rows
-    shapes = [shape for shape in GRID_TILES[rows] if shape[0] <= grid[0]]
+    shapes = [shape for shape in TILES[rows] if shape[0] <= grid[0]]
     choices = [tile_classes(grid, *disc, tile=shape) for shape in shapes]
     return min(choices, key=lambda classes: sum(each.num_tiles * _box(each) for each in classes))
 
@@ -199,9 +193,4 @@ def pack_bits(hidden: Tensor, width: int) -> Tensor:
     octets = (bits * torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     octets = octets.reshape(rows, columns // 32, 4).to(torch.int32)
     words = (octets * torch.tensor([2**24, 2**16, 2**8, 1], dtype=torch.int32)).sum(-1, dtype=torch.int32)
-    return words.reshape(rows, columns // width, width // 32).permute(1, 2, 0)
-
-
-def _indices(ranges: Ranges) -> Tensor:
-    parts = [torch.arange(start, stop) for start, stop in ranges]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    return rearrange(words, "row (step word) -> step word row", word=width // 32)

@@ -173,8 +173,8 @@ def wrong_inputs(title: str, latent: Any, dimensions: Sequence[int], text: Any) 
     """
     if getattr(latent, "ndim", 0) in dimensions and getattr(text, "ndim", 0) == 3:
         return None
-    wanted = " or ".join(f"{n}-D" for n in dimensions)
-    return Reason("arguments", f"{title} was called without the {wanted} latent and 3-D text that tell its token grid")
+    needed = " or ".join(f"{n}-D" for n in dimensions)
+    return Reason("arguments", f"{title} was called without the {needed} latent and 3-D text that tell its token grid")
 
 
 def grid_of(latent: Any, patch: Sequence[int]) -> Grid:
@@ -242,53 +242,3 @@ def with_biases(targets: Mapping[str, WeightTarget]) -> dict[str, WeightTarget]:
         for name, target in targets.items()
     }
     return {**targets, **biases}
-
-
-def double_single_sites(module: Any) -> tuple[Site, ...]:
-    """Return the sites of models with FLUX's two kinds of blocks."""
-    sizes = module.num_heads, module.hidden_size // module.num_heads
-    double = numbered_sites("double", len(module.double_blocks), *sizes)
-    return double + numbered_sites("single", len(module.single_blocks), *sizes)
-
-
-def double_single_norms(module: Any) -> tuple[str, ...]:
-    """Return the query norms of the blocks of such models."""
-    double = [f"double_blocks.{i}.img_attn.norm.query_norm" for i in range(len(module.double_blocks))]
-    single = [f"single_blocks.{i}.norm.query_norm" for i in range(len(module.single_blocks))]
-    return tuple(f"{name}.weight" for name in double + single)
-
-
-def double_single_targets(module: Any) -> dict[str, WeightTarget]:
-    """Return the image stream's projections of such models: q, k and v are rows of one parameter, in this order.
-
-    The rest of a single block's `linear1` is its MLP. Weights only.
-
-    Source: key names of diffusers, and `flux_to_diffusers` of ComfyUI 0.30.
-    """
-    width, parts = module.hidden_size, ("to_q", "to_k", "to_v")
-    targets: dict[str, WeightTarget] = {}
-    for i in range(len(module.double_blocks)):
-        name, block = f"transformer_blocks.{i}.attn", f"double_blocks.{i}.img_attn"
-        targets |= rows_of(name, parts, f"{block}.qkv", (width,) * 3, width)
-        targets |= rows_of(name, ("to_out.0",), f"{block}.proj", (width,), width)
-    for i in range(len(module.single_blocks)):
-        targets |= rows_of(
-            f"single_transformer_blocks.{i}.attn", parts, f"single_blocks.{i}.linear1", (width,) * 3, width
-        )
-    return targets
-
-
-def double_single_diffusers_sites(module: Any) -> dict[str, str]:
-    """Return the sites of such models by the diffusers names of their attention modules."""
-    double = {f"transformer_blocks.{i}.attn": f"double.{i}" for i in range(len(module.double_blocks))}
-    single = {f"single_transformer_blocks.{i}.attn": f"single.{i}" for i in range(len(module.single_blocks))}
-    return double | single
-
-
-def double_single_weights(module: Any) -> dict[str, tuple[str, ...]]:
-    """Return the modules with the attention weights of such models; in a single block they hold its MLP too."""
-    double, single = range(len(module.double_blocks)), range(len(module.single_blocks))
-    parts = ("linear1", "linear2", "norm")
-    return {f"double.{i}": tuple(f"double_blocks.{i}.{stream}_attn" for stream in ("img", "txt")) for i in double} | {
-        f"single.{i}": tuple(f"single_blocks.{i}.{part}" for part in parts) for i in single
-    }

@@ -4,24 +4,11 @@ Sequence: text, main grid. No references. Blocks that a Chroma model was told to
 never run.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from ..layout import Reason, Segment, TokenLayout
-from .base import (
-    Host,
-    ModelCall,
-    Site,
-    double_single_norms,
-    double_single_sites,
-    double_single_weights,
-    main_segment,
-    missing_attributes,
-    missing_structure,
-    planned_main,
-    site_of_block,
-    wrong_inputs,
-)
+from .base import Host, ModelCall, main_segment, missing_attributes, missing_structure, planned_main, wrong_inputs
+from .double_single import DoubleSingleHost
 
 PIXELS_PER_LATENT = 8
 STRUCTURE = (
@@ -33,7 +20,7 @@ STRUCTURE = (
 )
 
 
-class ChromaHost(Host):
+class ChromaHost(DoubleSingleHost):
     """Chroma: 19 double and 38 single blocks, head dimension 128; all modulations come from one small network.
 
     It has no diffusers names here: CLEAR's files for FLUX.1 would fit its shapes, and are not for its weights.
@@ -42,12 +29,11 @@ class ChromaHost(Host):
     name = "chroma"
     title = "Chroma"
     default_text_tokens = 128  # prompts are not padded; about 90 words
+    diffusers_targets = Host.diffusers_targets
+    diffusers_sites = Host.diffusers_sites
 
     def mismatch(self, module: Any) -> Reason | None:
         return missing_structure(self.title, module, STRUCTURE)
-
-    def sites(self, module: Any) -> tuple[Site, ...]:
-        return double_single_sites(module)
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
         latent, text = call.argument(0, "x"), call.argument(2, "context")
@@ -62,13 +48,3 @@ class ChromaHost(Host):
         works_on_pixels = not missing_attributes(module, ("img_in_patch",))
         main = planned_main(width, height, module.patch_size * (1 if works_on_pixels else PIXELS_PER_LATENT))
         return TokenLayout.of((Segment("text", text_tokens), main))
-
-    def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """The query norms of every block."""
-        return double_single_norms(module)
-
-    def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
-        return double_single_weights(module)
-
-    def site_of(self, options: Mapping[str, Any]) -> str | None:
-        return site_of_block(options, {"double": "double", "single": "single"})

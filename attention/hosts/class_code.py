@@ -1,4 +1,4 @@
-"""The code that runs for the instances of a class: which methods name what, and those as syntax trees."""
+"""The code that runs for instances of a class, as syntax trees, and which methods name what."""
 
 import ast
 import functools

@@ -1,4 +1,4 @@
-"""Whether the attention of a model can reach this pack at all, read from the code of its own classes.
+"""Whether a model's attention can reach this pack, read from the code of its classes.
 
 A model may have the structure of a host and yet call its attention past it: blocks that use another method of their
 attention module than the module itself, or attention that does not hand on the transformer options. Such a model would

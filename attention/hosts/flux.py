@@ -4,29 +4,19 @@ Sequence: text, main grid, then one run of tokens per reference latent. Referenc
 sees all of them, because an edit copies from anywhere in its reference.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from ..layout import Reason, Segment, TokenLayout
 from .base import (
-    Host,
     ModelCall,
-    Site,
-    WeightTarget,
-    double_single_diffusers_sites,
-    double_single_norms,
-    double_single_sites,
-    double_single_targets,
-    double_single_weights,
     main_segment,
     missing_attributes,
     missing_structure,
     planned_main,
     reference_segments,
-    site_of_block,
-    with_biases,
     wrong_inputs,
 )
+from .double_single import DoubleSingleHost
 
 PIXELS_PER_LATENT = 8
 STRUCTURE = (
@@ -43,7 +33,7 @@ STRUCTURE = (
 )
 
 
-class FluxHost(Host):
+class FluxHost(DoubleSingleHost):
     """FLUX.1: 19 double and 38 single blocks in the released models, head dimension 128."""
 
     name = "flux"
@@ -62,9 +52,6 @@ class FluxHost(Host):
             )
         return None
 
-    def sites(self, module: Any) -> tuple[Site, ...]:
-        return double_single_sites(module)
-
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
         latent, text = call.argument(0, "x"), call.argument(2, "context")
         problem = wrong_inputs(self.title, latent, (4,), text)
@@ -78,20 +65,3 @@ class FluxHost(Host):
         """FLUX makes pictures, so `frames` is not used."""
         main = planned_main(width, height, PIXELS_PER_LATENT * module.patch_size)
         return TokenLayout.of((Segment("text", text_tokens), main))
-
-    def diffusers_targets(self, module: Any) -> dict[str, WeightTarget]:
-        """Return the image-stream projections that CLEAR trains, weights and biases."""
-        return with_biases(double_single_targets(module))
-
-    def diffusers_sites(self, module: Any) -> dict[str, str]:
-        return double_single_diffusers_sites(module)
-
-    def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """The query norms of every block."""
-        return double_single_norms(module)
-
-    def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
-        return double_single_weights(module)
-
-    def site_of(self, options: Mapping[str, Any]) -> str | None:
-        return site_of_block(options, {"double": "double", "single": "single"})

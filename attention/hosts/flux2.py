@@ -4,27 +4,19 @@ Sequence: text, main grid, then one run of tokens per reference latent, whatever
 references are given. A latent cell is 16 x 16 pixels and one token. References are global tokens.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from ..layout import Reason, Segment, TokenLayout
 from .base import (
-    Host,
     ModelCall,
-    Site,
     WeightTarget,
-    double_single_diffusers_sites,
-    double_single_norms,
-    double_single_sites,
-    double_single_targets,
-    double_single_weights,
     main_segment,
     missing_structure,
     planned_main,
     reference_segments,
-    site_of_block,
     wrong_inputs,
 )
+from .double_single import DoubleSingleHost, double_targets
 
 PIXELS_PER_LATENT = 16
 STRUCTURE = (
@@ -40,7 +32,7 @@ STRUCTURE = (
 )
 
 
-class Flux2Host(Host):
+class Flux2Host(DoubleSingleHost):
     """FLUX.2: 8 double and 48 single blocks in dev, head dimension 128; all blocks share their modulation."""
 
     name = "flux2"
@@ -49,9 +41,6 @@ class Flux2Host(Host):
 
     def mismatch(self, module: Any) -> Reason | None:
         return missing_structure(self.title, module, STRUCTURE)
-
-    def sites(self, module: Any) -> tuple[Site, ...]:
-        return double_single_sites(module)
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
         latent, text = call.argument(0, "x"), call.argument(2, "context")
@@ -69,26 +58,9 @@ class Flux2Host(Host):
 
     def diffusers_targets(self, module: Any) -> dict[str, WeightTarget]:
         """Return the image-stream projections; single blocks keep q, k, v and their MLP in one, without biases."""
-        targets = {
-            name: target
-            for name, target in double_single_targets(module).items()
-            if not name.startswith("single_transformer_blocks")
-        }
+        targets = double_targets(module)
         for i, block in enumerate(module.single_blocks):
             name, shape = f"single_transformer_blocks.{i}.attn", (3 * module.hidden_size, module.hidden_size)
             shape = (shape[0] + block.mlp_hidden_dim_first, shape[1])
             targets[f"{name}.to_qkv_mlp_proj.weight"] = WeightTarget(f"single_blocks.{i}.linear1.weight", 0, shape)
         return targets
-
-    def diffusers_sites(self, module: Any) -> dict[str, str]:
-        return double_single_diffusers_sites(module)
-
-    def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """The query norms of every block."""
-        return double_single_norms(module)
-
-    def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
-        return double_single_weights(module)
-
-    def site_of(self, options: Mapping[str, Any]) -> str | None:
-        return site_of_block(options, {"double": "double", "single": "single"})

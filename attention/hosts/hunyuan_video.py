@@ -6,28 +6,11 @@ where part of a prompt is padding, which ComfyUI's own encoders do not make; suc
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from ..layout import Reason, Segment, TokenLayout
-from .base import (
-    Host,
-    ModelCall,
-    Site,
-    WeightTarget,
-    double_single_diffusers_sites,
-    double_single_norms,
-    double_single_sites,
-    double_single_targets,
-    double_single_weights,
-    grid_of,
-    main_segment,
-    missing_structure,
-    planned_main,
-    site_of_block,
-    with_biases,
-    wrong_inputs,
-)
+from .base import ModelCall, grid_of, main_segment, missing_structure, planned_main, wrong_inputs
+from .double_single import DoubleSingleHost
 
 FRAMES_PER_LATENT = 4
 PIXELS_PER_TOKEN = {(1, 1): 32, (1, 1, 1): 16, (1, 2, 2): 16}  # by patch: HunyuanImage, 1.5, 1.0
@@ -43,7 +26,7 @@ STRUCTURE = (
 )
 
 
-class HunyuanVideoHost(Host):
+class HunyuanVideoHost(DoubleSingleHost):
     """HunyuanVideo: 20 double and 40 single blocks in 1.0, 54 double ones in 1.5, head dimension 128."""
 
     name = "hunyuan_video"
@@ -58,9 +41,6 @@ class HunyuanVideoHost(Host):
             known = ", ".join(map(str, PIXELS_PER_TOKEN))
             return Reason("structure", f"{self.title} models have patch size {known}, this one {module.patch_size}")
         return None
-
-    def sites(self, module: Any) -> tuple[Site, ...]:
-        return double_single_sites(module)
 
     def layout(self, call: ModelCall) -> TokenLayout | Reason:
         module, latent, text = call.module, call.argument(0, "x"), call.argument(2, "context")
@@ -86,20 +66,3 @@ class HunyuanVideoHost(Host):
         latent_frames = (frames - 1) // FRAMES_PER_LATENT + 1 if len(patch) == 3 else 1
         main = planned_main(width, height, PIXELS_PER_TOKEN[patch], latent_frames)
         return TokenLayout.of((Segment("text", text_tokens), main))
-
-    def diffusers_targets(self, module: Any) -> dict[str, WeightTarget]:
-        """Return the image stream's projections, weights and biases."""
-        return with_biases(double_single_targets(module))
-
-    def diffusers_sites(self, module: Any) -> dict[str, str]:
-        return double_single_diffusers_sites(module)
-
-    def norm_parameters(self, module: Any) -> tuple[str, ...]:
-        """The query norms of every block."""
-        return double_single_norms(module)
-
-    def site_weights(self, module: Any) -> dict[str, tuple[str, ...]]:
-        return double_single_weights(module)
-
-    def site_of(self, options: Mapping[str, Any]) -> str | None:
-        return site_of_block(options, {"double": "double", "single": "single"})

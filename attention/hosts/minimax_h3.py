@@ -82,8 +82,8 @@ class MiniMaxH3Host(Host):
 def _told(packed: Any, text: int, sound: int, main: Segment) -> list[Segment] | None:
     """Return the segments of the sequence that ComfyUI packed for this run, or None where it is another call's."""
     runs = [(kind, stop - start) for start, stop, kind in getattr(packed, "segments", ())]
-    wanted = [("text", text), ("audio", SOUND_CHANNELS * sound), ("video", main.length)]
-    if [run for run in runs if run[0] in ("text", "audio", "video")] != wanted or runs[-1] != wanted[-1]:
+    expected = [("text", text), ("audio", SOUND_CHANNELS * sound), ("video", main.length)]
+    if [run for run in runs if run[0] in ("text", "audio", "video")] != expected or runs[-1] != expected[-1]:
         return None
     return [*(Segment(ROLES.get(kind, "reference"), length) for kind, length in runs[:-1]), main]
 

@@ -1,4 +1,4 @@
-"""What runs right now inside a model: forward hooks on its modules tell the site, the block and the layer.
+"""Forward hooks that know which site, block and layer of a model is running.
 
 Some architectures tell their sites by module only. The others name the block in the transformer options, which is wrong
 where another node runs several blocks inside one; their blocks are hooked too, and the hook wins. What runs is kept per
@@ -68,16 +68,16 @@ def hooks_of(module: Any, sites: Mapping[str, str], blocks: Mapping[str, str]) -
         sites: by site, the dotted path of the module that issues its attention call and no other.
         blocks: by site, the dotted path of its block.
     """
-    wanted = [(_sites, site, module.get_submodule(path)) for site, path in sites.items()]
-    wanted += [(_blocks, site, module.get_submodule(path)) for site, path in blocks.items()]
-    wanted += [(_layers, None, layer) for layer in _layers_of(module)]
-    return lambda: hook(wanted)
+    hooks = [(_sites, site, module.get_submodule(path)) for site, path in sites.items()]
+    hooks += [(_blocks, site, module.get_submodule(path)) for site, path in blocks.items()]
+    hooks += [(_layers, None, layer) for layer in _layers_of(module)]
+    return lambda: hook(hooks)
 
 
-def hook(wanted: Iterable[tuple[Running, str | None, Any]]) -> Callable[[], None]:
+def hook(hooks: Iterable[tuple[Running, str | None, Any]]) -> Callable[[], None]:
     """Have modules note a value, or themselves for None, while they run; return what takes the hooks away."""
     handles = []
-    for running, value, module in wanted:
+    for running, value, module in hooks:
         enter, leave = _hooks(running, value)
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave, always_call=True))

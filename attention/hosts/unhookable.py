@@ -1,4 +1,4 @@
-"""Models that no host can serve, each with its reason: a person who tries one is told why.
+"""Models that no host can serve, each with the reason that a user is shown.
 
 What is listed here was read in ComfyUI 0.30.0 to 0.38.1; tests run some of these models, and turn red when ComfyUI
 changes. What no list names is found by `entry_points.py`.

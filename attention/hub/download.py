@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_file import whole_file
+from ..checks import json_or_none
 from ..shown import one_line
 from .partial import CHUNK, Partial, Watch, append_missing, persist, writing
 from .transfer import Cut, Hub, HubError, HubFile
@@ -44,24 +45,15 @@ def parse_hub_file(text: str) -> HubFile:
     return HubFile(f"{parts[0]}/{parts[1]}", parts[2], revision if at else "main")
 
 
-@dataclass(frozen=True, slots=True)
-class KnownFile:
-    """A published file whose window is known by its name; `licence` is what holds where the model card says nothing."""
-
-    file: HubFile
-    radius: int
-    down_factor: int = 1
-    licence: str = CLEAR_LICENCE
-
-
-CLEAR_FILES: dict[str, KnownFile] = {
-    name: KnownFile(HubFile("Huage001/CLEAR", f"{name}.safetensors"), radius, down_factor)
-    for name, radius, down_factor in (
-        ("clear_local_32", 32, 1),
-        ("clear_local_16", 16, 1),
-        ("clear_local_8", 8, 1),
-        ("clear_local_16_down_4", 16, 4),
-        ("clear_local_8_down_4", 8, 4),
+# CLEAR's published weights, by their own names; the name tells the window, see `clear_weights.published_radius`
+CLEAR_FILES: dict[str, HubFile] = {
+    name: HubFile("Huage001/CLEAR", f"{name}.safetensors")
+    for name in (
+        "clear_local_32",
+        "clear_local_16",
+        "clear_local_8",
+        "clear_local_16_down_4",
+        "clear_local_8_down_4",
     )
 }
 
@@ -90,7 +82,7 @@ def local_path(models_folder: Path, file: HubFile) -> Path:
 
     Other files are named `owner--repo--folder--file.safetensors`, with `@revision` after the repository unless main.
     """
-    if any(file == known.file for known in CLEAR_FILES.values()):
+    if file in CLEAR_FILES.values():
         return models_folder / file.file
     revision = "" if file.revision == "main" else f"@{file.revision}"
     return models_folder / f"{file.repo}{revision}/{file.file}".replace("/", "--")
@@ -139,7 +131,10 @@ def download(
         models_folder.mkdir(parents=True, exist_ok=True)
     with _locked(path, watch):
         present = _find_present(path, file, watch)  # another call may have fetched it meanwhile
-        return present if present is not None else _fetch(file, path, watch, delays)
+        if present is not None:
+            return present
+        with contextlib.closing(Hub()) as hub:
+            return _fetch(hub, file, path, watch, delays)
 
 
 def is_offline() -> bool:
@@ -211,8 +206,8 @@ def recorded_sha256(path: Path) -> str | None:
 
 def _read_record(path: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads(_record_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = json_or_none(_record_path(path).read_bytes())
+    except OSError:
         return None
     texts = ("repo", "file", "revision", "commit", "sha256", "licence")
     whole = isinstance(record, dict) and isinstance(record.get("size"), int)
@@ -227,15 +222,10 @@ def _write_record(found: Download, file: HubFile, mtime_ns: int) -> None:
 
 
 def _licence_without_card(file: HubFile) -> str:
-    return next((known.licence for known in CLEAR_FILES.values() if known.file == file), UNKNOWN_LICENCE)
+    return CLEAR_LICENCE if file in CLEAR_FILES.values() else UNKNOWN_LICENCE
 
 
-def _fetch(file: HubFile, path: Path, watch: Watch, delays: Sequence[float]) -> Download:
-    with contextlib.closing(Hub()) as hub:
-        return _fetch_from(hub, file, path, watch, delays)
-
-
-def _fetch_from(hub: Hub, file: HubFile, path: Path, watch: Watch, delays: Sequence[float]) -> Download:
+def _fetch(hub: Hub, file: HubFile, path: Path, watch: Watch, delays: Sequence[float]) -> Download:
     try:
         remote = persist(lambda: hub.inspect(file), watch, delays[:2])
     except Cut as cut:

@@ -16,6 +16,7 @@ from ..planning.report import describe_spec
 from ..shown import LONGEST_REASON, one_line
 from ..specs import DenseSpec, SiteSpec
 from ..students.file import StudentFile
+from ..words import file_size
 from .transfer import HubFile
 
 HOMEPAGE = "https://github.com/linearize/linearize"
@@ -63,11 +64,6 @@ def spec_errors(student: StudentFile) -> tuple[SpecErrors, ...]:
         )
         for spec, named in expressions.items()
     )
-
-
-def describe_size(num_bytes: int) -> str:
-    """Return a file's size in kB or MB of decimal thousands, as the Hub shows it."""
-    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} kB"
 
 
 def describe_errors(errors: Mapping[str, float]) -> str:
@@ -138,7 +134,7 @@ def _facts(student: StudentFile, file: HubFile, size: int) -> list[str]:
         "base model": student.base_model or "not stated",
         "licence": student.licence or "not stated; that of the base model may hold",
         "made for": ROLE_TEXTS[student.role],
-        "file": f"{file.file}, {describe_size(size)}",
+        "file": f"{file.file}, {file_size(size)}",
         "changes weights": "yes" if student.deltas else "no",
     }
     if student.pair_id:

@@ -1,7 +1,10 @@
 """A file of the Hub as far as it has come: a partial file that grows, over cuts and restarts, until it is whole.
 
-Bytes are streamed with `requests`, because `hf_hub_download` (read at 2.4) checks no sha256 and deletes what a stopped
-download had. What is asked of the Hub, and how, is in `hub_transfer.py`.
+The bytes are streamed here and not by `http_get` of `huggingface_hub` (read at 0.36 and 2.4), which takes whatever part
+a server sends for the one it asked for, writes on after the size that was stated, repeats for ever where a server
+without ranges breaks off, waits as long as a server says with no way to cancel, and loses up to 10 MB at a cut.
+`hf_hub_download` checks no sha256 and deletes what a stopped download had. What is asked of the Hub is in
+`transfer.py`.
 """
 
 import contextlib

@@ -12,8 +12,9 @@ from typing import Any
 
 from ..shown import one_line
 from ..students.file import StudentFile, load_student
+from ..words import file_size
 from .download import is_offline
-from .model_card import describe_size, describe_student, model_card
+from .model_card import describe_student, model_card
 from .transfer import Hub, HubError, HubFile
 
 log = logging.getLogger("linearize")
@@ -89,7 +90,7 @@ def describe_publication(publication: Publication, private: bool, card_path: Pat
     """Return for people what would be uploaded, then the card."""
     lines = [
         f"to {publication.file.repo}, {'private' if private else 'public'} if it is made now:",
-        f"- {publication.file.file}, {describe_size(publication.size)}",
+        f"- {publication.file.file}, {file_size(publication.size)}",
         f"- {CARD}, written to {card_path}",
         *describe_student(publication.student),
     ]

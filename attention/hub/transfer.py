@@ -1,8 +1,9 @@
 """What is asked of the Hub: a file's name, checksum and licence, and the requests that bring its bytes.
 
-Requests are made with `requests`, because `hf_hub_download` (read at 2.4) lets a mirror that redirects to the Hub carry
-the token along, and the HTTP client that `huggingface_hub` could lend changed twice between 0.23 and 2.4; addresses,
-header names, the token and the model card come from it. What becomes of the bytes is in `hub_partial.py`.
+Addresses, header names, the token and the model card come from `huggingface_hub`; the requests are made with
+`requests`, which ComfyUI needs too, for two reasons. `get_hf_file_metadata` (read at 2.4) follows a redirect to the Hub
+with the token, so a mirror's token would leave the mirror. And versions 0.23 to 2.4 of `huggingface_hub`, all of which
+ComfyUI may have, bring three HTTP clients. What becomes of the bytes is in `partial.py`.
 """
 
 import logging

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..layout import Grid, TokenLayout
 from ..specs import ChunkedSpec
 from .feature_maps import FeatureMap, Maps
-from .linear import TORCH, Engine, State, check_layout, dense_for_global_queries, summarise
+from .linear import TORCH, Engine, State, dense_for_global_queries, summarise
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def chunked_attention(
     maps: Maps,
     *,
     scale: float | None = None,
-    engine: Engine | None = None,
+    engine: Engine = TORCH,
 ) -> Tensor:
     """Return chunked attention of each grid.
 
@@ -83,7 +83,7 @@ def chunked_attention(
         spec: chunk_frames, overlap_frames, causal.
         maps: phi_q and phi_k of the site.
         scale: factor on q . k; None is 1 / sqrt(D).
-        engine: None is PyTorch.
+        engine: computes states, and what queries make of them.
 
     Returns:
         The output in the dtype of `query`.
@@ -91,8 +91,8 @@ def chunked_attention(
     Raises:
         ValueError: the layout has another number of tokens than the tensors.
     """
-    check_layout(layout, query, key, value)
-    engine, phi_k = engine or TORCH, maps[1]
+    layout.check(query, key, value)
+    phi_k = maps[1]
     output = dense_for_global_queries(query, key, value, layout, scale)
     shared = layout.global_ranges
     states = [_Runs.of(key, value, start, grid, spec, phi_k, len(layout.grids) > 1, scale, engine)

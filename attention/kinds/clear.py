@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..layout import Grid, TokenLayout
+from ..layout import Grid, TokenLayout, join_ranges, token_indices
 from ..memory import LongLived
 from ..specs import ClearSpec
 from .clear_table import KeyLists, TileClass, covers_grid, tile_classes
@@ -64,23 +65,20 @@ def clear_attention(
 
     Source: CLEAR (arXiv 2412.16112), section 3; github.com/Huage001/CLEAR.
     """
-    for tensor in (query, key, value):
-        mismatch = layout.mismatch(tensor.shape[2])
-        if mismatch:
-            raise ValueError(str(mismatch))
+    layout.check(query, key, value)
     if scale is None:
         scale = spec.scale(query.shape[-1], layout.num_tokens)
     pooled: list[tuple[int, int]] = []
     if spec.down_factor > 1:
         key, value, pooled = append_pooled(key, value, layout, spec.down_factor, pool_weight)
-    plan = _Plan(layout, spec, tuple(pooled), scale, memory or LongLived())
+    request = _Request(layout, spec, tuple(pooled), scale, memory or LongLived())
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        return _Recompute.apply(query, key, value, plan)  # type: ignore[no-any-return]
-    return _forward(query, key, value, plan)
+        return _Recompute.apply(query, key, value, request)  # type: ignore[no-any-return]
+    return _forward(query, key, value, request)
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _Request:
     """One call: `pooled` holds the (start, stop) of each grid's pooled keys, which follow the sequence."""
 
     layout: TokenLayout
@@ -106,11 +104,11 @@ class _Chunk:
     bias: Tensor | None
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, plan: _Plan) -> Tensor:
+def _forward(query: Tensor, key: Tensor, value: Tensor, request: _Request) -> Tensor:
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    for chunk in _chunks(query, plan):
+    for chunk in _chunks(query, request):
         q, k, v = _gather(query, key, value, chunk)
-        output.index_copy_(2, chunk.queries, _attend(q, k, v, chunk, plan.scale).to(output.dtype))
+        output.index_copy_(2, chunk.queries, _attend(q, k, v, chunk, request.scale).to(output.dtype))
     return output
 
 
@@ -131,22 +129,22 @@ class _Recompute(torch.autograd.Function):
     """Forward without a graph; backward chunk by chunk, adding into one gradient per input."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, plan: _Plan) -> Tensor:  # noqa: D102
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, request: _Request) -> Tensor:  # noqa: D102
         ctx.save_for_backward(query, key, value)
-        ctx.plan = plan
-        return _forward(query, key, value, plan)
+        ctx.request = request
+        return _forward(query, key, value, request)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # noqa: D102
         query, key, value = inputs = ctx.saved_tensors
-        plan: _Plan = ctx.plan
+        request: _Request = ctx.request
         # keys are shared between chunks, so their gradients add up; fp32 keeps many small terms
         totals = [torch.zeros(t.shape, dtype=_accumulator(t.dtype), device=t.device) for t in inputs]
-        for chunk in _chunks(query, plan):
+        for chunk in _chunks(query, request):
             with torch.enable_grad():
                 q, k, v = (part.detach().requires_grad_() for part in _gather(query, key, value, chunk))
-                output = _attend(q, k, v, chunk, plan.scale)
+                output = _attend(q, k, v, chunk, request.scale)
             found = torch.autograd.grad(output, (q, k, v), grad.index_select(2, chunk.queries))
             for total, part, index in zip(totals, found, (chunk.queries, chunk.keys, chunk.keys), strict=True):
                 if isinstance(index, slice):
@@ -160,25 +158,25 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _chunks(query: Tensor, plan: _Plan) -> Iterator[_Chunk]:
+def _chunks(query: Tensor, request: _Request) -> Iterator[_Chunk]:
     """Yield chunks that together hold every query once."""
-    device, layout = query.device, plan.layout
+    device, layout = query.device, request.layout
     head_dim, copies = query.shape[-1], query.shape[0] * query.shape[1]
     budget = CHUNK_VALUES.get(device.type, CHUNK_VALUES_GPU) // max(1, copies)
     if layout.num_global:
-        global_queries = _indices(layout.global_ranges, device)
+        global_queries = token_indices(layout.global_ranges, device)
         yield from _dense_chunks(global_queries, slice(0, layout.num_tokens), budget // head_dim)
     for number, (start, grid) in enumerate(layout.grids):
-        shared_ranges = layout.global_ranges + plan.pooled[number : number + 1]
-        if covers_grid(grid, plan.spec.radius, plan.spec.temporal_radius):
+        shared_ranges = layout.global_ranges + request.pooled[number : number + 1]
+        if covers_grid(grid, request.spec.radius, request.spec.temporal_radius):
             tokens = (start, start + math.prod(grid))
-            seen = _joined((*shared_ranges, tokens))
-            keys = slice(*seen[0]) if len(seen) == 1 else _indices(seen, device)
-            yield from _dense_chunks(_indices((tokens,), device), keys, budget // head_dim)
+            seen = join_ranges((*shared_ranges, tokens))
+            keys = slice(*seen[0]) if len(seen) == 1 else token_indices(seen, device)
+            yield from _dense_chunks(token_indices((tokens,), device), keys, budget // head_dim)
             continue
-        shared = _indices(shared_ranges, device)
-        for tile_class in tile_classes(grid, plan.spec.radius, plan.spec.temporal_radius):
-            lists, origins = _lists_on(tile_class, device, plan.memory)
+        shared = token_indices(shared_ranges, device)
+        for tile_class in tile_classes(grid, request.spec.radius, request.spec.temporal_radius):
+            lists, origins = _lists_on(tile_class, device, request.memory)
             yield from _tile_chunks(lists, origins + start, shared, query.dtype, budget // head_dim)
 
 
@@ -211,22 +209,6 @@ def _lists_on(tile_class: TileClass, device: torch.device, memory: LongLived) ->
     return memory.get(("clear", tile_class, device), make, lambda made: made[0].num_bytes + 8 * len(made[1]))
 
 
-def _joined(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """Return the ranges in order, neighbours made one."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((start, stop))
-    return tuple(joined)
-
-
-def _indices(ranges: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    parts = [torch.arange(start, stop, device=device) for start, stop in ranges]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
-
-
 def append_pooled(
     key: Tensor, value: Tensor, layout: TokenLayout, down_factor: int, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
@@ -251,7 +233,7 @@ def pool_tokens(tokens: Tensor, grid: Grid, down_factor: int, weight: Tensor | N
     Args:
         weight: (d, d); None means 1 / d^2. Squares cut by the border are scaled by d^2 / (cells present).
     """
-    batch, heads, _, head_dim = tokens.shape
+    batch, heads = tokens.shape[:2]
     frames, height, width = grid
     d = down_factor
     accumulator = _accumulator(tokens.dtype)
@@ -259,14 +241,13 @@ def pool_tokens(tokens: Tensor, grid: Grid, down_factor: int, weight: Tensor | N
         raise ValueError(f"pooling weights are ({d}, {d}) for down_factor {d}, got {tuple(weight.shape)}")
     if weight is None:
         weight = torch.full((d, d), 1 / d**2, dtype=accumulator)
-    planes = tokens.to(accumulator).reshape(batch * heads * frames, height, width, head_dim)
+    planes = rearrange(tokens.to(accumulator), "b h (t y x) d -> (b h t) y x d", t=frames, y=height, x=width)
     planes = F.pad(planes, (0, 0, 0, -width % d, 0, -height % d))
-    rows, columns = planes.shape[1] // d, planes.shape[2] // d
-    squares = planes.reshape(-1, rows, d, columns, d, head_dim)
-    pooled = torch.einsum("nyixjc,ij->nyxc", squares, weight.to(tokens.device, accumulator))
+    squares = rearrange(planes, "n (y i) (x j) d -> n y i x j d", i=d, j=d)
+    pooled = torch.einsum("nyixjd,ij->nyxd", squares, weight.to(tokens.device, accumulator))
     present = [
         torch.tensor([min(d, size - first) / d for first in range(0, size, d)], dtype=accumulator, device=tokens.device)
         for size in (height, width)
     ]
     pooled = pooled / (present[0][:, None, None] * present[1][:, None])
-    return pooled.reshape(batch, heads, frames * rows * columns, head_dim).to(tokens.dtype)
+    return rearrange(pooled, "(b h t) y x d -> b h (t y x) d", b=batch, h=heads, t=frames).to(tokens.dtype)

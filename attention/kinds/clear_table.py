@@ -20,7 +20,14 @@ from torch import Tensor
 from ..layout import Grid
 
 Tile = tuple[int, int, int]  # (frames, height, width) in tokens
-TILES: tuple[Tile, ...] = ((1, 8, 16), (1, 16, 8), (2, 8, 8), (4, 4, 8))
+# number of queries: the tiles that can hold them; in PyTorch NUM_QUERIES, in a kernel the rows of its block
+TILES: dict[int, tuple[Tile, ...]] = {
+    128: ((1, 8, 16), (1, 16, 8), (2, 8, 8), (4, 4, 8)),
+    64: ((1, 8, 8), (2, 4, 8), (4, 4, 4)),
+    32: ((1, 4, 8), (1, 8, 4), (2, 4, 4)),
+    16: ((1, 4, 4), (2, 2, 4)),
+}
+NUM_QUERIES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +116,12 @@ def tile_classes(grid: Grid, radius: int, temporal_radius: int = 0, tile: Tile |
     Args:
         grid: (frames, height, width) in tokens.
         radius, temporal_radius: as in `ClearSpec`.
-        tile: (frames, height, width) of the query tiles; None takes the one of TILES that computes least.
+        tile: (frames, height, width) of the query tiles; None takes the one of NUM_QUERIES that computes least.
 
     Source: the design of section "How packed key lists work" in CONTRIBUTING.md.
     """
     # a tile deeper than the grid would hold few queries
-    candidates = [each for each in TILES if each[0] <= grid[0]] if tile is None else [tile]
+    candidates = [each for each in TILES[NUM_QUERIES] if each[0] <= grid[0]] if tile is None else [tile]
     reaches = (grid[0] - 1 if temporal_radius == 0 else temporal_radius - 1, radius - 1, radius - 1)
     choices = [
         tuple(_axis_classes(size, step, reach) for size, step, reach in zip(grid, candidate, reaches, strict=True))

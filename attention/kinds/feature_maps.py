@@ -2,18 +2,20 @@
 
 A map takes (B, H, N, D) of any float dtype and returns (B, H, N, F) in fp32, never negative, so that a product of two
 is a weight. It is applied after the host's norms and rotary embedding, like the scores. Queries and keys have a map
-each. A new map is one class: a name, its number of features, its parameters, its cost, its forward. Maps without
-parameters estimate exp(scale q . k) itself, which may be larger than any number of fp32, so they give logs.
+each. A new map is one class under `register`: a name, its number of features, its parameters, its cost, its forward.
+Maps without parameters estimate exp(scale q . k) itself, which may be beyond the range of fp32, so they give logs.
 
 Cost is counted in multiply-adds per token and head, as `num_products`.
 """
 
 import math
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..specs import FEATURE_MAPS
 
 LEAST = 1e-12  # of a learned feature
 TINY = 1e-30  # of a number whose log is taken
@@ -31,6 +33,7 @@ class FeatureMap(nn.Module):
     """
 
     name: ClassVar[str]
+    log_factor: float = 0.0  # of every feature; kernels that compute the map leave it out
     is_exponential: ClassVar[bool] = False  # products estimate exp(scale q . k) itself; others learn what they match
 
     def __init__(self, heads: int, head_dim: int, feature_dim: int = 0) -> None:
@@ -82,6 +85,16 @@ class FeatureMap(nn.Module):
         return self.map(x).clamp_min(LEAST).log()
 
 
+Registered = TypeVar("Registered", bound=FeatureMap)
+MAPS: dict[str, type[FeatureMap]] = FEATURE_MAPS  # the same table, as what it holds
+
+
+def register(feature_map: type[Registered]) -> type[Registered]:
+    """Let specs name a map; a decorator of its class. Names are for ever, like those of kinds."""
+    MAPS[feature_map.name] = feature_map
+    return feature_map
+
+
 class Exponential(FeatureMap):
     """Base of the maps without parameters, which are made of their logs."""
 
@@ -100,6 +113,7 @@ class Elementwise(Exponential):
         self.log_factor = -math.log(head_dim) / 2
 
 
+@register
 class Elu1(Elementwise):
     """(1 + elu(x)) / sqrt(D); the paper does not divide, which changes nothing where all keys are linear.
 
@@ -112,6 +126,7 @@ class Elu1(Elementwise):
         return torch.where(x < 0, x, x.clamp_min(0).log1p()) + self.log_factor
 
 
+@register
 class Relu(Elementwise):
     """max(x, 0) / sqrt(D), and at least 1e-30 / sqrt(D): a token without positive numbers has next to no weight.
 
@@ -126,6 +141,7 @@ class Relu(Elementwise):
         return x.clamp_min(TINY).log() + self.log_factor
 
 
+@register
 class Favor(Exponential):
     """Positive orthogonal random features: an unbiased estimate of exp(scale q . k), the same for all models.
 
@@ -164,6 +180,7 @@ class Favor(Exponential):
         return x @ self.directions.to(x).T - x.square().sum(-1, keepdim=True) / 2 - math.log(self.num_features) / 2
 
 
+@register
 class Hedgehog(FeatureMap):
     """max(softmax(x W), 1e-12) and max(softmax(-x W), 1e-12) side by side: bounded, spiky like softmax weights.
 
@@ -201,6 +218,7 @@ class Hedgehog(FeatureMap):
         return torch.cat((projected.softmax(-1), (-projected).softmax(-1)), dim=-1)
 
 
+@register
 class Polynomial(FeatureMap):
     """Attention Surgery's map: a small network per head, its output in two halves, the second squared.
 
@@ -244,6 +262,7 @@ class Polynomial(FeatureMap):
         return torch.cat((first, second.square()), dim=-1)
 
 
+@register
 class LinFusion(FeatureMap):
     """1 + elu(x + g(x)) with g = Linear, LayerNorm, LeakyReLU, Linear per head; g starts at 0, so the map as `elu1`.
 
@@ -275,7 +294,6 @@ class LinFusion(FeatureMap):
 
 
 Maps = tuple[FeatureMap, FeatureMap]  # phi_q and phi_k of a site
-MAPS: dict[str, type[FeatureMap]] = {each.name: each for each in (Elu1, Relu, Favor, Hedgehog, Polynomial, LinFusion)}
 
 
 def orthogonal_directions(number: int, size: int, generator: torch.Generator, *, is_uniform: bool = True) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear attention in PyTorch, alone and beside exact keys under one denominator.
+"""The sums of linear attention in PyTorch: states of keys, and what queries make of them beside exact keys.
 
 Queries meet two sets of keys. *Exact* keys count with exp(score - c), where c belongs to the query; *linear* keys count
 with phi_q(q) . phi_k(k), through a state whose size does not depend on their number:
@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..layout import TokenLayout
-from ..specs import LinearSpec
-from .feature_maps import FeatureMap, Maps
+from .feature_maps import FeatureMap
 
 FLOOR = 1e-30  # of a denominator without keys; features have a bound that keeps others above
 NOTHING = -1e30  # the log of no weight; finite, so that differences are numbers
@@ -77,88 +76,6 @@ class Engine(NamedTuple):
 
     summarise: Callable[..., State]
     mix: Callable[..., Tensor]
-
-
-def linear_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TokenLayout,
-    spec: LinearSpec,
-    maps: Maps,
-    *,
-    scale: float | None = None,
-    engine: Engine | None = None,
-) -> Tensor:
-    """Return linear attention over the grids; global tokens are exact keys, and global queries see everything exactly.
-
-    Shapes:
-        query, key, value: (B, H, N, D), any strides, N = layout.num_tokens. Output: (B, H, N, D), contiguous.
-
-    Args:
-        maps: phi_q and phi_k of the site.
-        scale: factor on q . k; None is 1 / sqrt(D).
-        engine: None is PyTorch.
-
-    Returns:
-        The output in the dtype of `query`.
-
-    Raises:
-        ValueError: the layout has another number of tokens than the tensors.
-    """
-    exact, linear = split_tokens(layout, None, query.device)
-    return mixed_attention(query, key, value, layout, exact, linear, maps, scale=scale, engine=engine)
-
-
-def mixed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TokenLayout,
-    exact: Tensor,
-    linear: Tensor,
-    maps: Maps,
-    *,
-    scale: float | None = None,
-    stabilizer: str = "max",
-    engine: Engine | None = None,
-) -> Tensor:
-    """Return attention of grid queries over exact and linear keys, and dense attention of global queries.
-
-    Shapes:
-        query, key, value: (B, H, N, D). exact, linear: token indices; together every token once. Output: (B, H, N, D).
-
-    Args:
-        stabilizer: as in `HybridSpec`.
-    """
-    check_layout(layout, query, key, value)
-    options = {"scale": scale, "stabilizer": stabilizer, "engine": engine}
-    output, tokens = dense_for_global_queries(query, key, value, layout, scale), grid_tokens(layout, query.device)
-    return output.index_copy(
-        2, tokens, mixed_queries(query.index_select(2, tokens), key, value, exact, linear, maps, **options)
-    )
-
-
-def mixed_queries(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    exact: Tensor,
-    linear: Tensor,
-    maps: Maps,
-    *,
-    scale: float | None = None,
-    stabilizer: str = "max",
-    engine: Engine | None = None,
-) -> Tensor:
-    """Return what some queries of grid tokens, (B, H, M, D), make of all keys; arguments as in `mixed_attention`."""
-    if not len(linear):
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
-    phi_q, phi_k = maps
-    summarise, mix = engine or TORCH
-    options = {"scale": scale, "stabilizer": stabilizer}
-    state = summarise(key.index_select(2, linear), value.index_select(2, linear), phi_k, **options)
-    return mix(query, key.index_select(2, exact), value.index_select(2, exact), state, phi_q, **options)
 
 
 def is_on_raw_scale(feature_map: FeatureMap, stabilizer: str) -> bool:
@@ -270,23 +187,6 @@ def _weigh_by_max(query: Tensor, key: Tensor, value: Tensor, scale: float) -> We
     return weights @ value.to(dtype), weights.sum(-1, keepdim=True)
 
 
-def split_tokens(layout: TokenLayout, rate: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the indices of exact and of linear tokens: global ones are exact, and every `rate`-th of each grid."""
-    exact = torch.zeros(layout.num_tokens, dtype=torch.bool)
-    for start, stop in layout.global_ranges:
-        exact[start:stop] = True
-    if rate is not None:
-        for start, (frames, height, width) in layout.grids:
-            exact[start : start + frames * height * width : rate] = True
-    return exact.nonzero().flatten().to(device), (~exact).nonzero().flatten().to(device)
-
-
-def grid_tokens(layout: TokenLayout, device: torch.device) -> Tensor:
-    """Return the indices of all tokens that lie on a grid."""
-    parts = [torch.arange(start, start + math.prod(grid), device=device) for start, grid in layout.grids]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
-
-
 def dense_for_global_queries(
     query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float | None
 ) -> Tensor:
@@ -296,14 +196,6 @@ def dense_for_global_queries(
         dense = F.scaled_dot_product_attention(query[:, :, start:stop], key, value, scale=scale)
         output = output.slice_scatter(dense, 2, start, stop)
     return output
-
-
-def check_layout(layout: TokenLayout, *tensors: Tensor) -> None:
-    """Raise ValueError where a tensor has another number of tokens than the layout."""
-    for tensor in tensors:
-        mismatch = layout.mismatch(tensor.shape[2])
-        if mismatch:
-            raise ValueError(str(mismatch))
 
 
 def chunks(length: int, values_per_token: int) -> Iterator[slice]:

@@ -4,11 +4,9 @@ Attention outputs of a cheaper kind are off in ways that a linear map per head c
 closed form (`training/transfer/closed_form.py`). It acts on grid tokens only; global ones have dense attention already.
 """
 
-import torch
 from torch import Tensor
 
 from ..layout import TokenLayout
-from .linear import grid_tokens
 
 
 def map_outputs(output: Tensor, layout: TokenLayout, matrices: Tensor) -> Tensor:
@@ -19,10 +17,5 @@ def map_outputs(output: Tensor, layout: TokenLayout, matrices: Tensor) -> Tensor
     matrices = matrices.to(output.device, output.dtype)
     if not layout.global_ranges:
         return output @ matrices
-    tokens = grid_tokens(layout, output.device)
+    tokens = layout.grid_tokens(output.device)
     return output.index_copy(2, tokens, output.index_select(2, tokens) @ matrices)
-
-
-def is_identity(matrices: Tensor) -> bool:
-    """Return whether nothing would change."""
-    return torch.equal(matrices, torch.eye(matrices.shape[-1]).to(matrices).expand_as(matrices))

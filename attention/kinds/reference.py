@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..layout import Grid, TokenLayout
-from ..specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, MappedSpec, SiteSpec, groups_of
-from .feature_maps import FeatureMap
+from ..specs import ChunkedSpec, ClearSpec, DenseSpec, MappedSpec, SiteSpec, groups_of
+from .feature_maps import Maps
+from .kind import Learned, kind_of
 
 MAX_TOKENS = 4608  # a mask and scores of this size take about 350 MB per head
 
@@ -23,7 +24,7 @@ def reference_attention(
     *,
     scale: float | None = None,
     pool_weight: Tensor | None = None,
-    maps: tuple[FeatureMap, FeatureMap] | None = None,
+    maps: Maps | None = None,
 ) -> Tensor:
     """Return the attention that `spec` describes, computed in float64 over explicit masks.
 
@@ -36,19 +37,27 @@ def reference_attention(
         maps: phi_q and phi_k of the site, for kinds that have them.
     """
     query, key, value = (tensor.double() for tensor in (query, key, value))
-    output = torch.empty_like(query)
+    output, learned = torch.empty_like(query), Learned(pool_weight, maps)
     for group in groups_of(spec, query.shape[1]):
         heads = list(group.heads)
+        assert not group.spec.has_maps or (maps is not None and len(heads) == query.shape[1]), "maps are of all heads"
         parts = (query[:, heads], key[:, heads], value[:, heads])
-        if isinstance(group.spec, DenseSpec):
-            mask = torch.ones(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
-            output[:, heads] = _masked_softmax(*parts, mask, query.shape[-1] ** -0.5 if scale is None else scale)
-        elif isinstance(group.spec, ClearSpec):
-            output[:, heads] = _clear(*parts, layout, group.spec, scale, pool_weight)
-        else:
-            assert maps is not None and len(heads) == query.shape[1], "feature maps are those of all heads of a site"
-            output = _exact_and_linear(*parts, layout, group.spec, maps, scale)
+        output[:, heads] = kind_of(group.spec).reference(*parts, layout, group.spec, learned, scale)
     return output
+
+
+def dense_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    spec: DenseSpec,
+    learned: Learned,
+    scale: float | None,
+) -> Tensor:
+    """Return dense attention."""
+    mask = torch.ones(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+    return _masked_softmax(query, key, value, mask, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def clear_mask(layout: TokenLayout, spec: ClearSpec) -> Tensor:
@@ -68,20 +77,21 @@ def clear_mask(layout: TokenLayout, spec: ClearSpec) -> Tensor:
     return mask
 
 
-def _clear(
+def clear_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     layout: TokenLayout,
     spec: ClearSpec,
+    learned: Learned,
     scale: float | None,
-    pool_weight: Tensor | None,
 ) -> Tensor:
+    """Return CLEAR attention."""
     mask = clear_mask(layout, spec)
     if spec.down_factor > 1:
         keys, values, masks = [key], [value], [mask]
         for start, grid in layout.grids:
-            matrix = pooling_matrix(grid, spec.down_factor, pool_weight).to(key.device)
+            matrix = pooling_matrix(grid, spec.down_factor, learned.pool).to(key.device)
             stop = start + matrix.shape[1]
             keys.append(matrix @ key[:, :, start:stop])
             values.append(matrix @ value[:, :, start:stop])
@@ -100,7 +110,7 @@ def exact_and_linear_masks(layout: TokenLayout, spec: MappedSpec) -> tuple[Tenso
     for start, grid in layout.grids:
         tokens = torch.arange(start, start + grid[0] * grid[1] * grid[2])
         linear[:, tokens] = True
-        if isinstance(spec, HybridSpec):
+        if spec.rate is not None:
             exact[:, tokens[:: spec.rate]] = True
     for start, grid in layout.grids:
         if isinstance(spec, ChunkedSpec):
@@ -118,18 +128,20 @@ def exact_and_linear_masks(layout: TokenLayout, spec: MappedSpec) -> tuple[Tenso
     return exact, linear & ~exact
 
 
-def _exact_and_linear(
+def mapped_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     layout: TokenLayout,
     spec: MappedSpec,
-    maps: tuple[FeatureMap, FeatureMap],
+    learned: Learned,
     scale: float | None,
 ) -> Tensor:
+    """Return linear, hybrid or chunked attention."""
+    assert learned.maps is not None
+    maps, stabilizer = learned.maps, spec.stabilizer
     exact, linear = (mask.to(query.device) for mask in exact_and_linear_masks(layout, spec))
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    stabilizer = spec.stabilizer if isinstance(spec, HybridSpec) else "max"
     scores = (query @ key.transpose(-1, -2)) * factor
     if not layout.num_tokens:  # no scores have no largest
         return scores @ value

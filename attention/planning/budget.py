@@ -1,10 +1,10 @@
-"""A student under a compute budget: its candidates with their cost at a size, one chosen per site, and a text about it.
+"""A student's candidates with their cost at a size, one chosen per site under a budget, as text too.
 
-The choice itself is made in `budget.py`. Nothing here runs a model or changes a weight.
+The choice itself is made in `knapsack.py`. Nothing here runs a model or changes a weight.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,8 +14,7 @@ from ..plans import Plan, describe_sites, group_sites, select_sites
 from ..shown import quote
 from ..specs import DenseSpec, SiteSpec
 from ..students.candidates import Candidate, Candidates
-from ..students.file import StudentFile
-from ..students.fit import check_student
+from ..words import counted
 from .cost import attention_cost
 from .knapsack import METHODS, BudgetPlan, Option, SiteOptions, plan_under_budget
 from .report import describe_spec
@@ -51,11 +50,11 @@ class Decision:
     text: str
 
 
-def decide(student: StudentFile | Candidates, host: Host, module: Any, budget: Budget) -> Decision:
+def decide(student: Candidates, host: Host, module: Any, budget: Budget) -> Decision:
     """Choose what each site of a model runs.
 
     Args:
-        student: candidates, or a loaded student, which has one per site.
+        student: candidates; a loaded student has one per site.
         host, module: the model.
         budget: see there.
 
@@ -63,11 +62,9 @@ def decide(student: StudentFile | Candidates, host: Host, module: Any, budget: B
         The decision; the budget and its figures stand in the student's recipe.
 
     Raises:
-        ValueError: as `site_options` and `plan_under_budget`, or a loaded student does not fit the model.
+        ValueError: as `site_options` and `plan_under_budget`.
     """
     sites = [site.id for site in host.sites(module)]
-    if isinstance(student, StudentFile):
-        student = Candidates.of_student(student, check_student(student, host.name, host.sites(module)))
     layout = host.planned_layout(module, budget.width, budget.height, budget.frames, host.default_text_tokens)
     dense = select_sites(budget.keep_dense, sites) if budget.keep_dense.strip() else ()
     options = site_options(student, host, module, layout, keep_dense=dense, max_error=budget.max_error)
@@ -82,7 +79,7 @@ def decide(student: StudentFile | Candidates, host: Host, module: Any, budget: B
     lines = describe_plan(options, budget.budget, plan, baseline)
     return Decision(
         replace(student.chosen(plan.choice), recipe={**student.recipe, "budget": facts}),
-        Plan(host.name, rules=group_sites(specs)),
+        Plan.of_sites(host.name, specs),
         "\n".join((f"{host.title}, {size}:", *lines, *_left_out(student, options))),
     )
 
@@ -159,7 +156,8 @@ def describe_plan(
     specs: dict[str, SiteSpec] = {
         site.site: plan.chosen[site.site].spec if site.site in plan.chosen else DenseSpec() for site in sites
     }
-    lines = [f"{describe_spec(spec)}: {_count(specs, spec)} ({expression})" for expression, spec in group_sites(specs)]
+    counts = {spec: counted(sum(each == spec for each in specs.values()), "site") for spec in specs.values()}
+    lines = [f"{describe_spec(spec)}: {counts[spec]} ({expression})" for expression, spec in group_sites(specs)]
     lines.append(f"attention kept: {plan.share:.1%} of dense FLOPs, budget {budget:.1%}")
     if not plan.chosen:
         return (*lines, "every site stays dense; a lower budget converts some")
@@ -172,10 +170,5 @@ def describe_plan(
     if not baseline.chosen:
         return (*lines, "dense attention everywhere is within the budget")
     spec = next(iter(baseline.chosen.values())).spec
-    converted = f"{len(baseline.chosen)} site{'s' if len(baseline.chosen) > 1 else ''}"
+    converted = counted(len(baseline.chosen), "site")
     return (*lines, f"one kind alone: {describe_spec(spec)} at {converted}, summed error {baseline.error:.4g}")
-
-
-def _count(specs: Mapping[str, SiteSpec], spec: SiteSpec) -> str:
-    count = sum(each == spec for each in specs.values())
-    return f"{count} site" if count == 1 else f"{count} sites"

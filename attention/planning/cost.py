@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from ..kinds.chunked import chunks_of, linear_runs
 from ..kinds.feature_maps import MAPS
+from ..kinds.kind import kind_of
 from ..layout import Grid, TokenLayout
-from ..specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, MappedSpec, SiteSpec, groups_of
+from ..specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, LinearSpec, MappedSpec, SiteSpec, groups_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,53 +90,67 @@ def clear_pairs(spec: ClearSpec, layout: TokenLayout) -> int:
     return pairs
 
 
-def exact_pairs(spec: MappedSpec, layout: TokenLayout) -> int:
+def dense_pairs(spec: DenseSpec, layout: TokenLayout) -> int:
+    """Return the (query, key) pairs of one head of dense attention."""
+    return layout.num_tokens**2
+
+
+def exact_pairs(spec: LinearSpec | HybridSpec, layout: TokenLayout) -> int:
     """Return the (query, key) pairs of one head that meet in a softmax; the others go through feature maps."""
-    pairs = layout.num_global * layout.num_tokens
-    anchors = _anchors(spec, layout)
-    for _, grid in layout.grids:
-        pairs += math.prod(grid) * (layout.num_global + anchors)
-        if isinstance(spec, ChunkedSpec):
-            cells = grid[1] * grid[2]
-            steps = chunks_of(grid[0], spec)
-            pairs += sum((step.stop - step.start) * (step.stop - step.first) for step in steps) * cells**2
-    return pairs
+    on_grids = layout.num_tokens - layout.num_global
+    return layout.num_global * layout.num_tokens + on_grids * (layout.num_global + _anchors(spec, layout))
 
 
-def linear_flops(spec: MappedSpec, layout: TokenLayout, head_dim: int) -> int:
+def linear_flops(spec: LinearSpec | HybridSpec, layout: TokenLayout, head_dim: int) -> int:
     """Return the FLOPs of one head that feature maps take, and the state S, z: building it, and reading it.
 
     Every query on a grid that has a linear key goes through phi_q and reads a state; every key on a grid that is linear
     for some query goes through phi_k and into a state, once. Sums of states are not counted: they do not grow with the
     tokens.
     """
+    queries = layout.num_tokens - layout.num_global
+    keys = queries - _anchors(spec, layout)
+    return (queries + keys) * _token_flops(spec, head_dim) if keys else 0
+
+
+def _anchors(spec: LinearSpec | HybridSpec, layout: TokenLayout) -> int:
+    """Return the tokens on grids that are exact keys for every query."""
+    return 0 if spec.rate is None else sum(math.ceil(math.prod(grid) / spec.rate) for _, grid in layout.grids)
+
+
+def _token_flops(spec: MappedSpec, head_dim: int) -> int:
     kind = MAPS[spec.feature_map]
     per_map = 2 * kind.num_products(head_dim, spec.feature_dim)
     per_state = 2 * kind.features(head_dim, spec.feature_dim) * (head_dim + 1)
-    return sum(_linear_tokens(spec, layout)) * (per_map + per_state)
+    return per_map + per_state
 
 
-def _linear_tokens(spec: MappedSpec, layout: TokenLayout) -> tuple[int, int]:
+def chunked_pairs(spec: ChunkedSpec, layout: TokenLayout) -> int:
+    """Return what `exact_pairs` does, of chunked attention."""
+    pairs = layout.num_global * layout.num_tokens
+    for _, (frames, height, width) in layout.grids:
+        steps = chunks_of(frames, spec)
+        pairs += frames * height * width * layout.num_global
+        pairs += sum((step.stop - step.start) * (step.stop - step.first) for step in steps) * (height * width) ** 2
+    return pairs
+
+
+def chunked_flops(spec: ChunkedSpec, layout: TokenLayout, head_dim: int) -> int:
+    """Return what `linear_flops` does, of chunked attention."""
+    return _outside_chunks(spec, layout) * _token_flops(spec, head_dim)
+
+
+def _outside_chunks(spec: ChunkedSpec, layout: TokenLayout) -> int:
     """Return the queries on grids that have linear keys, and the keys on grids that are linear for some query."""
-    everything = sum(math.prod(grid) for _, grid in layout.grids)
-    if not isinstance(spec, ChunkedSpec):
-        keys = everything - _anchors(spec, layout)
-        return (everything, keys) if keys else (0, 0)
     if len(layout.grids) > 1:
-        return everything, everything
-    queries = keys = 0
+        return 2 * (layout.num_tokens - layout.num_global)
+    tokens = 0
     for _, (frames, height, width) in layout.grids:
         steps = tuple(chunks_of(frames, spec))
-        queries += sum(step.stop - step.start for step in steps if step.has_linear) * height * width
-        keys += sum(stop - first for first, stop in linear_runs(frames, steps, False)) * height * width
-    return queries, keys
-
-
-def _anchors(spec: MappedSpec, layout: TokenLayout) -> int:
-    """Return the tokens on grids that are exact keys for every query."""
-    if not isinstance(spec, HybridSpec):
-        return 0
-    return sum(math.ceil(math.prod(grid) / spec.rate) for _, grid in layout.grids)
+        queries = sum(step.stop - step.start for step in steps if step.has_linear)
+        keys = sum(stop - first for first, stop in linear_runs(frames, steps, False))
+        tokens += (queries + keys) * height * width
+    return tokens
 
 
 def attention_cost(
@@ -159,16 +174,12 @@ def attention_cost(
     Raises:
         ValueError: a split that names another number of heads.
     """
-    pairs, linear = 0, 0
+    pairs, others = 0, 0
     for group in groups_of(spec, num_heads):
-        if isinstance(group.spec, DenseSpec):
-            pairs += len(group.heads) * layout.num_tokens**2
-        elif isinstance(group.spec, ClearSpec):
-            pairs += len(group.heads) * clear_pairs(group.spec, layout)
-        else:
-            pairs += len(group.heads) * exact_pairs(group.spec, layout)
-            linear += len(group.heads) * linear_flops(group.spec, layout, head_dim)
+        kind = kind_of(group.spec)
+        pairs += len(group.heads) * kind.pairs(group.spec, layout)
+        others += len(group.heads) * kind.flops(group.spec, layout, head_dim)
     if has_matrices:
-        linear += 2 * sum(math.prod(grid) for _, grid in layout.grids) * num_heads * head_dim**2
+        others += 2 * (layout.num_tokens - layout.num_global) * num_heads * head_dim**2
     moved = 4 * layout.num_tokens * num_heads * head_dim * bytes_per_value
-    return Cost(pairs, 4 * head_dim * pairs + linear, moved)
+    return Cost(pairs, 4 * head_dim * pairs + others, moved)

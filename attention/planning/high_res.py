@@ -1,4 +1,4 @@
-"""CLEAR's high-resolution recipe as data: the noise levels of a second pass, and the scale of its attention.
+"""CLEAR's high-resolution recipe as data: noise levels of a second pass, and the scale of attention.
 
 The other half of the recipe, a larger base of the rotary embedding, is a patch of the model: `patching/install.py`.
 """
@@ -106,5 +106,4 @@ def size_note(width: int, height: int) -> str | None:
 
 
 def _clear_specs(spec: SiteSpec) -> list[ClearSpec]:
-    parts = [group.spec for group in spec.groups] if isinstance(spec, HeadSplit) else [spec]
-    return [each for each in parts if isinstance(each, ClearSpec)]
+    return [each for each in spec.parts if isinstance(each, ClearSpec)]

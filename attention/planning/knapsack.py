@@ -1,7 +1,6 @@
-"""Which candidate each site runs under a compute budget: Attention Surgery's block-rate selection, solved exactly.
+"""The exact choice of one candidate per site under a budget: Attention Surgery's block-rate selection.
 
-Nothing here knows a model: sites come in with what they can run, its FLOPs and its error; `budget_student.py` counts
-them.
+Nothing here knows a model: sites come in with what they can run, its FLOPs and its error; `budget.py` counts them.
 """
 
 import math

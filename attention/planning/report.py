@@ -8,6 +8,7 @@ from ..hosts import Host, Site
 from ..layout import TokenLayout
 from ..plans import describe_sites, group_sites
 from ..specs import DenseSpec, HeadSplit, SiteSpec
+from ..words import counted
 from .cost import Cost, attention_cost
 
 
@@ -47,9 +48,8 @@ def describe_spec(spec: SiteSpec) -> str:
     """Return a spec in a few words: its kind, and the parameters that differ from the defaults."""
     if isinstance(spec, HeadSplit):
         return " + ".join(f"{len(group.heads)} heads {describe_spec(group.spec)}" for group in spec.groups)
-    shown = {"radius", "rate", "chunk_frames"}
     default = asdict(type(spec)())
-    words = [f"{name} {value}" for name, value in asdict(spec).items() if name in shown or value != default[name]]
+    words = [f"{name} {value}" for name, value in asdict(spec).items() if name in spec.told or value != default[name]]
     return " ".join([spec.kind, *words])
 
 
@@ -58,11 +58,10 @@ def describe_costs(title: str, size: str, layout: TokenLayout, rows: Sequence[Si
     dense, planned = (sum(getattr(row, name).flops for row in rows) for name in ("dense", "planned"))
     specs = group_sites({row.site.id: row.spec for row in rows})
     counts = {spec: sum(row.spec == spec for row in rows) for _, spec in specs}
-    sites = {spec: f"{count} site" if count == 1 else f"{count} sites" for spec, count in counts.items()}
     lines = [
         f"{title}, {size}: {layout.num_tokens:,} tokens ({layout.num_global:,} global),"
         f" {len(rows)} sites: {describe_sites([row.site.id for row in rows])}",
-        *(f"{describe_spec(spec)}: {sites[spec]} ({expression})" for expression, spec in specs),
+        *(f"{describe_spec(spec)}: {counted(counts[spec], 'site')} ({expression})" for expression, spec in specs),
         f"attention per forward: {_flops(dense)} dense, {_flops(planned)} as planned ({planned / dense:.1%})",
         f"q, k, v and output of one site in 16 bits: {rows[0].dense.moved_bytes / 2**20:,.0f} MiB",
     ]

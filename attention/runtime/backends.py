@@ -1,34 +1,31 @@
 """Which implementation runs a call: each backend says what it cannot do, `auto` takes the first that can.
 
-An explicitly requested backend never falls back to another one; that is decided by `attention/runtime/runtime.py`.
+An explicitly requested backend never falls back to another one; `attention/runtime/run_site.py` sees to that.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import is_interpreted
-from ..gpu.clear import clear_refusal, clear_with_triton, device_refusal
-from ..gpu.mapped import mixed_device_refusal, mixed_with_triton
-from ..kinds.clear import clear_attention
 from ..kinds.feature_maps import MAPS, Maps
-from ..kinds.mapped import mapped_attention
+from ..kinds.kind import Kernels, Learned, kind_of
 from ..kinds.reference import MAX_TOKENS, reference_attention
 from ..layout import Reason, TokenLayout
 from ..memory import LongLived
-from ..specs import ClearSpec, DenseSpec, HeadSplit, MappedSpec, SiteSpec, groups_of
-from ..students.learned import Learned
+from ..specs import HeadSplit, SiteSpec, groups_of
+from ..students.learned import new_maps
+from . import registry  # noqa: F401 - every kind is known where one runs
 
 AUTO = "auto"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class CallShape:
     """The facts a backend decides on.
 
     Args:
@@ -52,7 +49,7 @@ class Backend(Protocol):
 
     name: str
 
-    def can_run(self, call: Call) -> Reason | None:
+    def can_run(self, call: CallShape) -> Reason | None:
         """Return why this backend cannot run the call, or None if it can."""
         ...
 
@@ -61,7 +58,7 @@ class Backend(Protocol):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        call: Call,
+        call: CallShape,
         *,
         scale: float | None,
         learned: Learned,
@@ -76,24 +73,18 @@ class TorchBackend:
 
     name = "torch"
 
-    def can_run(self, call: Call) -> Reason | None:  # noqa: D102
+    def can_run(self, call: CallShape) -> Reason | None:  # noqa: D102
         return _wrong_input(call)
 
     def run(self, query, key, value, call, *, scale, learned, memory):  # noqa: ANN001, ANN201, D102
-        if isinstance(call.spec, MappedSpec):
-            maps = learned.maps_for(call.spec, query.shape[1], query.shape[3])
-            return mapped_attention(query, key, value, call.layout, call.spec, maps, scale=scale)
+        learned = _with_maps(learned, call)
         order: list[int] = []
         parts: list[Tensor] = []
         for group in groups_of(call.spec, query.shape[1]):
             every_head = len(group.heads) == query.shape[1]
             q, k, v = (query, key, value) if every_head else (_heads(t, group.heads) for t in (query, key, value))
-            if isinstance(group.spec, DenseSpec):
-                parts.append(F.scaled_dot_product_attention(q, k, v, scale=scale))
-            else:
-                assert isinstance(group.spec, ClearSpec)
-                options = {"scale": scale, "pool_weight": learned.pool, "memory": memory}
-                parts.append(clear_attention(q, k, v, call.layout, group.spec, **options))
+            run = kind_of(group.spec).run
+            parts.append(run(q, k, v, call.layout, group.spec, learned, scale=scale, memory=memory))
             order += group.heads
         if len(parts) == 1:
             return parts[0]
@@ -109,24 +100,34 @@ class TritonBackend:
 
     name = "triton"
 
-    def can_run(self, call: Call) -> Reason | None:  # noqa: D102
-        return (
-            _wrong_input(call)
-            or _dense_heads(call)
-            or clear_refusal(call.spec, call.shape)
-            or self._device_refusal(call)
-        )
-
-    def _device_refusal(self, call: Call) -> Reason | None:
-        ask = mixed_device_refusal if isinstance(call.spec, MappedSpec) else device_refusal
-        return ask(call.device, call.dtype, call.shape[3], call.needs_grad)
+    def can_run(self, call: CallShape) -> Reason | None:  # noqa: D102
+        unfit = _wrong_input(call) or _without_kernels(call.spec)
+        if unfit:
+            return unfit
+        kernels = _kernels_of(call.spec)
+        needs = (call.device, call.dtype, call.shape[3], call.needs_grad)
+        return kernels.refusal(call.spec, call.shape) or kernels.device_refusal(*needs)
 
     def run(self, query, key, value, call, *, scale, learned, memory):  # noqa: ANN001, ANN201, D102
-        if isinstance(call.spec, MappedSpec):
-            maps = learned.maps_for(call.spec, query.shape[1], query.shape[3])
-            return mixed_with_triton(query, key, value, call.layout, call.spec, maps, scale=scale)
-        options = {"scale": scale, "pool_weight": learned.pool, "memory": memory}
-        return clear_with_triton(query, key, value, call.layout, call.spec, **options)
+        key, value = key.to(query.dtype), value.to(query.dtype)
+        run, learned = _kernels_of(call.spec).run, _with_maps(learned, call)
+        return run(query, key, value, call.layout, call.spec, learned, scale=scale, memory=memory)
+
+
+def _kernels_of(spec: SiteSpec) -> Kernels:
+    kernels = kind_of(spec.parts[0]).kernels
+    assert kernels is not None, "can_run said so"
+    return kernels
+
+
+def _without_kernels(spec: SiteSpec) -> Reason | None:
+    """Return that the kernels do not compute some heads, if there are such."""
+    for part in spec.parts:
+        if kind_of(part).kernels is None:
+            return Reason("kind", f"backend triton does not run kind {part.kind}")
+    if len({part.kind for part in spec.parts}) > 1:
+        return Reason("kind", "backend triton runs one kind at a site")
+    return None
 
 
 class ReferenceBackend:
@@ -134,17 +135,23 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def can_run(self, call: Call) -> Reason | None:  # noqa: D102
+    def can_run(self, call: CallShape) -> Reason | None:  # noqa: D102
         if call.layout.num_tokens > MAX_TOKENS:
             text = f"the reference holds every pair of tokens and stops at {MAX_TOKENS}, this call has {call.shape[2]}"
             return Reason("tokens", text)
         return _wrong_input(call)
 
     def run(self, query, key, value, call, *, scale, learned, memory):  # noqa: ANN001, ANN201, D102
-        mapped = isinstance(call.spec, MappedSpec)
-        maps = learned.maps_for(call.spec, query.shape[1], query.shape[3]) if mapped else None
-        options = {"scale": scale, "pool_weight": learned.pool, "maps": maps}
+        learned = _with_maps(learned, call)
+        options = {"scale": scale, "pool_weight": learned.pool, "maps": learned.maps}
         return reference_attention(query, key, value, call.layout, call.spec, **options).to(query.dtype)
+
+
+def _with_maps(learned: Learned, call: CallShape) -> Learned:
+    """Return what was learned, with untrained feature maps where the kind needs some and there are none."""
+    if not call.spec.has_maps or learned.maps:
+        return learned
+    return replace(learned, maps=new_maps(call.spec, call.shape[1], call.shape[3]))
 
 
 TRITON = TritonBackend()
@@ -162,17 +169,17 @@ def refused(spec: SiteSpec, num_heads: int, head_dim: int) -> Reason | None:
     try:
         groups = groups_of(spec, num_heads)
         for group in groups:
-            if isinstance(group.spec, MappedSpec):
+            if group.spec.has_maps:
                 MAPS[group.spec.feature_map].features(head_dim, group.spec.feature_dim)
+                if isinstance(spec, HeadSplit):
+                    kind = group.spec.kind
+                    return Reason("kind", f"kind {kind} runs on all heads of a site, this plan gives it some of them")
     except ValueError as error:
         return Reason("heads", str(error))
-    mixed = [group.spec.kind for group in groups if isinstance(spec, HeadSplit) and isinstance(group.spec, MappedSpec)]
-    if mixed:
-        return Reason("kind", f"kind {mixed[0]} runs on all heads of a site, this plan gives it some of them")
     return None
 
 
-def choose_backend(call: Call, wanted: str = AUTO) -> tuple[Backend | None, tuple[Reason, ...]]:
+def choose_backend(call: CallShape, wanted: str = AUTO) -> tuple[Backend | None, tuple[Reason, ...]]:
     """Return the backend for a call, and the reasons of those that were passed over.
 
     The first choice of Triton on a device takes some seconds: its kernels are compiled and tested.
@@ -233,22 +240,15 @@ def attention(
     """
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     batch, heads, tokens, head_dim = query.shape
-    call = Call(spec, layout, (batch, heads, tokens, head_dim), query.dtype, query.device, needs_grad)
+    call = CallShape(spec, layout, (batch, heads, tokens, head_dim), query.dtype, query.device, needs_grad)
     chosen, reasons = choose_backend(call, backend)
     if chosen is None:
         raise ValueError("; ".join(map(str, reasons)))
     return chosen.run(query, key, value, call, scale=scale, learned=Learned(pool_weight, maps), memory=memory)
 
 
-def _wrong_input(call: Call) -> Reason | None:
+def _wrong_input(call: CallShape) -> Reason | None:
     if call.dtype not in FLOATS:
         return Reason("dtype", f"attention needs floating point tensors, got {call.dtype}")
     unfit = refused(call.spec, call.shape[1], call.shape[3])
     return unfit or call.layout.mismatch(call.shape[2])
-
-
-def _dense_heads(call: Call) -> Reason | None:
-    """Return that the kernels have no dense attention, where a head is dense."""
-    if any(isinstance(group.spec, DenseSpec) for group in groups_of(call.spec, call.shape[1])):
-        return Reason("kind", "backend triton does not run kind dense")
-    return None

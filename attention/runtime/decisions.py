@@ -1,10 +1,10 @@
 """What runs at one attention call: the user's settings, the facts of the call, and the decision.
 
-Decisions depend on shapes and the noise level only. Nothing runs here; `attention/runtime/runtime.py` acts on them.
+Decisions depend on shapes and the noise level only. Nothing runs here; `attention/runtime/run_site.py` acts on them.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor
 from ..hosts import Host
 from ..hosts.site_hooks import current_block
 from ..layout import Reason, TokenLayout
+from ..site_call import HostCall
 from ..specs import SiteSpec
-from .backends import AUTO, Call, choose_backend
+from .backends import AUTO, Backend, CallShape, choose_backend
 from .joined_tokens import JoinedTokens
 
 Percents = tuple[float, float]
 Half = tuple[int, ...]  # the parts of the guidance in one forward: 0 is the prompt, 1 the negative prompt
+OUT_OF_MEMORY = "memory"  # code of a failure for lack of memory
 SIGMA_TOLERANCE = 1e-5  # noise levels are float32; what is computed from them rounds differently
 
 
@@ -45,7 +47,7 @@ class SiteSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class CallFacts:
+class ForwardFacts:
     """What is known of one forward.
 
     Args:
@@ -73,11 +75,11 @@ class CallFacts:
             return site
         return host.site_among(site, self.layout, num_tokens)
 
-    def at(self, host: Host, site: str) -> "CallFacts":
-        """Return the facts of one site."""
+    def layout_at(self, host: Host, site: str) -> TokenLayout | Reason:
+        """Return the tokens of a site's call."""
         if isinstance(self.layout, Reason):
-            return self
-        return replace(self, layout=self.joined.added_to(host.site_layout(site, self.layout)))
+            return self.layout
+        return self.joined.added_to(host.site_layout(site, self.layout))
 
     def hides_nothing(self, mask: Tensor) -> bool:
         """Return whether every query sees every key under `mask`."""
@@ -87,7 +89,7 @@ class CallFacts:
         return self.masks[id(mask)][1]
 
 
-def left_to_host(settings: SiteSettings, facts: CallFacts, num_tokens: int) -> Reason | None:
+def left_to_host(settings: SiteSettings, facts: ForwardFacts, num_tokens: int) -> Reason | None:
     """Return the user's own setting that keeps this call dense, if one does."""
     if settings.trained:
         return None
@@ -103,31 +105,25 @@ def is_within(sigma: float, highest: float, lowest: float) -> bool:
     return lowest * (1 - SIGMA_TOLERANCE) <= sigma <= highest * (1 + SIGMA_TOLERANCE)
 
 
-def decide(
-    settings: SiteSettings,
-    facts: CallFacts,
-    shape: tuple[int, int, int, int],
-    inputs: Sequence[Tensor],
-    mask: Tensor | None,
-    skip_reshape: bool,
-) -> tuple[Any, Call, tuple[Reason, ...]] | Reason:
-    """Return the backend, its call and why others were passed over, or why the call has to stay dense."""
+def backend_for(
+    settings: SiteSettings, facts: ForwardFacts, call: HostCall
+) -> tuple[Backend, CallShape, tuple[Reason, ...]] | Reason:
+    """Return the backend of a call, what it is told, and why others were passed over; or why the call stays dense."""
     # cheap questions come first
-    if isinstance(facts.layout, Reason):
-        return facts.layout
-    query, key, _ = inputs
-    if key.shape[2 if skip_reshape else 1] != shape[2]:
+    if isinstance(call.layout, Reason):
+        return call.layout
+    if call.num_keys != call.shape[2]:
         return Reason("split", "the model splits this self-attention into calls with some of the queries each")
-    mismatch = facts.layout.mismatch(shape[2])
+    mismatch = call.layout.mismatch(call.shape[2])
     if mismatch is not None:
         return mismatch
-    if mask is not None and not facts.hides_nothing(mask):
+    if call.mask is not None and not facts.hides_nothing(call.mask):
         return Reason("mask", "an attention mask is given, which only dense attention can honour")
-    needs_grad = torch.is_grad_enabled()  # feature maps may learn where the inputs do not
-    call = Call(settings.spec, facts.layout, shape, query.dtype, query.device, needs_grad)
-    backend, reasons = choose_backend(call, settings.backend)
+    query, needs_grad = call.inputs[0], torch.is_grad_enabled()  # feature maps may learn where the inputs do not
+    shape = CallShape(settings.spec, call.layout, call.shape, query.dtype, query.device, needs_grad)
+    backend, reasons = choose_backend(shape, settings.backend)
     if backend is not None:
-        return backend, call, reasons
+        return backend, shape, reasons
     codes = {reason.code for reason in reasons}
     return Reason(codes.pop() if len(codes) == 1 else "backend", "; ".join(map(str, reasons)))
 
@@ -135,6 +131,8 @@ def decide(
 def why_failed(backend: str, error: Exception) -> Reason:
     """Return one sentence for a failure, without the numbers that would make each one look new."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return Reason("failed", f"backend {backend} ran out of memory")
+        return Reason(OUT_OF_MEMORY, f"backend {backend} ran out of memory")
     first = next(iter(str(error).splitlines()), "")
-    return Reason("failed", f"backend {backend} failed: {type(error).__name__}: {first}"[:200])
+    # some devices raise an error of no type of its own
+    code = OUT_OF_MEMORY if "out of memory" in first else "failed"
+    return Reason(code, f"backend {backend} failed: {type(error).__name__}: {first}"[:200])

@@ -1,6 +1,6 @@
 """The callable in the host application's override slot, and the wrapper that prepares each forward for it.
 
-The override hands a call to `runtime.run_site` where the plan names its site; every other call, and what `run_site`
+The override hands a call to `run_site` where the plan names its site; every other call, and what `run_site`
 declines, goes to what was there before: the previous override, the layer's own attention, or the host application's.
 Nothing here imports ComfyUI; `patching/install.py` installs it.
 """
@@ -11,12 +11,14 @@ from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..hosts import ModelCall
 from ..hosts.site_hooks import current_site, preferred_attention
-from ..site_call import SiteCall, bhnd_shape, to_bhnd
-from .runtime import CALL_KEY, RUNTIME_KEY, Runtime, run_site
+from ..site_call import HostCall, bhnd_shape
+from .run_site import run_site
+from .runtime import CALL_KEY, RUNTIME_KEY, Runtime
 
 OVERRIDE_KEY = "optimized_attention_override"
 INSIDE_KEY = "_inside_attn_wrapper"  # the core's mark of a call that asked the override already
@@ -133,21 +135,20 @@ def run_call(
     if site is None or (site not in runtime.sites and runtime.observe is None):
         return host_attention(hidden)
     with runtime.recording_paused(site):
-        facts = facts.at(runtime.host, site)
-        given = tuple(each.peek() for each in inputs) if runtime.observe is not None else ()
-        output = run_site(runtime, site, facts, shape, [each.peek() for each in inputs], options)
+        query, key, value = (each.peek() for each in inputs)
+        call = HostCall(site, facts.layout_at(runtime.host, site), shape, (query, key, value), options)
+        output = run_site(runtime, facts, call)
+        observed = None if runtime.observe is None else call
+        del call, query, key, value  # or the containers would not be the last to hold the tensors
         if output is None:
             output = host_attention(hidden)
         else:
             for each in inputs:
                 each.take()
             if not skip_output_reshape:
-                output = output.transpose(1, 2).reshape(shape[0], shape[2], shape[1] * shape[3])
-        if runtime.observe is not None:
-            query, key, value = (to_bhnd(tensor, shape[1], shape[3], skip_reshape) for tensor in given)
-            result = to_bhnd(output, shape[1], shape[3], skip_output_reshape)
-            mask, scale = options["mask"], options.get("scale")
-            runtime.observe(SiteCall(site, facts.layout, query, key, value, result, mask, scale))
+                output = rearrange(output, "b h n d -> b n (h d)")
+        if runtime.observe is not None and observed is not None:
+            runtime.observe(observed.seen(output))
         return output
 
 

@@ -1,6 +1,6 @@
 """The run record: what every attention call of a sampling run did, for status texts, reports and tests.
 
-Counting only; the decisions are made in `attention/runtime/runtime.py`.
+Counting only; the decisions are made in `run_site.py` and `decisions.py`.
 """
 
 import logging
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from ..layout import Reason, TokenLayout
 from ..plans import describe_sites
 from ..shown import printable
+from ..words import counted
 
 log = logging.getLogger("linearize")
 
@@ -126,17 +127,17 @@ class RunRecord:
             return f"no attention call reached this node: {self._why_nothing_ran()}"
         lines = []
         for (kind, backend), sites in sorted(self.sites_by_kind.items()):
-            lines.append(f"{kind} ({backend}): {_count(sites, 'site')}")
+            lines.append(f"{kind} ({backend}): {counted(sites, 'site')}")
         lines.append(f"{self.share_linearized:.0%} linearized, {self.share_computed:.1%} of attention FLOPs")
         if self.never_called:
-            sites = f"{len(self.never_called)} of {_count(len(self.planned), 'site')} of the plan"
+            sites = f"{len(self.never_called)} of {counted(len(self.planned), 'site')} of the plan"
             which = describe_sites(self.never_called)
             lines.append(f"never called, {sites}: {which}; another node may run them its own way, or skip them")
         for label, counts in (("dense by setting", self.skipped), ("fell back to dense", self.declined)):
             reasons: Counter[str] = Counter()
             for (_, reason), calls in counts.items():
                 reasons[reason.text] += calls
-            lines += [f"{label}, {_count(calls, 'call')}: {text}" for text, calls in reasons.most_common()]
+            lines += [f"{label}, {counted(calls, 'call')}: {text}" for text, calls in reasons.most_common()]
         # that there is no GPU is no news to who has none
         lines += sorted(reason.text for reason in self.passed_over if reason.code != "device")
         if self.below:
@@ -161,10 +162,6 @@ class LastRun:
     """The record of the last run of a model's clones, if there was one."""
 
     record: RunRecord | None = None
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class Once:

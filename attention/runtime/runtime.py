@@ -1,6 +1,6 @@
 """The plan of one model at work: what runs at each attention call of a sampling run.
 
-`Runtime` holds the plan and settings of one model, `begin_call` notes the token layout once per forward, and `run_site`
+`Runtime` holds the plan and settings of one model; `begin_call` notes the token layout once per forward. `run_site.py`
 acts call by call; `override.py` calls both. Nothing here raises into a sampling run: what cannot be done is left to the
 attention that was there before, with the reason logged once and counted. (With LINEARIZE_STRICT=1, for tests, an
 unexpected reason raises instead.)
@@ -9,7 +9,7 @@ unexpected reason raises instead.)
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,17 +19,15 @@ from torch import Tensor
 
 from ..hosts import Host, ModelCall
 from ..hosts.site_hooks import KnownModel, forget_running
-from ..kinds.output_map import map_outputs
 from ..layout import Reason, TokenLayout
 from ..memory import LongLived
-from ..planning.cost import attention_cost
-from ..site_call import SiteCall, to_bhnd
-from ..specs import DenseSpec
+from ..plans import Plan
+from ..site_call import SiteCall
 from ..students.learned import StudentParameters
-from .backends import AUTO, Call, choose_backend
-from .decisions import CallFacts, Half, Percents, SiteSettings, decide, is_within, left_to_host, why_failed
+from .backends import AUTO, CallShape, choose_backend
+from .decisions import ForwardFacts, Half, Percents, SiteSettings, is_within, left_to_host
 from .joined_tokens import watch_joined
-from .record import LastRun, Ran, RunRecord, once
+from .record import LastRun, RunRecord, once
 
 RUNTIME_KEY = "linearize_runtime"
 CALL_KEY = "linearize_call"
@@ -119,6 +117,10 @@ class Runtime:
         sites = {**earlier.sites, **self.sites}
         return replace(self.copy(), sites=sites, parameters=parameters, status=status, _told=())
 
+    def plan(self) -> Plan:
+        """Return what the sites run, as a plan."""
+        return Plan.of_sites(self.host.name, {site: settings.spec for site, settings in self.sites.items()})
+
     def meet(self, module: Any) -> None:
         """Note the modules of the model that this runtime is put on, before other nodes move them."""
         self._known = {module: KnownModel.of(self.host, module)}
@@ -126,7 +128,7 @@ class Runtime:
     def start_run(self, percent_to_sigma: Callable[[float], float] | None = None) -> None:
         """Forget the last run, but for the sites that gave infinities or NaN."""
         self._distrusted |= set(self.record.non_finite)
-        planned = (site for site, settings in self.sites.items() if not isinstance(settings.spec, DenseSpec))
+        planned = (site for site, settings in self.sites.items() if not settings.spec.is_dense)
         self.record = RunRecord(sampled=True, planned=tuple(planned))
         self.percent_to_sigma = percent_to_sigma or self.percent_to_sigma
         self._masked.clear()
@@ -167,7 +169,7 @@ class Runtime:
             self._hook(call.module)
             if torch.is_grad_enabled():
                 self.parameters.let_autograd_save()
-            facts = CallFacts(self.host.layout(call), self._outside(options), tuple(options.get(HALF_KEY) or ()))
+            facts = ForwardFacts(self.host.layout(call), self._outside(options), tuple(options.get(HALF_KEY) or ()))
             if isinstance(facts.layout, TokenLayout):
                 self._check_named_backends(call, facts, facts.layout)
         return {**watch_joined(options, facts.joined), CALL_KEY: facts}
@@ -195,7 +197,7 @@ class Runtime:
         sigma = float(options["sigmas"].max())
         return frozenset(part for part in parts if not is_within(sigma, *map(self.percent_to_sigma, part)))
 
-    def _check_named_backends(self, call: ModelCall, facts: CallFacts, layout: TokenLayout) -> None:
+    def _check_named_backends(self, call: ModelCall, facts: ForwardFacts, layout: TokenLayout) -> None:
         """Raise, before a forward computes anything, if a backend that the user named cannot run it."""
         latent = call.argument(0, "x")
         latent = latent[0] if isinstance(latent, list | tuple) else latent  # of a video and its sound
@@ -205,9 +207,9 @@ class Runtime:
             if left_to_host(settings, facts, layout.num_tokens) is not None:
                 continue
             shape = (latent.shape[0], sizes.num_heads, layout.num_tokens, sizes.head_dim)
-            call_facts = Call(settings.spec, layout, shape, call.dtype or latent.dtype, latent.device)
-            backend, reasons = choose_backend(call_facts, settings.backend)
-            if backend is None and settings.backend != AUTO and not isinstance(settings.spec, DenseSpec):
+            needs = CallShape(settings.spec, layout, shape, call.dtype or latent.dtype, latent.device)
+            backend, reasons = choose_backend(needs, settings.backend)
+            if backend is None and settings.backend != AUTO and not settings.spec.is_dense:
                 raise ValueError(
                     f"backend {settings.backend} cannot run here: {reasons[0].text}; choose backend {AUTO}"
                 )
@@ -218,12 +220,13 @@ class Runtime:
         A recording that held the allocations of one step would not fit the next, where another attention may run.
         """
         settings = self.sites.get(site)
-        if settings is None or isinstance(settings.spec, DenseSpec):
+        if settings is None or settings.spec.is_dense:
             return contextlib.nullcontext()
         return self.memory.pause()
 
-    def trusted(self, site: str, settings: SiteSettings) -> SiteSettings:
-        """Return the settings, with backend torch where `auto` gave infinities or NaN at this site before."""
+    def trusted(self, site: str) -> SiteSettings:
+        """Return a site's settings, with backend torch where `auto` gave infinities or NaN there before."""
+        settings = self.sites[site]
         if site not in self._distrusted or settings.backend != AUTO:
             return settings
         return replace(settings, backend="torch")
@@ -236,6 +239,16 @@ class Runtime:
             "mask", "an attention mask keeps the other half of the guidance dense, and both have to run alike"
         )
 
+    def decline(self, site: str, dense_pairs: int, reason: Reason) -> None:
+        """Count and log a fall-back to dense; raise it where tests ask for that."""
+        if os.environ.get("LINEARIZE_STRICT") == "1" and reason.code not in _expected.get():
+            raise UnexpectedDecline(f"{site}: {reason.text}")
+        settings = self.sites[site]
+        if settings.trained:
+            reason = Reason(reason.code, f"trained weights on dense attention: {reason.text}")
+        self.record.count_host(site, settings.spec.kind, dense_pairs, reason, chosen=False)
+        once.warning(f"Linearize: dense attention where the plan says {settings.spec.kind}: {reason.text}")
+
     def note_mask(self, site: str, half: Half) -> None:
         """Remember that a mask kept this site dense for a half of the guidance."""
         self._masked.setdefault(site, set()).add(half)
@@ -245,92 +258,3 @@ class Runtime:
         key = (site, output.device)
         finite = torch.isfinite(output.detach()).all()
         self._finite[key] = finite & self._finite[key] if key in self._finite else finite
-
-
-def run_site(
-    runtime: Runtime,
-    site: str,
-    facts: CallFacts,
-    shape: tuple[int, int, int, int],
-    inputs: Sequence[Tensor],
-    options: Mapping[str, Any],
-) -> Tensor | None:
-    """Return what the plan makes of one call, (B, H, N, D), or None where the host's attention has to run; count it.
-
-    Args:
-        shape: (B, H, N, D) of the queries.
-        inputs: queries, keys and values as the host gives them.
-        options: the call's other arguments by name: `mask`, `skip_reshape`, `scale` if there is one.
-    """
-    if site not in runtime.sites:
-        return None
-    settings = runtime.sites[site]
-    dense_pairs = shape[1] * shape[2] * inputs[1].shape[2 if options["skip_reshape"] else 1]
-    if isinstance(settings.spec, DenseSpec):
-        runtime.record.count_host(site, "dense", dense_pairs, None, chosen=True)
-        return None
-    choice = left_to_host(settings, facts, shape[2])
-    if choice is not None:
-        runtime.record.count_host(site, settings.spec.kind, dense_pairs, choice, chosen=True)
-        return None
-    result = runtime.masked_in_another_half(site, facts.half) or run_planned(
-        runtime, site, settings, facts, shape, inputs, options
-    )
-    if isinstance(result, Reason):
-        if result.code == "mask":
-            runtime.note_mask(site, facts.half)
-        decline(runtime, site, settings, dense_pairs, result)
-        return None
-    output, backend, call, has_matrices = result
-    cost = attention_cost(settings.spec, call.layout, shape[1], shape[3], has_matrices=has_matrices)
-    ran, pairs = Ran(site, settings.spec.kind, backend.name), cost.flops // (4 * shape[3])
-    runtime.record.count_run(ran, call.layout, pairs, dense_pairs)
-    runtime.note_output(site, output)
-    return output
-
-
-def run_planned(
-    runtime: Runtime,
-    site: str,
-    settings: SiteSettings,
-    facts: CallFacts,
-    shape: tuple[int, int, int, int],
-    inputs: Sequence[Tensor],
-    options: Mapping[str, Any],
-) -> tuple[Tensor, Any, Call, bool] | Reason:
-    """Return the output, its backend and call, and whether matrices follow; or why the call has to stay dense.
-
-    Where `auto` chose a backend that then fails, torch is tried too: it computes the same.
-    """
-    wish, failure = runtime.trusted(site, settings), None
-    while True:
-        decision = decide(wish, facts, shape, inputs, options["mask"], options["skip_reshape"])
-        if isinstance(decision, Reason):
-            return failure or decision
-        backend, call, passed_over = decision
-        runtime.record.note_passed_over(passed_over)
-        failure = None
-        try:
-            query, key, value = (to_bhnd(t, shape[1], shape[3], options["skip_reshape"]) for t in inputs)
-            learned, scale = runtime.parameters.learned(site, query.device), options.get("scale")
-            output = backend.run(query, key, value, call, scale=scale, learned=learned, memory=runtime.memory)
-            if learned.output is not None:
-                output = map_outputs(output, call.layout, learned.output)
-            return output, backend, call, learned.output is not None
-        except Exception as error:  # whatever a device or driver throws must not cost the user a picture
-            failure = why_failed(backend.name, error)
-        # outside the handler, whose traceback keeps the failed attempt's tensors alive
-        if wish.backend != AUTO or backend.name == "torch":
-            return failure
-        runtime.record.note_passed_over((failure,))
-        wish = replace(wish, backend="torch")
-
-
-def decline(runtime: Runtime, site: str, settings: SiteSettings, dense_pairs: int, reason: Reason) -> None:
-    """Count and log a fall-back to dense; raise it where tests ask for that."""
-    if os.environ.get("LINEARIZE_STRICT") == "1" and reason.code not in _expected.get():
-        raise UnexpectedDecline(f"{site}: {reason.text}")
-    if settings.trained:
-        reason = Reason(reason.code, f"trained weights on dense attention: {reason.text}")
-    runtime.record.count_host(site, settings.spec.kind, dense_pairs, reason, chosen=False)
-    once.warning(f"Linearize: dense attention where the plan says {settings.spec.kind}: {reason.text}")

@@ -1,6 +1,7 @@
-"""Students in memory: several distilled specs per site with their errors, of which a file holds one each.
+"""Students in memory, the one type on the socket: distilled specs per site with their errors.
 
-Distillation makes them, a budget chooses among them, `Candidates.student` is what can be saved or put on a model.
+Distillation makes several per site and a file holds one each. A budget chooses among them; `Candidates.student` is what
+can be saved or put on a model, `Candidates.of_student` what was loaded.
 """
 
 import math
@@ -11,9 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from ..kinds.feature_maps import Favor
-from ..plans import Plan, group_sites
-from ..specs import DenseSpec, SiteSpec
+from ..plans import Plan
+from ..specs import SiteSpec
+from ..words import counted
 from .file import Role, StudentFile
+from .tensor_values import below
 
 IN_MEMORY = "a student that was not loaded from a file"
 
@@ -43,6 +46,7 @@ class Candidates:
         sites: candidates by site, in the order of the host's sites; a site without any stays dense.
         deltas: changes of weights, as in `StudentFile`; they belong to one choice of candidates.
         base_model, licence, role, pair_id, recipe, fingerprint, draw: as in `StudentFile`.
+        origin: the file it was read from, for records.
 
     Raises:
         ValueError: a site has no candidate, or weights were changed and a site has several.
@@ -58,6 +62,7 @@ class Candidates:
     fingerprint: Tensor | None = None
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
     draw: int = Favor.DRAW
+    origin: str = IN_MEMORY
 
     def __post_init__(self) -> None:
         for site, candidates in self.sites.items():
@@ -95,7 +100,7 @@ class Candidates:
         if self.deltas and left_out:
             raise ValueError(f"weights were changed for all sites together, so {left_out[0]} cannot be left out")
         sites = {site: (found[choice[site]],) for site, found in self.sites.items() if site in choice}
-        return replace(self, sites=sites)
+        return replace(self, sites=sites, origin=IN_MEMORY)
 
     def student(self, choice: Mapping[str, int] | None = None) -> StudentFile:
         """Return what a file holds: the candidate of each site that `choice` names, else the one of lowest error.
@@ -110,7 +115,7 @@ class Candidates:
         }
         return StudentFile(
             host=self.host,
-            plan=Plan(self.host, DenseSpec(), group_sites(specs)),
+            plan=Plan.of_sites(self.host, specs),
             role=self.role,
             pair_id=self.pair_id,
             base_model=self.base_model,
@@ -120,7 +125,7 @@ class Candidates:
             fingerprint=self.fingerprint,
             parameters=parameters,
             deltas=self.deltas,
-            origin=IN_MEMORY,
+            origin=self.origin,
             draw=self.draw,
         )
 
@@ -133,30 +138,19 @@ class Candidates:
         """
         found = {}
         for site, spec in sites.items():
-            prefix = f"{site}."
-            names = [name for name in student.parameters if name.startswith(prefix)]
-            parameters = {name.removeprefix(prefix): student.parameters[name] for name in names}
-            if not isinstance(spec, DenseSpec):
-                found[site] = (Candidate(spec, student.site_errors.get(site, math.nan), parameters),)
+            if not spec.is_dense:
+                error, parameters = student.site_errors.get(site, math.nan), below(f"{site}.", student.parameters)
+                found[site] = (Candidate(spec, error, parameters),)
         return cls(
             student.host, found, student.base_model, student.licence, student.role, student.pair_id, student.recipe,
-            student.fingerprint, student.deltas, student.draw,
+            student.fingerprint, student.deltas, student.draw, student.origin or IN_MEMORY,
         )  # fmt: skip
 
 
 def decided(student: Candidates) -> tuple[Candidates, str]:
     """Return a student with one candidate per site, that of the lowest error, and a note where a site had several."""
-    several = sum(len(candidates) > 1 for candidates in student.sites.values())
-    if not several:
+    if student.is_decided:
         return student, ""
-    sites = f"{several} sites" if several > 1 else "1 site"
+    sites = counted(sum(len(candidates) > 1 for candidates in student.sites.values()), "site")
     note = f"of {sites} with several candidates the one of lowest error was taken; Budget Plan chooses by cost too"
     return student.chosen(student.best()), note
-
-
-def as_student(student: StudentFile | Candidates) -> tuple[StudentFile, tuple[str, ...]]:
-    """Return what can be put on a model or saved, and notes for people; see `decided`."""
-    if isinstance(student, StudentFile):
-        return student, ()
-    one, note = decided(student)
-    return one.student(), ((note,) if note else ())

@@ -1,7 +1,7 @@
 """CLEAR's published files: whole attention projections in the diffusers naming, and pooling weights.
 
 Reads a file's header, checks that it has what a model needs, and says where each tensor belongs in the model's own
-parameters. It does not touch a model; `patching/install.py` does. Names may carry prefixes and the file may hold more
+parameters. It does not touch a model; `patching/weights.py` does. Names may carry prefixes and the file may hold more
 than is needed; what is needed must be there in the right shape.
 """
 
@@ -68,16 +68,16 @@ class ClearWeights:
         Raises:
             FileProblem: a tensor holds an infinity or a NaN.
         """
-        wanted = [each for each in self.placed if each.site in set(sites)]
-        tensors = self.file.load([each.name for each in wanted])
-        return [(each.site, each.target, tensors[each.name]) for each in wanted]
+        chosen = [each for each in self.placed if each.site in set(sites)]
+        tensors = self.file.load([each.name for each in chosen])
+        return [(each.site, each.target, tensors[each.name]) for each in chosen]
 
     def pool_weights(self, sites: Sequence[str]) -> dict[str, Tensor]:
         """Return the (d, d) pooling weight of each of `sites`, empty without pooled tokens."""
-        wanted = {site: self.pools[site] for site in sites if site in self.pools}
-        tensors = self.file.load(wanted.values())
+        pools = {site: self.pools[site] for site in sites if site in self.pools}
+        tensors = self.file.load(pools.values())
         d = self.down_factor
-        return {site: tensors[name].reshape(d, d).float() for site, name in wanted.items()}
+        return {site: tensors[name].reshape(d, d).float() for site, name in pools.items()}
 
     def distance(self, read: Callable[[str], Tensor]) -> float:
         """Return |own - file| / |file| over the weights of some projections: how far a model is from the file's base.

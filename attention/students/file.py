@@ -1,9 +1,8 @@
-"""Student files, format `linearize/1`: a plan, the learned parameters of its sites and weight deltas in one file.
+"""Student files, format `linearize/1`: a plan, learned parameters and weight deltas in one file.
 
-A file holds one spec per site. Nothing here touches a model; `student_fit.py` says whether a student fits one.
+A file holds one spec per site. Nothing here touches a model; `fit.py` says whether a student fits one.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -14,12 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..bounds import check_json
+from ..checks import check_json, parse_json
 from ..kinds.feature_maps import Favor
 from ..plans import Plan
 from ..shown import one_line, quote, quote_some
 from .fingerprint import LENGTH
 from .tensor_file import TensorFile, open_tensor_file, problem, write_tensor_file
+from .tensor_values import content_sha256
 
 STUDENT_FORMAT = "linearize/1"
 FORMAT_NAME = re.compile(r"linearize/[1-9]\d{0,8}", re.ASCII)
@@ -278,9 +278,9 @@ def _recipe(text: str) -> dict[str, Any]:
 
 def _json_object(name: str, text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"its {name} is not JSON, {one_line(error)}") from None
+        raise ValueError(f"its {name} {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"its {name} is not a JSON object, got {quote(value)}")
     return value
@@ -289,8 +289,4 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """Return a hash of what the student is, whatever the order of the file."""
     names = (*METADATA, DRAW) if DRAW in metadata else METADATA
-    digest = hashlib.sha256(json.dumps([metadata[name] for name in names]).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return content_sha256(tensors, [metadata[name] for name in names])

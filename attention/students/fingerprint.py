@@ -1,8 +1,8 @@
-"""A fingerprint tells which base model a student was trained on: a few hundred norm weights and their distance.
+"""Fingerprints of base models: a few hundred norm weights, and their distance.
 
 Norm weights, because every variant of a base carries them, quantised ones and LoRA merges included. It only informs;
 whether a student fits a model is decided by shapes, in `attention/students/file.py`. Whether two models are one, to the
-bit, is told by a digest of some values of every weight.
+bit, is known from a digest of some values of every weight.
 """
 
 import hashlib
@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .tensor_values import tensor_bytes
 
 NUM_SITES = 8
 VALUES_PER_SITE = 32
@@ -102,7 +104,7 @@ def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     for name, weight in sorted(weights, key=lambda each: each[0]):
         for part, stored in _stored(name, weight.detach()):
             digest.update(json.dumps([part, str(stored.dtype), list(stored.shape)]).encode())
-            digest.update(_sampled(part, stored).cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(tensor_bytes(_sampled(part, stored)))
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Whether a student fits a model, and what its sites learned, as the module that runs it."""
+"""Whether a student fits a model, and the module that runs what its sites learned."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,9 +8,10 @@ from ..hosts.base import Site
 from ..kinds.feature_maps import Favor, FeatureMap, Maps
 from ..plans import describe_sites
 from ..shown import quote
-from ..specs import ClearSpec, DenseSpec, HeadSplit, MappedSpec, SiteSpec, groups_of
+from ..specs import DenseSpec, SiteSpec, groups_of
 from .file import PARAMETER, StudentFile
 from .learned import StudentParameters, empty_maps, map_shapes
+from .tensor_values import below
 
 
 def check_student(student: StudentFile, host_name: str, sites: Sequence[Site]) -> dict[str, SiteSpec]:
@@ -42,12 +43,19 @@ def check_student(student: StudentFile, host_name: str, sites: Sequence[Site]) -
             raise ValueError(f"the student has {quote(name)}, this model has only {describe_sites(ids)}")
         site = next(each for each in sites if each.id == found["site"])
         _check_part(name, found["part"], tensor, specs[site.id], site)
-    student_maps(student, specs, sites)
+    for site in sites:
+        _check_maps(student, site, specs[site.id])
     return specs
 
 
 def student_parameters(student: StudentFile, specs: Mapping[str, SiteSpec], sites: Sequence[Site]) -> StudentParameters:
-    """Return what the sites of a model learned; arguments and errors as those of `student_maps`."""
+    """Return what the sites of a model learned.
+
+    Args:
+        student: that fits the model.
+        specs: as `check_student` returned them.
+        sites: of the model.
+    """
     pools, outputs = (
         {name.removesuffix(end): tensor for name, tensor in student.parameters.items() if name.endswith(end)}
         for end in (".pool", ".output.weight")
@@ -56,24 +64,14 @@ def student_parameters(student: StudentFile, specs: Mapping[str, SiteSpec], site
 
 
 def student_maps(student: StudentFile, specs: Mapping[str, SiteSpec], sites: Sequence[Site]) -> dict[str, Maps]:
-    """Return phi_q and phi_k of every site whose kind has feature maps, with the student's parameters.
-
-    Raises:
-        ValueError: a parameter of a map is missing, unknown, or of another shape; or the map does not fit the site.
-    """
+    """Return phi_q and phi_k of every site whose kind has feature maps, with the student's parameters."""
     found: dict[str, Maps] = {}
     shared: dict[tuple[SiteSpec, int], Maps] = {}  # maps without parameters are drawn, which takes its time
     for site in sites:
         spec = specs[site.id]
-        if not isinstance(spec, MappedSpec):
+        if not spec.has_maps:
             continue
-        try:
-            shapes = map_shapes(spec, site.num_heads, site.head_dim)
-        except ValueError as error:
-            raise ValueError(f"the student does not fit {site.id}: {error}") from None
-        # before memory is taken for them: a file of a few bytes can ask for any size
-        for part in ("phi_q", "phi_k"):
-            _check_shapes(spec.feature_map, shapes, f"{site.id}.{part}.", student.parameters)
+        shapes = map_shapes(spec, site.num_heads, site.head_dim)
         maps = None if shapes else shared.get((spec, site.head_dim))
         if maps is None:
             maps = shared[spec, site.head_dim] = empty_maps(spec, site.num_heads, site.head_dim)
@@ -86,16 +84,28 @@ def student_maps(student: StudentFile, specs: Mapping[str, SiteSpec], sites: Seq
     return found
 
 
-def _check_shapes(name: str, wanted: Mapping[str, tuple[int, ...]], prefix: str, tensors: Mapping[str, Tensor]) -> None:
-    given = _below(prefix, tensors)
-    if given.keys() != wanted.keys():
-        strange = sorted(given.keys() ^ wanted.keys())[0]
-        what = "lacks" if strange in wanted else "has"
+def _check_maps(student: StudentFile, site: Site, spec: SiteSpec) -> None:
+    """Check that a student holds the parameters of a site's maps; no memory is taken, whatever size they ask for."""
+    if not spec.has_maps:
+        return
+    try:
+        shapes = map_shapes(spec, site.num_heads, site.head_dim)
+    except ValueError as error:
+        raise ValueError(f"the student does not fit {site.id}: {error}") from None
+    for part in ("phi_q", "phi_k"):
+        _check_shapes(spec.feature_map, shapes, f"{site.id}.{part}.", student.parameters)
+
+
+def _check_shapes(name: str, needed: Mapping[str, tuple[int, ...]], prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    given = below(prefix, tensors)
+    if given.keys() != needed.keys():
+        strange = sorted(given.keys() ^ needed.keys())[0]
+        what = "lacks" if strange in needed else "has"
         raise ValueError(
             f"the student {what} {quote(prefix + strange)}; feature map {name} has"
-            f" {', '.join(wanted) or 'no parameters'}"
+            f" {', '.join(needed) or 'no parameters'}"
         )
-    for each, shape in wanted.items():
+    for each, shape in needed.items():
         if tuple(given[each].shape) != shape:
             raise ValueError(
                 f"{quote(prefix + each)} has shape {quote(tuple(given[each].shape))}, the site has {shape}"
@@ -103,32 +113,27 @@ def _check_shapes(name: str, wanted: Mapping[str, tuple[int, ...]], prefix: str,
 
 
 def _fill(feature_map: FeatureMap, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-    given = _below(prefix, tensors)
+    given = below(prefix, tensors)
     for name, parameter in feature_map.named_parameters():
         parameter.data = given[name].detach()
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
 def _check_part(name: str, part: str, tensor: Tensor, spec: SiteSpec, site: Site) -> None:
-    kinds = [group.spec for group in spec.groups] if isinstance(spec, HeadSplit) else [spec]
     if part == "output.weight":
-        wanted = (site.num_heads, site.head_dim, site.head_dim)
-        if spec == DenseSpec() or tuple(tensor.shape) != wanted:
+        needed = (site.num_heads, site.head_dim, site.head_dim)
+        if spec == DenseSpec() or tuple(tensor.shape) != needed:
             raise ValueError(
-                f"{quote(name)} has shape {quote(tuple(tensor.shape))}, the site takes {wanted} if it is not dense"
+                f"{quote(name)} has shape {quote(tuple(tensor.shape))}, the site takes {needed} if it is not dense"
             )
         return
     if part == "pool":
-        factors = {kind.down_factor for kind in kinds if isinstance(kind, ClearSpec)} - {1}
+        factors = {each.pool_side for each in spec.parts} - {0}
         if not factors:
             raise ValueError(f"the student has {quote(name)}, its plan pools no tokens at that site")
         if any(tuple(tensor.shape) != (factor, factor) for factor in factors):
-            wanted = " and ".join(str(factor) for factor in sorted(factors))
+            needed = " and ".join(str(factor) for factor in sorted(factors))
             raise ValueError(
-                f"{quote(name)} has shape {quote(tuple(tensor.shape))}, the plan's down_factor is {wanted}"
+                f"{quote(name)} has shape {quote(tuple(tensor.shape))}, the plan's down_factor is {needed}"
             )
-    elif all(isinstance(kind, (ClearSpec, DenseSpec)) for kind in kinds):
+    elif not any(each.has_maps for each in spec.parts):
         raise ValueError(f"the student has {quote(name)}, its plan has no feature map at that site")

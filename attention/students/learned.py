@@ -1,4 +1,4 @@
-"""The learned parameters of the sites, as a module that the host application can place and count.
+"""The learned parameters of all sites as one module, which the host application can place and count.
 
 A site has pooling weights, or a pair of feature maps, and matrices behind its attention, or nothing. They are read with
 a cast at each use, so that they may lie on any device.
@@ -6,32 +6,13 @@ a cast at each use, so that they may lie on any device.
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..kinds.feature_maps import MAPS, Maps
-from ..specs import MappedSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """What was learned for a site.
-
-    Args:
-        pool: (d, d) weights of pooled tokens; None means 1 / d^2.
-        maps: phi_q and phi_k; None where the kind has none.
-        output: (H, D, D) matrices behind the attention, see `output_map.py`; None means none.
-    """
-
-    pool: Tensor | None = None
-    maps: Maps | None = None
-    output: Tensor | None = None
-
-    def maps_for(self, spec: MappedSpec, num_heads: int, head_dim: int) -> Maps:
-        """Return the maps, untrained ones where there are none."""
-        return self.maps or new_maps(spec, num_heads, head_dim)
+from ..kinds.kind import Learned
+from ..specs import SiteSpec
 
 
 class PoolParameters(nn.Module):
@@ -63,7 +44,7 @@ class SiteParameters(nn.Module):
 
     def __init__(self, pool: Tensor | None, maps: Maps | None, output: Tensor | None) -> None:
         super().__init__()
-        self.windows = None if pool is None else PoolParameters(pool)
+        self.pool = None if pool is None else PoolParameters(pool)
         self.phi_q, self.phi_k = (copy.deepcopy(each).requires_grad_(False) for each in maps) if maps else (None, None)
         self.output = None if output is None else OutputParameters(output)
 
@@ -74,7 +55,7 @@ class SiteParameters(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """Return the parameters by the names that files give them, counted from the site."""
-        return {name.removeprefix("windows."): value.detach() for name, value in self.named_parameters()}
+        return {name.removeprefix("pool."): value.detach() for name, value in self.named_parameters()}
 
 
 class StudentParameters(nn.Module):
@@ -110,7 +91,7 @@ class StudentParameters(nn.Module):
         found = dict(self.sites.items()).get(_key(site))
         if not isinstance(found, SiteParameters):
             return Learned()
-        pool = None if found.windows is None else found.windows.pool.to(device)
+        pool = None if found.pool is None else found.pool.pool.to(device)
         return Learned(pool, found.maps, None if found.output is None else found.output.weight)
 
     def let_autograd_save(self) -> None:
@@ -141,7 +122,7 @@ class StudentParameters(nn.Module):
     def pools(self) -> dict[str, Tensor]:
         """Return the pooling weights by site id."""
         found = self.by_site().items()
-        return {site: each.windows.pool.detach() for site, each in found if each.windows is not None}
+        return {site: each.pool.pool.detach() for site, each in found if each.pool is not None}
 
     def maps(self) -> dict[str, Maps]:
         """Return the feature maps by site id."""
@@ -152,7 +133,12 @@ class StudentParameters(nn.Module):
         return {site: each.output.weight.detach() for site, each in self.by_site().items() if each.output is not None}
 
 
-def new_maps(spec: MappedSpec, num_heads: int, head_dim: int) -> Maps:
+def new_pool(side: int) -> Tensor:
+    """Return pooling weights that average."""
+    return torch.full((side, side), 1 / side**2)
+
+
+def new_maps(spec: SiteSpec, num_heads: int, head_dim: int) -> Maps:
     """Return the untrained phi_q and phi_k of a site; equal calls give equal maps.
 
     Raises:
@@ -164,13 +150,13 @@ def new_maps(spec: MappedSpec, num_heads: int, head_dim: int) -> Maps:
     return phi_q, phi_k
 
 
-def empty_maps(spec: MappedSpec, num_heads: int, head_dim: int) -> Maps:
+def empty_maps(spec: SiteSpec, num_heads: int, head_dim: int) -> Maps:
     """Return phi_q and phi_k of a site with parameters of 0, to be filled from a file."""
     phi_q, phi_k = (MAPS[spec.feature_map](num_heads, head_dim, spec.feature_dim) for _ in range(2))
     return phi_q, phi_k
 
 
-def map_shapes(spec: MappedSpec, num_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+def map_shapes(spec: SiteSpec, num_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a map's parameters, by name; no memory is taken for them.
 
     Raises:

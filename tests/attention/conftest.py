@@ -15,8 +15,6 @@ from urllib.parse import unquote
 
 import pytest
 
-from linearize.attention.hub import download as hub
-from linearize.attention.hub import partial as hub_partial
 from linearize.attention.hub.download import HubError, HubFile, download
 
 sys.path.insert(0, str(Path(__file__).parent))  # for host_calls.py
@@ -158,8 +156,8 @@ def fake(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-    for module in (hub, hub_partial):
-        monkeypatch.setattr(module, "CHUNK", 1000)
+    for module in ("download", "partial"):
+        monkeypatch.setattr(f"linearize.attention.hub.{module}.CHUNK", 1000)
     yield state
     for server in servers:
         server.shutdown()

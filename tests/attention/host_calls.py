@@ -9,7 +9,7 @@ from linearize.attention import ClearSpec, Segment, TokenLayout, grid_segment
 from linearize.attention.hosts import Site
 from linearize.attention.memory import LongLived
 from linearize.attention.runtime.override import AttentionOverride
-from linearize.attention.runtime.runtime import CALL_KEY, RUNTIME_KEY, CallFacts, Runtime, SiteSettings
+from linearize.attention.runtime.runtime import CALL_KEY, RUNTIME_KEY, ForwardFacts, Runtime, SiteSettings
 
 LAYOUT = TokenLayout.of((Segment("text", 3), grid_segment("main", 1, 5, 6)))
 HEADS, HEAD_DIM, TOKENS = 2, 8, LAYOUT.num_tokens
@@ -45,7 +45,7 @@ def host_attention(q, k, v, heads, mask=None, skip_reshape=False, skip_output_re
 
 
 def call(state, q, k, v, *args, override=None, layout=LAYOUT, site="a", **kwargs):
-    options = {"site": site, RUNTIME_KEY: state, CALL_KEY: CallFacts(layout)}
+    options = {"site": site, RUNTIME_KEY: state, CALL_KEY: ForwardFacts(layout)}
     return (override or AttentionOverride())(
         host_attention, q, k, v, HEADS, *args, transformer_options=options, **kwargs
     )

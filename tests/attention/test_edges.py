@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from linearize.attention import Segment, TokenLayout, attention, grid_segment
-from linearize.attention.bounds import MOST_TOKENS
+from linearize.attention.checks import MOST_TOKENS
 from linearize.attention.kinds.reference import clear_mask, exact_and_linear_masks
 from linearize.attention.planning.cost import attention_cost, disc_pairs
 from linearize.attention.specs import (

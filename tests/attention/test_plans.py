@@ -82,7 +82,8 @@ def test_json_keeps_precedence_of_repeated_expressions():
 
 def test_group_sites_is_the_inverse_of_resolve():
     specs = Plan("flux", ClearSpec(8), (("double.3,single.7-9", DenseSpec()),)).resolve(SITES)
-    assert Plan("flux", rules=group_sites(specs)).resolve(SITES) == specs
+    assert Plan.of_sites("flux", specs) == Plan("flux", rules=group_sites(specs))
+    assert Plan.of_sites("flux", specs).resolve(SITES) == specs
 
 
 @pytest.mark.parametrize(

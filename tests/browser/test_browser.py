@@ -6,31 +6,31 @@ All of it on two frontends: the one that is installed beside ComfyUI, and the ne
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
 import shutil
-import sys
 import urllib.error
 import warnings
 from pathlib import Path
 
 import pytest
 
+from linearize.lab.comfyui import BASE, COMFYUI
+from linearize.lab.server import live_server
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-PICTURES = ROOT / "demo" / "output"
+PICTURES = ROOT / "lab" / "demo" / "output"
 NEWEST = sorted((ROOT / ".comfyui" / "frontends").glob("[0-9]*")) or [Path("newest")]  # folders by version
 INSTALLED = importlib.metadata.version("comfyui-frontend-package") if importlib.util.find_spec(
     "comfyui_frontend_package") else "installed"  # fmt: skip
 FRONTENDS = {INSTALLED: None, NEWEST[-1].name: NEWEST[-1]}
 DROPS_STATUS = (1, 54)  # from this frontend on, status texts vanish from nodes when a job ends
-BASE = Path(os.environ.get("LINEARIZE_BASE", ROOT / ".comfyui" / "base"))
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 READY = "window.app?.graph && app.extensionManager?.workflow?.activeWorkflow"
 HAS_OURS = "window.app?.graph?.nodes.some(node => node.type.startsWith('Linearize'))"
 MILLISECONDS = 60_000  # the longest that one step may take
 TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "workflows").glob("*.json"))
-WORKFLOWS = ("demo/clear_demo.json", "demo/distill_demo.json", "demo/distill_clips.json", *TEMPLATES)
+WORKFLOWS = ("lab/demo/clear_demo.json", "lab/demo/distill_demo.json", "lab/demo/distill_clips.json", *TEMPLATES)
 STATUS = "$$node-text-preview"  # the frontend's own widget for a node's status text
 CODEC = re.compile(r"(format\.)?codec(\..+)?")  # of SaveVideo, inside `format` since ComfyUI 0.34
 OUTER = 100  # id of a blueprint's node in a workflow
@@ -97,16 +97,12 @@ def version(request):
 @pytest.fixture(scope="session")
 def server(version, tmp_path_factory):
     """A live server in strict mode, where a fall-back to dense fails the run, with an output folder of its own."""
-    spec = importlib.util.spec_from_file_location("live_server", ROOT / "demo" / "live_server.py")
-    live_server = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = live_server
-    spec.loader.exec_module(live_server)
-    if not (live_server.COMFYUI / "main.py").exists():
+    if not (COMFYUI / "main.py").exists():
         pytest.skip("no ComfyUI here; run the tests with: python run.py test")
     options = ["--output-directory", str(tmp_path_factory.mktemp("output"))]
     if FRONTENDS[version]:
         options += ["--front-end-root", str(FRONTENDS[version])]
-    with live_server.live_server(environment={"LINEARIZE_STRICT": "1"}, options=options) as running:
+    with live_server(environment={"LINEARIZE_STRICT": "1"}, options=options) as running:
         yield running
 
 
@@ -219,7 +215,7 @@ def test_the_blueprint_of_wan_22_does_what_its_template_does(frontend):
 
 def beside_the_demos_model(blueprint: dict) -> dict:
     """Return a workflow of the demo's model, text encoder and latent, and the blueprint's node behind them."""
-    demo = json.loads((ROOT / "demo" / "distill_demo.json").read_text(encoding="utf-8"))
+    demo = json.loads((ROOT / "lab" / "demo" / "distill_demo.json").read_text(encoding="utf-8"))
     (node,), links = blueprint["nodes"], []
     node["id"], node["pos"] = OUTER, [500, 0]
     loaders = [each for each in demo["nodes"] if each["id"] in (1, 2, 3)]
@@ -300,7 +296,7 @@ def test_the_template_list_shows_ours_and_opens_one(frontend):
 
 
 def test_the_demo_runs_and_the_nodes_say_what_ran(frontend, version):
-    open_workflow(frontend, "demo/clear_demo.json")
+    open_workflow(frontend, "lab/demo/clear_demo.json")
     frontend.evaluate(CHANGE_AND_LISTEN)
     assert prompt_of(frontend)["4"]["inputs"]["radius"] == 6
     frontend.get_by_test_id("queue-button").click()
@@ -328,7 +324,7 @@ def test_a_node_speaks_the_users_language_and_explains_itself(frontend, language
     try:
         frontend.reload()
         frontend.wait_for_function(READY)
-        open_workflow(frontend, "demo/clear_demo.json")
+        open_workflow(frontend, "lab/demo/clear_demo.json")
         clear = "app.graph.nodes.find(node => node.type === 'LinearizeCLEAR')"
         shown = frontend.evaluate(f"[{clear}.title, {clear}.widgets[0].label ?? {clear}.widgets[0].name]")
         assert shown == [title, radius]

@@ -23,8 +23,9 @@ from linearize.attention.students.file import StudentFile, load_student, save_st
 from linearize.attention.students.fit import check_student, student_parameters
 from linearize.attention.students.learned import new_maps
 from linearize.attention.students.tensor_file import FileProblem, TensorInfo, open_tensor_file, write_tensor_file
+from linearize.attention.students.tensor_values import content_sha256
 from linearize.training.jobs.description import read_job
-from linearize.training.samples.conditioning import SamplesProblem, content_sha256
+from linearize.training.samples.files import SamplesProblem
 from linearize.training.samples.folder import TeacherSamples
 
 SECONDS, BYTES, LONGEST = 3, 400 * 2**20, 420

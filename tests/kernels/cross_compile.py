@@ -1,6 +1,6 @@
 """Compile the kernels for cards that are not here, with the tiles they would get; print what each needs, as JSON.
 
-`python cross_compile.py clear bf16 sm86:128 gfx942:64`: family (clear, mixed, or raw for the mixed kernels on the raw
+`python cross_compile.py clear bf16 sm86:128 gfx942:64`: family (clear, mapped, or raw for the mapped kernels on the raw
 scale), dtype, then architecture:head size.
 Needs Triton, no GPU. Not under the interpreter, so the tests run it as a process of its own.
 """
@@ -20,17 +20,17 @@ from triton.compiler import ASTSource
 from linearize.kernels import tile_for
 from linearize.kernels.clear_backward import clear_dk_dv_kernel, clear_dq_kernel
 from linearize.kernels.clear_forward import clear_forward_kernel
-from linearize.kernels.mixed_backward import mixed_dk_dv_kernel, mixed_dq_kernel, mixed_dx_kernel
-from linearize.kernels.mixed_forward import mixed_forward_kernel
+from linearize.kernels.mapped_backward import mapped_dk_dv_kernel, mapped_dq_kernel, mapped_dx_kernel
+from linearize.kernels.mapped_forward import mapped_forward_kernel
 from linearize.kernels.state_forward import state_kernel
-from linearize.kernels.tuning import KERNELS, MIXED_KERNELS
+from linearize.kernels.tuning import KERNELS, MAPPED_KERNELS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MIXED = (mixed_forward_kernel, mixed_dx_kernel, mixed_dq_kernel, mixed_dk_dv_kernel, state_kernel)
+MAPPED = (mapped_forward_kernel, mapped_dx_kernel, mapped_dq_kernel, mapped_dk_dv_kernel, state_kernel)
 FAMILIES = {
     "clear": dict(zip(KERNELS, (clear_forward_kernel, clear_dq_kernel, clear_dk_dv_kernel), strict=True)),
-    "mixed": dict(zip(MIXED_KERNELS, MIXED, strict=True)),
-    "raw": dict(zip(MIXED_KERNELS, MIXED, strict=True)),
+    "mapped": dict(zip(MAPPED_KERNELS, MAPPED, strict=True)),
+    "raw": dict(zip(MAPPED_KERNELS, MAPPED, strict=True)),
 }
 STATISTICS = ("lse", "delta", "den", "pull", "norm", "centre", "log2_z", "total")
 # features come in float32, as maps give them: the larger of what can be

@@ -9,10 +9,13 @@ import torch
 
 from linearize.attention import ClearSpec, HeadGroup, HeadSplit, Segment, TokenLayout, attention, grid_segment
 from linearize.attention.gpu import clear as backend
-from linearize.attention.gpu.clear_blocks import GRID_TILES, query_table
-from linearize.attention.runtime.backends import BACKENDS, Call, choose_backend
+from linearize.attention.gpu import self_test
+from linearize.attention.gpu.clear_blocks import query_table
+from linearize.attention.gpu.self_test import Case
+from linearize.attention.kinds.clear_table import TILES
+from linearize.attention.kinds.kind import Learned
+from linearize.attention.runtime.backends import BACKENDS, CallShape, choose_backend
 from linearize.attention.specs import groups_of
-from linearize.attention.students.learned import Learned
 from linearize.kernels import Tile, capability, refusal, tile_for, tuning
 
 LAYOUT = TokenLayout.of((Segment("text", 5), grid_segment("main", 1, 9, 14)))
@@ -92,7 +95,15 @@ def test_the_interpreter_takes_what_it_computes_rightly(monkeypatch):
 def test_every_architecture_has_tiles_that_tables_can_hold(architecture, head_size):
     for kernel in tuning.KERNELS:
         tile = tile_for(kernel, architecture, head_size)
-        assert tile.rows in GRID_TILES and tile.columns % 32 == 0 and tile.columns >= 32
+        assert tile.rows in TILES and tile.columns % 32 == 0 and tile.columns >= 32
+
+
+@pytest.mark.parametrize("architecture", [*tuning.TILES, "other"])
+@pytest.mark.parametrize("head_size", [3, 64, 96, 128, 256])
+def test_every_architecture_has_tiles_for_kernels_with_feature_maps(architecture, head_size):
+    for kernel in tuning.MAPPED_KERNELS:
+        tile = tile_for(kernel, architecture, head_size)
+        assert all(side >= 16 and side & (side - 1) == 0 for side in (tile.rows, tile.columns))
 
 
 def test_heads_may_differ_in_radius_only():
@@ -109,7 +120,7 @@ def test_heads_may_differ_in_radius_only():
 @pytest.mark.parametrize("columns", [32, 64, 128])
 def test_the_self_test_visits_every_kind_of_step(rows, columns):
     tile = Tile(rows, columns, 4, 1)
-    layout, spec = backend.self_test_case(tile)
+    layout, spec = self_test.clear_case(tile)
     discs = [(group.spec.radius, 0) for group in groups_of(spec, 2)]
     table = query_table(layout, discs, (), tile, torch.device("cpu"))
     kinds = table.blocks[table.num_shared :][:, [4, 6, 7]].amax(0)
@@ -119,14 +130,14 @@ def test_the_self_test_visits_every_kind_of_step(rows, columns):
 
 
 def test_the_kernels_pass_their_own_test(device, exact_dtype):
-    case = (device, exact_dtype, 16, True)
-    assert backend.self_test_error(*case) < backend.SELF_TEST_TOLERANCE[exact_dtype] / 2
-    assert backend._self_test(case) is None
+    case = Case(device, exact_dtype, 16, True)
+    assert self_test.clear_error(case) < self_test.TOLERANCE[exact_dtype] / 2
+    assert self_test.CLEAR.run(case) is None
 
 
 @pytest.fixture
 def untested(monkeypatch, device):
-    monkeypatch.setattr(backend, "_tested", {})
+    monkeypatch.setattr(self_test.CLEAR, "results", {})
     if device.type == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     return device
@@ -135,7 +146,7 @@ def untested(monkeypatch, device):
 def test_wrong_results_disable_the_backend_with_a_message(untested, exact_dtype, monkeypatch, caplog):
     attend = backend.attend
     monkeypatch.setattr(backend, "attend", lambda *args: attend(*args) * 1.05)
-    call = Call(ClearSpec(4), LAYOUT, (1, 2, LAYOUT.num_tokens, 16), exact_dtype, untested)
+    call = CallShape(ClearSpec(4), LAYOUT, (1, 2, LAYOUT.num_tokens, 16), exact_dtype, untested)
     for _ in range(2):
         chosen, reasons = choose_backend(call, "triton")
         assert chosen is None and "failed its self-test: its results are wrong by 5.0%" in reasons[0].text
@@ -148,12 +159,12 @@ def test_wrong_results_disable_the_backend_with_a_message(untested, exact_dtype,
 def test_dense_results_fail_the_self_test(untested, exact_dtype, monkeypatch):
     """A kernel that reads every key is caught even where it hides them: NaN times 0 is NaN."""
     monkeypatch.setattr(
-        backend, "clear_with_triton", lambda q, k, v, layout, spec, **_: BACKENDS["torch"].run(
+        self_test, "clear_with_triton", lambda q, k, v, layout, spec, **_: BACKENDS["torch"].run(
             q, k, v + 0 * v.sum(2, keepdim=True), SimpleNamespace(layout=layout, spec=spec),
             scale=None, learned=Learned(), memory=None,
         ),
     )  # fmt: skip
-    assert backend.self_test_error(untested, exact_dtype, 16, False) == float("inf")
+    assert self_test.clear_error(Case(untested, exact_dtype, 16, False)) == float("inf")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("ptxas died\nsecond line"), AssertionError(), ImportError("no lib")])
@@ -162,7 +173,7 @@ def test_whatever_a_compiler_throws_disables_the_backend(untested, exact_dtype, 
         raise error
 
     monkeypatch.setattr(backend, "attend", fail)
-    reason = backend.device_refusal(untested, exact_dtype, 16, False)
+    reason = self_test.CLEAR.refusal(untested, exact_dtype, 16, False)
     assert reason is not None and f"failed its self-test: {type(error).__name__}" in reason.text
     assert "second line" not in reason.text
 
@@ -174,9 +185,9 @@ def test_a_lack_of_memory_says_nothing_of_the_kernels(untested, exact_dtype, mon
         raise torch.OutOfMemoryError("none left")
 
     monkeypatch.setattr(backend, "attend", fail)
-    assert backend.device_refusal(untested, exact_dtype, 16, False).code == "memory"
+    assert self_test.CLEAR.refusal(untested, exact_dtype, 16, False).code == "memory"
     monkeypatch.setattr(backend, "attend", attend)
-    assert backend.device_refusal(untested, exact_dtype, 16, False) is None
+    assert self_test.CLEAR.refusal(untested, exact_dtype, 16, False) is None
 
 
 def test_a_tile_that_does_not_fit_is_replaced_by_the_safe_one(untested, exact_dtype, monkeypatch):
@@ -193,7 +204,7 @@ def test_a_tile_that_does_not_fit_is_replaced_by_the_safe_one(untested, exact_dt
         return attend(query, key, value, tables, scale)
 
     monkeypatch.setattr(backend, "attend", small_device)
-    assert backend.device_refusal(untested, exact_dtype, 16, False) is None
+    assert self_test.CLEAR.refusal(untested, exact_dtype, 16, False) is None
     assert len(set(tiles)) == 2 and tiles[-1] == tuning.SAFE[0]
 
 
@@ -201,7 +212,7 @@ def test_the_self_test_leaves_random_numbers_and_modes_alone(untested, exact_dty
     torch.manual_seed(1)
     before = torch.get_rng_state()
     with torch.inference_mode():
-        assert backend.device_refusal(untested, exact_dtype, 16, True) is None
+        assert self_test.CLEAR.refusal(untested, exact_dtype, 16, True) is None
         assert torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from linearize.attention import Segment, TokenLayout, attention, grid_segment
-from linearize.attention.gpu import clear as backend
+from linearize.attention.gpu import self_test
 from linearize.attention.gpu.clear import clear_with_triton
 from linearize.attention.kinds.reference import clear_mask
 from linearize.attention.memory import LongLived
-from linearize.attention.runtime.backends import BACKENDS, Call, choose_backend
+from linearize.attention.runtime.backends import BACKENDS, CallShape, choose_backend
 from linearize.attention.specs import ClearSpec
 
 pytestmark = pytest.mark.gpu
@@ -192,19 +192,19 @@ print(time.monotonic() - start)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
 @pytest.mark.parametrize("size", [64, 96, 128, 256])
 def test_the_self_test_passes_in_less_than_a_second_once_compiled(dtype, size, device):
-    case = (device, dtype, size, True)
-    assert backend._self_test(case) is None
+    case = self_test.Case(device, dtype, size, True)
+    assert self_test.CLEAR.run(case) is None
     start = time.monotonic()
-    assert backend._self_test(case) is None
+    assert self_test.CLEAR.run(case) is None
     assert time.monotonic() - start < 1
 
 
 def test_auto_takes_triton(device):
     layout = flux(1024)
     shape = (1, HEADS, layout.num_tokens, SIZE)
-    chosen, reasons = choose_backend(Call(ClearSpec(8), layout, shape, torch.bfloat16, device))
+    chosen, reasons = choose_backend(CallShape(ClearSpec(8), layout, shape, torch.bfloat16, device))
     assert chosen is BACKENDS["triton"] and reasons == ()
-    chosen, reasons = choose_backend(Call(ClearSpec(8), layout, shape, torch.float32, device))
+    chosen, reasons = choose_backend(CallShape(ClearSpec(8), layout, shape, torch.float32, device))
     assert chosen is BACKENDS["torch"] and [reason.code for reason in reasons] == ["dtype"]
 
 

@@ -12,7 +12,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("cross_compile.py")
 SHARED_BYTES = {"sm80": 166912, "sm86": 101376, "sm89": 101376, "sm90": 232448, "sm100": 232448, "sm120": 101376,
                 "gfx942": 65536, "gfx1100": 65536, "gfx1201": 65536}  # fmt: skip
-FAMILIES = ("clear", "mixed", "raw")
+FAMILIES = ("clear", "mapped", "raw")
 EVERYTHING = [
     (dtype, [f"{card}:{size}" for card in SHARED_BYTES for size in (64, 96, 128)]) for dtype in ("fp16", "bf16")
 ]

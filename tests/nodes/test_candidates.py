@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -269,7 +270,7 @@ def pixels(picture):
 
 def test_bars_are_as_long_as_the_log_of_their_errors(comfy, run, kit):
     drawing = comfy.module("nodes.error_picture")
-    blue = torch.tensor(comfy.module("nodes.plan_picture").COLOURS["clear"])
+    blue = torch.tensor(comfy.module("nodes.plan_picture").colour_of("clear"))
     errors = [0.01, 0.1, 1.0]
     sites = {f"single.{i}": (kit.candidate(kit.clear(8), error),) for i, error in enumerate(errors)}
     (picture,) = run("LinearizeSiteErrors", student=kit.student("flux", sites))
@@ -304,10 +305,12 @@ def test_errors_that_have_no_logarithm_are_drawn(run, kit, errors):
 
 
 def test_a_loaded_student_is_drawn_and_one_without_errors_refused(run, kit):
-    one = kit.two_each().student()
-    (picture,) = run("LinearizeSiteErrors", student=one)
+    specs = dict.fromkeys(SITES, kit.clear(9))
+    one = kit.two_each().student(dict.fromkeys(SITES, 0))
+    (picture,) = run("LinearizeSiteErrors", student=kit.student.of_student(replace(one, origin="a.safetensors"), specs))
     assert picture.shape[1] > 60
-    for empty in (kit.student("flux", {}), kit.student("flux", {}).student()):
+    nothing = kit.student.of_student(replace(one, origin="a.safetensors", site_errors={}), specs)
+    for empty in (kit.student("flux", {}), nothing):
         with pytest.raises(ValueError, match="holds no errors to draw; Distill Attention measures them"):
             run("LinearizeSiteErrors", student=empty)
 

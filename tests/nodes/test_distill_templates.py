@@ -52,7 +52,7 @@ def candidates(comfy, nodes):
 def map_parameters(comfy, spec, site):
     """Return how many parameters the maps of a site have, and the matrix behind it."""
     learned = 0
-    if hasattr(spec, "feature_map"):
+    if spec.has_maps:
         make = comfy.module("attention.kinds.feature_maps").MAPS[spec.feature_map]
         learned = 2 * sum(each.numel() for each in make(site.num_heads, site.head_dim, spec.feature_dim).parameters())
     return learned + site.num_heads * site.head_dim**2

@@ -54,7 +54,7 @@ def student(comfy, model, spec, *, pools=False, outputs=False, deltas=False):
     parameters, changes = {}, {}
     with torch.inference_mode():
         for site in host.sites(module):
-            if hasattr(spec, "feature_map"):
+            if spec.has_maps:
                 pair = students.new_maps(spec, site.num_heads, site.head_dim)
                 for part, each in zip(("phi_q", "phi_k"), pair, strict=True):
                     parameters |= {f"{site.id}.{part}.{key}": value for key, value in each.named_parameters()}
@@ -68,7 +68,9 @@ def student(comfy, model, spec, *, pools=False, outputs=False, deltas=False):
                 f"{name}.lora_up.weight": torch.randn(768, 2) * 0.1,
                 f"{name}.lora_down.weight": torch.randn(2, 256),
             }
-    return files.StudentFile(host.name, plans.Plan(host.name, spec), parameters=parameters, deltas=changes)
+    file = files.StudentFile(host.name, plans.Plan(host.name, spec), parameters=parameters, deltas=changes)
+    specs = dict.fromkeys([site.id for site in host.sites(module)], spec)
+    return comfy.module("attention.students.candidates").Candidates.of_student(file, specs)
 
 
 def attention_layers(model):

@@ -17,11 +17,14 @@ def other(comfy, studio):
     return model
 
 
+SITES = ("double.0", "double.1", "single.0", "single.1")
+
+
 @pytest.fixture
 def student(comfy):
     """A function: a student of hybrid attention everywhere, with a change of the first projection or without."""
     files, plans, specs = (comfy.module(f"attention.{name}") for name in ("students.file", "plans", "specs"))
-    students = comfy.module("attention.students.learned")
+    students, candidates = (comfy.module(f"attention.students.{name}") for name in ("learned", "candidates"))
 
     def make(with_change=True):
         generator = torch.Generator().manual_seed(3)
@@ -30,11 +33,12 @@ def student(comfy):
         spec = specs.HybridSpec(2, "hedgehog")
         parameters = {
             f"{site}.{part}.{name}": value.detach()
-            for site in ("double.0", "double.1", "single.0", "single.1")
+            for site in SITES
             for part, each in zip(("phi_q", "phi_k"), students.new_maps(spec, 2, 128), strict=True)
             for name, value in each.named_parameters()
         }
-        return files.StudentFile("flux", plans.Plan("flux", spec), parameters=parameters, deltas=deltas), up @ down
+        file = files.StudentFile("flux", plans.Plan("flux", spec), parameters=parameters, deltas=deltas)
+        return candidates.Candidates.of_student(file, dict.fromkeys(SITES, spec)), up @ down
 
     return make
 

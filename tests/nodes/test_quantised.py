@@ -87,12 +87,19 @@ COARSE = {
 }  # relative errors, rounding at random
 
 
+def windows(comfy, deltas):
+    """Return a student of windows everywhere with changes of weights."""
+    candidates, spec = comfy.module("attention.students.candidates"), comfy.module("attention.specs").ClearSpec(3)
+    sites = ("double.0", "double.1", "single.0", "single.1")
+    found = {site: (candidates.Candidate(spec, float("nan")),) for site in sites}
+    return candidates.Candidates("flux", found, deltas=deltas)
+
+
 @pytest.mark.parametrize("kind", COARSE)
 def test_a_student_changes_weights_that_are_stored_packed(comfy, studio, everywhere, packed_base, kind, relative_error):
-    files, plans, specs = (comfy.module(f"attention.{name}") for name in ("students.file", "plans", "specs"))
     model, deltas = packed_base(kind), changes()
     before = {key: effective(model, key).clone() for key in (QKV, BIAS, "single_blocks.1.linear2.weight")}
-    student = files.StudentFile("flux", plans.Plan("flux", specs.ClearSpec(3)), deltas=deltas)
+    student = windows(comfy, deltas)
     patched = comfy.node("LinearizeApply")(model=model, attention=student)[0]
     prefix = "diffusion_model."
     low = deltas[f"{prefix}double_blocks.0.img_attn.qkv.lora_up.weight"] @ deltas[
@@ -113,9 +120,8 @@ def test_a_student_changes_weights_that_are_stored_packed(comfy, studio, everywh
 
 @pytest.mark.parametrize("kind", COARSE)
 def test_a_change_of_another_shape_is_told_in_shapes_of_numbers(comfy, packed_base, kind):
-    files, plans, specs = (comfy.module(f"attention.{name}") for name in ("students.file", "plans", "specs"))
     name = "diffusion_model.double_blocks.0.img_attn.qkv.diff"
-    student = files.StudentFile("flux", plans.Plan("flux", specs.ClearSpec(3)), deltas={name: torch.zeros(768, 128)})
+    student = windows(comfy, {name: torch.zeros(768, 128)})
     with pytest.raises(ValueError, match=r"\(768, 128\), which does not fit this model's \(768, 256\)"):
         comfy.node("LinearizeApply")(model=packed_base(kind), attention=student)
 

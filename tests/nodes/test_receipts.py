@@ -66,7 +66,8 @@ def prompts(comfy):
         if reason is not None:
             ran.declined["double.0", reason] += 1
         site = SimpleNamespace(spec=specs.ClearSpec(radius), origin="", trained=trained)
-        return SimpleNamespace(record=ran, sites={"double.0": site}, host=SimpleNamespace(name="flux"))
+        plan = comfy.module("attention.plans").Plan.of_sites("flux", {"double.0": site.spec})
+        return SimpleNamespace(record=ran, sites={"double.0": site}, plan=lambda: plan)
 
     return SimpleNamespace(queue=queue, running=running, sampled=sampled, receipt=receipt, **vars(receipt))
 

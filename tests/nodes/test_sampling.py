@@ -133,15 +133,15 @@ def test_an_unexpected_decline_is_an_error_under_strict(studio, monkeypatch):
     ],
 )
 def test_a_failing_backend_falls_back_to_dense(studio, monkeypatch, failure, words):
-    backends = studio.runtime.__dict__["choose_backend"].__globals__
+    registry = studio.runtime.__dict__["choose_backend"].__globals__["registry"]
 
     def fail(*args, **kwargs):
         raise failure("out of memory\nsecond line")
 
-    monkeypatch.setitem(backends, "clear_attention", fail)
+    monkeypatch.setattr(registry, "clear_attention", fail)
     dense = studio.sample(studio.model)
     patched = studio.clear(studio.model, radius=2)
-    with studio.runtime.expect_declines("failed"):
+    with studio.runtime.expect_declines("memory" if "memory" in words else "failed"):
         assert torch.equal(studio.sample(patched), dense)
     assert words in studio.record(patched).summary()
 

@@ -458,7 +458,8 @@ def test_a_saved_student_is_found_again_after_a_restart_of_the_list(comfy, studi
 def test_two_servers_that_save_one_name_both_keep_their_file(comfy, studio, make, tmp_path, monkeypatch):
     """Both took the same free number: the second one's file gets the next, and replaces nothing."""
     model_files, student_file = comfy.module("nodes.model_files"), comfy.module("attention.students.file")
-    student = student_file.StudentFile(host="flux", plan=make(default=make.clear(3)))
+    candidates = comfy.module("attention.students.candidates")
+    student = candidates.Candidates("flux", {"single.0": (candidates.Candidate(make.clear(3), math.nan),)})
     taken = tmp_path / "twice_00001_.safetensors"
     paths = iter([taken, taken, tmp_path / "twice_00002_.safetensors"])
     monkeypatch.setattr(model_files, "new_path", lambda name: next(paths))

@@ -74,6 +74,35 @@ def test_every_package_is_mapped():
     assert set(project["tool"]["setuptools"]["packages"]) == {"linearize", *found}
 
 
-@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", ".comfyignore"])
+PAGES = ["README.md", "README.zh.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", ".comfyignore"]
+FRONT_PAGES = ["README.md", "README.zh.md", "CONTRIBUTING.md", "lab/evidence/README.md"]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_pages_are_there(name):
     assert len((ROOT / name).read_text(encoding="utf-8")) > 40
+
+
+@pytest.mark.parametrize("name", FRONT_PAGES)
+def test_front_pages_are_short(name):
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_links_between_documents_lead_somewhere():
+    """To files, and to headings as GitHub names them."""
+    dead = []
+    for page in (path for path in tracked() if path.suffix == ".md" and "web" not in path.relative_to(ROOT).parts):
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            target, _, heading = link.partition("#")
+            file = page.parent / target if target else page
+            if target.startswith(("http:", "https:")):
+                continue
+            if not file.exists() or (heading and heading not in headings(file)):
+                dead.append(f"{page.relative_to(ROOT)}: {link}")
+    assert dead == []
+
+
+def headings(page):
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

@@ -24,7 +24,7 @@ PATCHER_METHODS = {
 # what hosts, and what judges models beside them, may share
 NO_HOSTS = (
     ["base"],
-    ["source"],
+    ["double_single"],
     ["site_hooks"],
     ["class_code"],
 )

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """run.py as a module, in a copy of the checkout's few files that the set-up reads."""
-    for name in ("run.py", "constraints.txt", "requirements.txt", "pyproject.toml", "demo/cpu_torchvision_compat.py"):
+    for name in ("run.py", "constraints.txt", "requirements.txt", "pyproject.toml", "lab/cpu_torchvision_compat.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     spec = importlib.util.spec_from_file_location("run_in_copy", tmp_path / "run.py")
@@ -250,8 +250,10 @@ def test_links_survive_a_second_call_and_point_here(run):
 
 def test_every_folder_of_tests_is_in_a_stage():
     text = (ROOT / "tests" / "stages.py").read_text(encoding="utf-8")
-    folders = [path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("test_*.py"))]
-    assert folders and all(f'"tests/{name}"' in text for name in folders)
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")}
+    for folder in folders:
+        assert any(f'"{each.as_posix()}"' in text for each in (folder, *folder.parents)), folder
+    assert folders
 
 
 def test_every_test_command_of_the_readme_is_one_of_ours(run):

@@ -1,11 +1,12 @@
 """One real server for all tests of this folder."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
+
+from linearize.lab import server as lab_server
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent
@@ -16,11 +17,7 @@ sys.path.insert(0, str(FOLDER))
 @pytest.fixture(scope="session")
 def live():
     """The module that starts servers."""
-    spec = importlib.util.spec_from_file_location("live_server", ROOT / "demo" / "live_server.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return lab_server
 
 
 @pytest.fixture(scope="session")

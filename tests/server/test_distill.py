@@ -1,15 +1,11 @@
 """The whole chain of distillation through a live server: samples, transfer, budget, fine-tuning, file, reload."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "demo"))
-import run_distill  # noqa: E402
-from distill_chain import CLIPS, LAKE  # noqa: E402
-from live_server import BASE  # noqa: E402
+from linearize.lab.comfyui import BASE
+from linearize.lab.demo import run_distill
+from linearize.lab.demo.distill_chain import CLIPS, LAKE
+from linearize.lab.demo.readings import measures_of, picture_of, receipt_of
 
 STUDENT = "lake/server_test"
 
@@ -41,13 +37,14 @@ def quick(workflow):
 @pytest.mark.parametrize("chain", [CLIPS, LAKE], ids=lambda chain: chain.model)
 def test_a_student_that_was_saved_paints_what_the_one_in_memory_painted(server, chain):
     """Hybrid attention: the file is loaded by name, every site runs it, and the picture is the same."""
-    outputs, _ = run_distill.run(server, quick(chain.of_kind("hybrid")))
-    name = run_distill.saved_file(outputs)
+    workflow = quick(chain.of_kind("hybrid"))
+    outputs, _ = server.measure(workflow)
+    name = run_distill.saved_file(workflow)
     facts = run_distill.recipe_of(name)["transfer"]
     assert facts["updates_done"] == 12 and facts["error_after"] < facts["error_before"]
-    again, _ = run_distill.run(server, quick(chain.reloaded(name)))
-    run_distill.what_ran(again, "hybrid", chain.sites)
-    assert run_distill.psnr_of(again) == run_distill.psnr_of(outputs)
+    again, _ = server.measure(quick(chain.reloaded(name)))
+    receipt_of(picture_of(server, again["PreviewImage"]["images"][0]), "hybrid", chain.sites)
+    assert measures_of(again) == measures_of(outputs)
 
 
 def test_a_finished_job_answers_at_once(server, output):
@@ -58,14 +55,14 @@ def test_a_finished_job_answers_at_once(server, output):
             node["inputs"]["seed"] += 1
     jobs = sorted((output / "linearize" / "jobs").glob("*/result.safetensors"))
     stamps = [path.stat().st_mtime_ns for path in jobs]
-    run_distill.run(server, workflow)
+    server.measure(workflow)
     assert jobs and [path.stat().st_mtime_ns for path in jobs] == stamps
 
 
 @pytest.mark.parametrize("chain", [CLIPS, LAKE], ids=lambda chain: chain.model)
 def test_the_shipped_workflow_mixes_kinds_under_its_budget(server, chain):
-    outputs, _ = run_distill.run(server, quick(chain.shipped()))
-    assert run_distill.psnr_of(outputs) > 0 and outputs["PreviewImage"]["images"]
+    outputs, _ = server.measure(quick(chain.shipped()))
+    assert measures_of(outputs)[0] > 0 and outputs["PreviewImage"]["images"]
     ran = outputs["LinearizeReport"]["text"][0].partition("in the last sampling:")[2]
     assert "linearized" in ran, ran
 
@@ -74,13 +71,13 @@ def test_mistakes_are_one_sentence(live, server):
     workflow = quick(LAKE.shipped())
     workflow["9"]["inputs"]["budget"] = 0.001
     with pytest.raises(live.ServerProblem, match="a budget of 0.001 cannot be reached"):
-        run_distill.run(server, workflow)
+        server.measure(workflow)
     workflow = quick(LAKE.of_kind("linear"))
     workflow["4"]["inputs"]["prompts"] = "# nothing\n\n"
     with pytest.raises(live.ServerProblem, match="LinearizeTeacherSamples: .*prompt"):
-        run_distill.run(server, workflow)
+        server.measure(workflow)
     workflow = quick(LAKE.of_kind("linear"))
     workflow["8"]["inputs"]["model"] = ["12", 0]
     workflow["12"]["inputs"]["attention"] = ["5", 0]
     with pytest.raises(live.ServerProblem, match="linearized already"):
-        run_distill.run(server, workflow)
+        server.measure(workflow)

@@ -3,17 +3,15 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "demo"))
-from live_server import BASE  # noqa: E402
+from linearize.lab.comfyui import BASE
 
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows" / "api"
-DEMO = ROOT / "demo" / "api" / "distill_demo.json"
+DEMO = ROOT / "lab" / "demo" / "api" / "distill_demo.json"
 NAME = "template_test"
 FEW = {
     "LinearizeTeacherSamples": {"name": NAME, "seeds": 1, "steps": 2},

@@ -7,18 +7,13 @@ import contextlib
 import json
 import os
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from listening import events
 
+from linearize.lab.demo.distill_chain import LAKE, needed_for
 from linearize.training.engine.job_folder import read_values
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "demo"))
-from distill_chain import LAKE, needed_for  # noqa: E402
 
 SAMPLES, TRANSFER, FINETUNE, END = "4", "8", "10", "21"
 NUM_SAMPLES, STEPS, UPDATES, BLOCK_UPDATES = 6, 3, 40, 16  # ComfyUI tells progress at most ten times a second

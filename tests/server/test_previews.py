@@ -1,16 +1,12 @@
 """Pictures on Fine-tune Student while it trains, as the page gets them."""
 
 import io
-import sys
-from pathlib import Path
 
 import numpy as np
 from listening import events
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "demo"))
-from distill_chain import LAKE, needed_for  # noqa: E402
+from linearize.lab.demo.distill_chain import LAKE, needed_for
 
 SAMPLES, TRANSFER, FINETUNE, END = "4", "8", "10", "21"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-DEMO = Path(__file__).resolve().parents[2] / "demo" / "api" / "clear_demo.json"
+DEMO = Path(__file__).resolve().parents[2] / "lab" / "demo" / "api" / "clear_demo.json"
 
 
 def demo(seed=1, radius=4):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def demo(**changes):
     """Return the shipped demo workflow in API form, with inputs of the CLEAR node changed, small and quick."""
-    workflow = json.loads((ROOT / "demo" / "api" / "clear_demo.json").read_text(encoding="utf-8"))
+    workflow = json.loads((ROOT / "lab" / "demo" / "api" / "clear_demo.json").read_text(encoding="utf-8"))
     for node in workflow.values():
         if node["class_type"] == "LinearizeCLEAR":
             node["inputs"].update(changes)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = ROOT / "demo" / "api" / "clear_demo.json"
-DISTILL_DEMOS = [ROOT / "demo" / "api" / f"{name}.json" for name in ("distill_demo", "distill_clips")]
+DEMO = ROOT / "lab" / "demo" / "api" / "clear_demo.json"
+DISTILL_DEMOS = [ROOT / "lab" / "demo" / "api" / f"{name}.json" for name in ("distill_demo", "distill_clips")]
 TEMPLATES = sorted((ROOT / "workflows" / "api").glob("*.json"))
 DISTILL = ROOT / "workflows" / "api" / "flux_dev_distill.json"  # runs in test_distill_templates.py
 FLUX_TEMPLATES = [path for path in TEMPLATES if path.stem.startswith("flux") and path != DISTILL]

@@ -14,7 +14,7 @@ import pytest
 from template_prompts import served_templates
 
 ROOT = Path(__file__).resolve().parents[2]
-STORED = ROOT / "docs" / "templates.json"  # what README tells
+STORED = ROOT / "docs" / "templates.json"  # what docs/hosts.md tells
 PACKAGE = "comfyui-workflow-templates-json"
 
 
@@ -25,7 +25,7 @@ class Dense:
     Args:
         code: of the reason; "" where no attention call reaches the override.
         why: words of what the node says.
-        reader: the same for README.
+        reader: the same for readers of docs/hosts.md.
     """
 
     code: str
@@ -78,11 +78,11 @@ def test_what_stays_dense_says_why(name, core, templates, execute):
 
 
 def test_readme_counts_today_s_templates(core, templates, models):
-    """`python benchmarks/tables.py --templates` takes over what this writes."""
+    """`python -m lab.benchmarks.tables --templates` takes over what this writes."""
     assert [name for name, template in templates.items() if template.runs()] == NAMES
     version = importlib.metadata.version(PACKAGE)
     if f"{PACKAGE}=={version}" not in (ROOT / "run.py").read_text(encoding="utf-8"):
-        pytest.skip(f"README counts the templates that run.py installs, and these are of {version}")
+        pytest.skip(f"docs/hosts.md counts the templates that run.py installs, and these are of {version}")
     find_host = core.module("attention.hosts").find_host
     totals, running = Counter(), Counter()
     for name in NAMES:
@@ -97,4 +97,4 @@ def test_readme_counts_today_s_templates(core, templates, models):
     }
     (ROOT / ".comfyui" / "templates.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     stored = json.loads(STORED.read_text(encoding="utf-8"))
-    assert stored == found, "run: python benchmarks/tables.py --templates"
+    assert stored == found, "run: python -m lab.benchmarks.tables --templates"

@@ -13,7 +13,8 @@ from linearize.attention.students.learned import new_maps
 from linearize.training.engine.loop import run_stage
 from linearize.training.engine.recipe import FinetuneRecipe, TransferRecipe
 from linearize.training.finetune.finetune import Finetune
-from linearize.training.jobs.distributed import Joint, OtherProcessFailed, StopSignal, join, shared_job
+from linearize.training.jobs.distributed import OtherProcessFailed, SynchronizedStage, join, shared_job
+from linearize.training.jobs.watch import StopSignal
 from linearize.training.transfer.transfer import Transfer
 from linearize.training.worker import leave
 
@@ -57,7 +58,7 @@ def main(folder, *wanted):
         for name in wanted or ("transfer", "finetune", "memory"):
             stage = finetune(workers) if name == "finetune" else transfer(workers, others.get(name))
             with shared_job(folder / name, {"name": name}, workers) as job:
-                progress = run_stage(Joint(stage, workers, stop), job)
+                progress = run_stage(SynchronizedStage(stage, workers, stop), job)
                 job.finish(stage.state(), {"notes": progress.notes, "history": progress.history})
     workers.close()
 

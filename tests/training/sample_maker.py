@@ -8,7 +8,7 @@ import torch
 from linearize.attention.students.fingerprint import LENGTH
 from linearize.training.samples.conditioning import Conditioning
 from linearize.training.samples.index import About
-from linearize.training.samples.writer import SamplesWriter, Wanted
+from linearize.training.samples.writer import Request, SamplesWriter
 
 PROMPTS = ["a lake", "a red house, “quoted”", "湖"]
 FINGERPRINT = torch.linspace(0.5, 1.5, LENGTH)
@@ -32,7 +32,7 @@ def condition(text):
 
 
 def wanted(prompts=PROMPTS, seeds=2):
-    return [Wanted(number, prompts[number // seeds]) for number in range(len(prompts) * seeds)]
+    return [Request(number, prompts[number // seeds]) for number in range(len(prompts) * seeds)]
 
 
 def make(folder, settings=None, prompts=PROMPTS, tell=lambda _: None):

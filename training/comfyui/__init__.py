@@ -1,1 +1,1 @@
-"""ComfyUI's models, samplers and conditionings as what training needs."""
+"""ComfyUI's models, samplers and conditionings in the form that training needs."""

@@ -1,4 +1,4 @@
-"""Turns ComfyUI's CONDITIONING into what a file of samples holds, and back."""
+"""Turns ComfyUI's CONDITIONING into what a samples file holds, and back."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,7 +8,8 @@ import comfy.clip_vision
 import torch
 from torch import Tensor
 
-from ..samples.conditioning import CONTROL_NET, CROSS_ATTN, NODE, Conditioning, SamplesProblem
+from ..samples.conditioning import CONTROL_NET, CROSS_ATTN, Conditioning
+from ..samples.files import NODE, SamplesProblem
 from ..samples.nested import Record, can_store, is_scalar
 from .control import describe_control
 

@@ -1,4 +1,4 @@
-"""ControlNets of a conditioning: told apart by a record, and run beside the model where they are at hand.
+"""ControlNets of a conditioning: identified by a record, and run beside the model where available.
 
 What a ControlNet adds depends on the noised picture and the noise level, and training draws new ones at every update,
 so nothing that it computed is stored: it is asked again. A folder of samples holds what was given to it, not its
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ...attention.students.fingerprint import weights_digest
-from ..samples.conditioning import CONTROL_NET, SamplesProblem
+from ..samples.conditioning import CONTROL_NET
+from ..samples.files import SamplesProblem
 from ..samples.nested import Record
 
 MODULE = "comfy.controlnet"

@@ -1,4 +1,4 @@
-"""What tells model patchers apart: for samples weights, LoRAs and noise levels, for jobs every other change too."""
+"""What distinguishes model patchers: for samples weights, LoRAs and noise levels, for jobs every other change too."""
 
 import contextlib
 import hashlib
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...attention.students import fingerprint
+from ...attention.students.tensor_values import tensor_bytes
 from ...patching.patcher import change_names, model_fingerprint
 
 PREFIX = "diffusion_model."
@@ -35,7 +36,7 @@ def _stored_weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def model_digest(model: Any) -> str:
-    """Return a hash of what a model paints with: its weights, the LoRAs on and beside them, its noise levels."""
+    """Return a hash of all that shapes a model's samples: weights, LoRAs on and beside them, noise levels."""
     digest = hashlib.sha256(weights_digest(model).encode())
     _add_patches(digest, model)
     injected = {name: list(map(_adapters, each)) for name, each in model.injections.items() if each}
@@ -46,9 +47,24 @@ def model_digest(model: Any) -> str:
 
 def job_digest(model: Any) -> str:
     """Return a hash of what a job depends on: as `model_digest`, and names of whatever else nodes changed."""
+    return _job_digest(model, is_fast=_multiplies_in_fp8(model))
+
+
+def earlier_job_digests(model: Any) -> tuple[str, ...]:
+    """Return what earlier versions named jobs after: the norms, or a digest that ignored how weights are multiplied."""
+    before = (_job_digest(model, is_fast=False),) if _multiplies_in_fp8(model) else ()
+    return (*before, norms_digest(model))
+
+
+def _job_digest(model: Any, *, is_fast: bool) -> str:
     digest = hashlib.sha256(model_digest(model).encode())
-    _add(digest, change_names(model))
+    _add(digest, change_names(model) + (["fp8_optimizations"] if is_fast else []))
     return digest.hexdigest()
+
+
+def _multiplies_in_fp8(model: Any) -> bool:
+    """Return whether a model was loaded as fp8_e4m3fn_fast: its weights are those of fp8_e4m3fn."""
+    return bool(getattr(getattr(model.model, "model_config", None), "optimizations", {}).get("fp8"))
 
 
 def norms_digest(model: Any) -> str:
@@ -80,7 +96,7 @@ def _add(digest: Any, value: Any) -> None:
     """Add a patch to a hash: contents of tensors, whatever device they lie on."""
     if isinstance(value, torch.Tensor):
         digest.update(repr((str(value.dtype), tuple(value.shape))).encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(value))
     elif isinstance(value, Mapping):
         for name in sorted(value, key=str):
             digest.update(str(name).encode())

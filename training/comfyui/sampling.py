@@ -1,6 +1,6 @@
 """Makes a teacher's samples with ComfyUI's own sampler.
 
-Where the samples lie and how they survive a kill is known to `samples_writer.py`.
+Where the samples lie and how they survive a kill is known to `samples/writer.py`.
 """
 
 import math
@@ -17,10 +17,12 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ..samples.conditioning import Conditioning, SamplesProblem
+from ...attention.words import counted, memory_size
+from ..samples.conditioning import Conditioning
+from ..samples.files import SamplesProblem
 from ..samples.folder import TeacherSamples
 from ..samples.index import About
-from ..samples.writer import SamplesWriter, Wanted
+from ..samples.writer import Request, SamplesWriter
 from .conditioning import from_conditioning, ready_conditioning
 
 LATENT_FLOAT_BYTES = 4
@@ -30,13 +32,13 @@ def latent_shape(model: Any, latent: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the shape that one empty latent of this size has for the model.
 
     Raises:
-        SamplesProblem: the latent has several parts, or says which part of it is to be painted.
+        SamplesProblem: the latent has several parts, or marks a part of it to sample.
     """
     samples = latent["samples"]
     if samples.is_nested:
         raise SamplesProblem("samples have one latent each, this one has several parts; take one without sound")
     if "noise_mask" in latent:
-        raise SamplesProblem("samples are painted from noise alone; latent_image must have no noise_mask")
+        raise SamplesProblem("samples are made from noise alone; latent_image must have no noise_mask")
     scales = (latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
     empty = comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1]), *scales)
     return tuple(empty.shape)
@@ -84,13 +86,13 @@ class Order:
     negatives: Sequence[Conditioning] = ()
     encode: Callable[[str], Sequence[Any]] | None = None
 
-    def wanted(self) -> list[Wanted]:
+    def requests(self) -> list[Request]:
         """Return the samples in their order."""
         rows = [(text, None) for text in self.prompts] or [("", each.file) for each in self.positives]
         negatives = [each.file for each in self.negatives] if self.about.uses_negative else []
         negatives = negatives if len(negatives) == len(rows) else [negatives[0] if negatives else None] * len(rows)
         return [
-            Wanted(place * self.about.seeds + seed, text, file, negative)
+            Request(place * self.about.seeds + seed, text, file, negative)
             for place, ((text, file), negative) in enumerate(zip(rows, negatives, strict=True))
             for seed in range(self.about.seeds)
         ]
@@ -108,7 +110,7 @@ def generate_samples(
 
     Args:
         model: the teacher, a model patcher.
-        folder: of the samples; an unfinished one is gone on with.
+        folder: of the samples; an unfinished one is resumed.
         order: what it is to hold.
         show: told how many samples there are, what they take on disk, and the time that is left.
 
@@ -118,18 +120,18 @@ def generate_samples(
         InterruptProcessingException: the user cancelled; what was finished is safe.
     """
     with SamplesWriter(folder, order.about) as writer:
-        wanted = order.wanted()
-        missing = writer.missing(wanted)
+        requests = order.requests()
+        missing = writer.missing(requests)
         if missing:
             files = _store_conditionings(writer, order, missing, show)
             size = folder_bytes(folder) + len(missing) * LATENT_FLOAT_BYTES * math.prod(order.about.latent_shape)
-            show(f"{_counted(order, wanted)}, {len(missing)} to make; {describe_bytes(size)} in {folder}")
+            show(f"{_counted(order, requests)}, {len(missing)} to make; {memory_size(size)} in {folder}")
             _sample_all(model, writer, missing, files, order.live, show)
     return TeacherSamples.open(folder, order.live)
 
 
 def _store_conditionings(
-    writer: SamplesWriter, order: Order, missing: Sequence[Wanted], show: Callable[[str], None]
+    writer: SamplesWriter, order: Order, missing: Sequence[Request], show: Callable[[str], None]
 ) -> dict[int, tuple[str, str | None]]:
     """Return the files of conditionings by sample; all are made before the model takes the text encoder's place."""
     stored: dict[str | int, str] = {}  # by text, or by the place of a ready one
@@ -156,7 +158,7 @@ def _store_conditionings(
 def _sample_all(
     model: Any,
     writer: SamplesWriter,
-    missing: Sequence[Wanted],
+    missing: Sequence[Request],
     files: Mapping[int, tuple[str, str | None]],
     live: Mapping[str, Mapping[str, Any]],
     show: Callable[[str], None],
@@ -184,36 +186,26 @@ def _sample_all(
         writer.add(each.number, each.prompt, latent, positive, negative)
         rest = len(missing) - done - 1
         left = describe_seconds((time.monotonic() - start) / (done + 1) * rest)
-        show(f"{many(len(writer.finished), 'sample')} finished, {rest} to make, {left}")
+        show(f"{counted(len(writer.finished), 'sample')} finished, {rest} to make, {left}")
 
 
 def describe_samples(samples: TeacherSamples) -> str:
     """Return one line about finished samples."""
     shape = " x ".join(map(str, samples.about.latent_shape))
     return (
-        f"{many(len(samples), 'sample')} of {shape}, {describe_bytes(folder_bytes(samples.folder))} in {samples.folder}"
+        f"{counted(len(samples), 'sample')} of {shape}, {memory_size(folder_bytes(samples.folder))} in {samples.folder}"
     )
 
 
-def _counted(order: Order, wanted: Sequence[Wanted]) -> str:
+def _counted(order: Order, requests: Sequence[Request]) -> str:
     seeds = order.about.seeds
-    prompts = many(len(wanted) // seeds, "prompt")
-    return many(len(wanted), "sample") + (f" of {prompts}, {seeds} seeds each" if seeds > 1 else f" of {prompts}")
-
-
-def many(count: int, word: str) -> str:
-    """Return a number with its word."""
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+    prompts = counted(len(requests) // seeds, "prompt")
+    return counted(len(requests), "sample") + (f" of {prompts}, {seeds} seeds each" if seeds > 1 else f" of {prompts}")
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return what the files of a folder take, in bytes."""
+    """Return the size of a folder's files, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def describe_bytes(count: int) -> str:
-    """Return a size in MiB or GiB."""
-    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
 
 
 def describe_seconds(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Makes ComfyUI importable in a process that ComfyUI did not start; nothing of it is imported before.
+"""Makes ComfyUI importable in a process that ComfyUI did not start. Imports nothing of it before.
 
 Its command line is not read here: what it would choose by arguments keeps its defaults, but for the device.
 """

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class ComfyTeacher:
-    """A teacher as `model.Teacher` describes it, inside a run of `with_teacher`."""
+    """A teacher as `protocols.Teacher` describes it, inside a run of `with_teacher`."""
 
     def __init__(
         self, guider: Any, runtime: Any, options: dict[str, Any], samples: TeacherSamples, device: Any
@@ -108,7 +108,7 @@ class _Session(comfy.samplers.Sampler):
 
 
 def with_teacher(model: Any, samples: TeacherSamples, work: Callable[[ComfyTeacher], T]) -> T:
-    """Return what `work` makes of a model and its samples; the model is loaded meanwhile, and unchanged afterwards.
+    """Load a model, call `work` with it and its samples, and return what it returns; the model stays unchanged.
 
     Args:
         model: a model patcher, as it was loaded, with whatever LoRAs it carries.

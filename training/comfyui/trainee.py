@@ -1,4 +1,4 @@
-"""ComfyUI's models as trainees: a copy of the model, loaded whole, that plays teacher and student in turns.
+"""ComfyUI's models as trainees: a copy of the model, loaded whole, that is teacher and student in turns.
 
 The copy comes from the model's own loader with its LoRAs on it; the model that the user wired is never touched.
 """
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class ComfyTrainee(ComfyTeacher):
-    """A trainee as `model.Trainee` describes it, inside a run of `with_trainee`."""
+    """A trainee as `protocols.Trainee` describes it, inside a run of `with_trainee`."""
 
     def __init__(
         self, guider: Any, runtime: Any, options: dict[str, Any], samples: TeacherSamples, device: Any
@@ -74,7 +74,7 @@ class ComfyTrainee(ComfyTeacher):
 
 
 def with_trainee(model: Any, samples: TeacherSamples, work: Callable[[ComfyTrainee], T]) -> T:
-    """Return what `work` makes of a copy of a model and its samples; the copy is gone afterwards.
+    """Call `work` with a copy of a model and its samples, return what it returns, and drop the copy.
 
     Args:
         model: a model patcher, as it was loaded, with whatever LoRAs it carries.
@@ -102,7 +102,7 @@ def with_trainee(model: Any, samples: TeacherSamples, work: Callable[[ComfyTrain
 
 @contextlib.contextmanager
 def differentiable() -> Iterator[None]:
-    """Have ComfyUI's models take the forms of their operations that have gradients."""
+    """Make ComfyUI's models use the versions of their operations that have gradients."""
     before = comfy.model_management.in_training
     comfy.model_management.in_training = True
     try:

@@ -1,1 +1,1 @@
-"""A training run that survives kills: its recipe, loop, folder, results, workers, optimisers, losses, noise levels."""
+"""A training run that survives kills: recipe, loop, folder, results, workers, optimisers, losses."""

@@ -1,7 +1,7 @@
-"""A training job on disk: what it is, how far it got, what came out. A kill at any moment leaves it whole.
+"""A training job on disk: description, progress and result. A kill at any moment leaves it whole.
 
 The folder's name is a hash of the job's description, so the same job finds itself again: finished, it answers at once;
-unfinished, it goes on. One process at a time owns the folder.
+unfinished, it is resumed. One process at a time owns the folder.
 
 A state is followed by the next one, and then kept until the one after: two are there at most, and a third while it is
 written. A finished job has its result and the last state. Each carries a checksum; a damaged one is renamed, and what
@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ...attention.atomic_file import clear_drafts, whole_file
+from ...attention.checks import json_or_none
 from ...attention.students.tensor_file import FileProblem, open_tensor_file, problem, write_tensor_file
-from ..samples.conditioning import content_sha256, parse_json
+from ...attention.students.tensor_values import content_sha256
 
 DESCRIPTION = "job.json"
 STATE = "state.safetensors"
 STATE_BEFORE = "state_before.safetensors"
 RESULT = "result.safetensors"
+SAVED = (RESULT, STATE, STATE_BEFORE)
 FORMAT = "linearize/job/1"
 KEY_LETTERS = 20
 MAX_HEADER_BYTES = 64 * 2**20  # of the pack's own files: many candidates have many tensors
@@ -50,23 +52,27 @@ class JobFolder:
     Args:
         root: the folder of all jobs; made where it is missing.
         description: what the job is, values that JSON can hold.
-        earlier: how earlier versions described it; a folder of theirs is taken over where there is none yet.
+        earlier: folders in which earlier versions kept this job; the first that is there is taken over, unless this
+            folder holds something already.
 
     Raises:
         JobProblem: on entering; another process runs this job, or the folder cannot be written.
     """
 
-    def __init__(self, root: Path, description: Mapping[str, Any], earlier: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, root: Path, description: Mapping[str, Any], earlier: Sequence[Path] = ()) -> None:
         self.description = dict(description)
         self.path = Path(root) / job_key(description)
         self.notes: list[str] = []  # what was set aside, for people
-        self._earlier = Path(root) / job_key(earlier) if earlier else None
+        self._earlier = tuple(earlier)
         self._lock = FileLock(self.path / "lock")
 
     def __enter__(self) -> "JobFolder":
         try:
-            if self._earlier is not None and self._earlier.is_dir() and not self.path.exists():
-                self._earlier.rename(self.path)
+            earlier = next((folder for folder in self._earlier if folder.is_dir()), None)
+            if earlier is not None and not self.path.exists():
+                self._take_over(earlier, earlier)  # before it is renamed: after a kill the next run does it again
+                earlier.rename(self.path)
+                earlier = None
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
             clear_drafts(self.path, 0)
@@ -74,6 +80,8 @@ class JobFolder:
                 draft.unlink(missing_ok=True)
             with whole_file(self.path / DESCRIPTION) as file:
                 file.write((json.dumps({"format": FORMAT, **self.description}, indent=1) + "\n").encode())
+            if earlier is not None and not any((self.path / name).exists() for name in SAVED):
+                self._take_over(earlier, self.path)
         except Timeout:
             raise JobProblem(
                 f"another run is working on this job, in {self.path}; wait for it, or change a setting"
@@ -85,6 +93,15 @@ class JobFolder:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+    def _take_over(self, earlier: Path, folder: Path) -> None:
+        """Write what an earlier version saved of this job into a folder, under this job's name."""
+        for name in SAVED:
+            try:
+                saved = read_values(earlier / name)
+            except FileProblem:  # not there, or damaged: then it stays where it is
+                continue
+            self._write(name, *saved, folder=folder)
 
     def state(self) -> Saved | None:
         """Return tensors and values of the last state that is whole, or None if there is none."""
@@ -138,11 +155,17 @@ class JobFolder:
         log.warning("%s", self.notes[-1])
 
     def _write(
-        self, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any], before: Path | None = None
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        values: Mapping[str, Any],
+        *,
+        before: Path | None = None,
+        folder: Path | None = None,
     ) -> None:
         facts = {"values": json.dumps(values), "job": self.path.name, "part": _part(name)}
         metadata = {"format": FORMAT, **facts, "sha256": content_sha256(tensors, facts)}
-        write_tensor_file(self.path / name, tensors, metadata, before=before)
+        write_tensor_file((folder or self.path) / name, tensors, metadata, before=before)
 
 
 def read_values(path: Path) -> Saved:
@@ -165,7 +188,7 @@ def _read_saved(path: Path, job: str | None) -> Saved:
         FileProblem: as `read_values`, or it is another job's.
     """
     file = open_tensor_file(path, max_header_bytes=MAX_HEADER_BYTES)
-    tensors, values = file.load(file.tensors), parse_json(file.metadata.get("values", ""))
+    tensors, values = file.load(file.tensors), json_or_none(file.metadata.get("values", ""))
     if file.metadata.get("format") != FORMAT or not isinstance(values, dict):
         raise problem(path, "is no file of a training job")
     if "sha256" not in file.metadata:

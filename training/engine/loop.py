@@ -1,4 +1,4 @@
-"""The loop that all stages share: update, report, save, go on after a kill, answer when memory runs out.
+"""The loop that all stages share: update, report, save, resume after a kill, react when memory runs out.
 
 A stage changes nothing but gradients until a whole update is known, so what is saved is always a finished update; a
 kill loses at most the one in progress and those since the last save, which the resumed run repeats bit by bit.
@@ -18,7 +18,7 @@ SAVING_SHARE = 0.05  # of the time, at most, goes into saved states
 HISTORY = "history."  # in front of the names of losses in a saved state
 Losses = Mapping[str, float]
 Watch = Callable[[int, int, Losses], None]
-Say = Callable[[str], None]  # told what goes on between updates, in a few words
+Say = Callable[[str], None]  # told what happens between updates, in a few words
 
 
 def silent(_: str) -> None:
@@ -26,15 +26,15 @@ def silent(_: str) -> None:
 
 
 class Stopped(Exception):
-    """Raised by a `Watch` to end a run early; what was learned so far is kept."""
+    """A `Watch` raises it to end a run early; what was learned so far is kept."""
 
 
 class NotFinite(ValueError):
-    """Raised by an update that came to infinities or NaN, and would again: draws repeat. One sentence for the user."""
+    """An update gave infinities or NaN, and would again: draws repeat. One sentence for the user."""
 
 
 class Stage(Protocol):
-    """Something that is trained update by update.
+    """Something that is trained update by update: stage 1, or stages 2 and 3 together.
 
     `num_updates` is how many; `update` does one and returns its losses by name, all finite; `state` and `restore` are
     what a resumed run needs beside the number of the update; `relieve` makes the next try need less memory, says how,
@@ -66,7 +66,7 @@ class Progress:
     problem: str = ""
 
     def is_over(self, total: int) -> bool:
-        """Return whether nothing of `total` updates is left to do, or can be done."""
+        """Return whether all of `total` updates are done, or no further one can be done."""
         return self.done >= total or bool(self.problem)
 
 

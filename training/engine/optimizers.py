@@ -1,4 +1,4 @@
-"""Optimisers by name, from PyTorch and well-kept libraries, and their state as tensors that a file can hold."""
+"""Optimisers by name, from PyTorch and other libraries, and their state as tensors for a file."""
 
 import importlib
 import importlib.util

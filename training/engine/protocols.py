@@ -1,16 +1,19 @@
-"""What the training loops need of a model. ComfyUI's models serve it (`comfy_model.py`), and the tests' small ones."""
+"""What training needs of a model. `training/comfyui/` serves it with ComfyUI's models, tests with small ones."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ...attention.hosts.base import Host, Site
 from ...attention.site_call import SiteCall
 from ...attention.specs import SiteSpec
 from ...attention.students.learned import StudentParameters
+from ..samples.folder import TeacherSamples
 
+T = TypeVar("T")
 Observe = Callable[[SiteCall], None]
 
 
@@ -82,14 +85,14 @@ class Trainee(Teacher, Protocol):
     def checkpointing(self, value: bool) -> None: ...
 
     def install(self, specs: Mapping[str, SiteSpec], parameters: StudentParameters) -> None:
-        """Say what the student runs: specs by site, and the parameters that it reads at every call."""
+        """Set what the student runs: specs by site, and the parameters that it reads at every call."""
         ...
 
     def predict(self, draw: Draw, observe: Observe | None = None) -> Tensor:
         """Return the student's velocity; with gradients where they are enabled, in what `observe` is shown too.
 
         Raises:
-            ValueError: a site could not run what the student wants.
+            ValueError: a site could not run the student's spec.
         """
         ...
 
@@ -99,6 +102,33 @@ class Trainee(Teacher, Protocol):
 
     def each_block(self, draw: Draw, show: Callable[["BlockCall"], None]) -> Tensor:
         """Run the teacher once and show every block that has sites as it ran; return the velocity."""
+        ...
+
+
+class Model(Protocol):
+    """The model of a training job; it is loaded only while `work` runs."""
+
+    host: Host
+    sites: tuple[Site, ...]
+    fingerprint: Tensor  # of its base, see `attention/students/fingerprint.py`
+    device: torch.device  # on which a student learns
+
+    @property
+    def digest(self) -> str:
+        """What distinguishes it from other models; jobs are named after it."""
+        ...
+
+    @property
+    def earlier_digests(self) -> tuple[str, ...]:
+        """The digests that earlier versions gave it."""
+        ...
+
+    def as_teacher(self, samples: TeacherSamples, work: Callable[[Teacher], T]) -> T:
+        """Load the model and return what `work` returns for it."""
+        ...
+
+    def as_trainee(self, samples: TeacherSamples, work: Callable[[Trainee], T]) -> T:
+        """Load a copy of the model and return what `work` returns for it."""
         ...
 
 

@@ -1,11 +1,13 @@
-"""How a student is trained, as data: one frozen dataclass per stage, checked on construction."""
+"""How a student is trained, as data: one frozen dataclass per method, checked on construction.
+
+Files call the method "stage".
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from ...attention.bounds import MOST_SEED, MOST_TOKENS, check_number, check_whole
+from ...attention.checks import MOST_SEED, MOST_TOKENS, check_boolean, check_choice, check_number, check_whole
 from ...attention.runtime.backends import AUTO, BACKENDS
-from ...attention.shown import quote
 from .optimizers import AVERAGING, OPTIMIZERS
 
 VALUE_LOSSES = ("value", "squared", "score")
@@ -40,7 +42,7 @@ class TransferRecipe:
         ValueError: a value is out of range; the sentence names it.
     """
 
-    stage: ClassVar[str] = "transfer"
+    method: ClassVar[str] = "transfer"
     updates: int = 2000
     learning_rate: float = 0.01
     loss: str = "value"
@@ -69,7 +71,7 @@ class TransferRecipe:
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as JSON holds it."""
-        return {"stage": self.stage, **asdict(self)}
+        return {"stage": self.method, **asdict(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +97,14 @@ class FinetuneRecipe:
         clip: largest norm of the gradient.
         accumulation: draws per update.
         checkpointing: keep only the inputs of blocks, and compute them again in the backward pass.
-        warmup: updates of each stage over which the learning rate rises.
+        warmup: updates over which the learning rates rise, in each of the two.
         held_out: draws on which errors are measured.
 
     Raises:
         ValueError: a value is out of range, or nothing would be trained; the sentence names it.
     """
 
-    stage: ClassVar[str] = "finetune"
+    method: ClassVar[str] = "finetune"
     block_updates: int = 200
     updates: int = 500
     trainables: str = "lora"
@@ -134,11 +136,10 @@ class FinetuneRecipe:
             check_number(name, getattr(self, name), MOST_WEIGHT, above_zero=True)
         for name in ("flow", "prediction", "attention", "ema"):
             check_number(name, getattr(self, name), MOST_WEIGHT)
-        if type(self.checkpointing) is not bool:
-            raise ValueError(f"checkpointing is true or false, got {quote(self.checkpointing)}")
+        check_boolean("checkpointing", self.checkpointing)
         check_choice("trainables", self.trainables, TRAINABLES)
         check_choice("noise_levels", self.noise_levels, NOISE_LEVELS)
-        check_choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if self.ema >= 1:
             raise ValueError(f"ema is below 1, got {self.ema}; 0.99 averages over about a hundred updates")
         if self.optimizer in AVERAGING and self.ema:
@@ -150,7 +151,7 @@ class FinetuneRecipe:
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as JSON holds it."""
-        return {"stage": self.stage, **asdict(self)}
+        return {"stage": self.method, **asdict(self)}
 
 
 # losses and noise levels of a run end to end; ours follows the teacher with an anchor on a quarter of the sites
@@ -161,9 +162,3 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Attention Surgery (arXiv 2509.24899), its last stage; it does not tell how noise levels were drawn
     "attention_surgery": {"flow": 1.0, "prediction": 0.0, "attention": 0.0, "noise_levels": "middle"},
 }
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise ValueError where a value is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} is one of {', '.join(choices)}, got {quote(value)}")

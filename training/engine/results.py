@@ -1,4 +1,4 @@
-"""What a training job ends with, as tensors and values that a job's file holds: candidates, losses, a text."""
+"""The result of a training job as tensors and values for a file: candidates, losses, a text."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from ...attention.plans import describe_sites
 from ...attention.specs import spec_from_json, spec_to_json
 from ...attention.students.candidates import Candidate, Candidates
 from ...attention.students.file import is_drawn
-from ..samples.conditioning import content_sha256
+from ...attention.students.tensor_values import below, content_sha256
 
 PARAMETER, DELTA, HISTORY, FINGERPRINT = "parameter.", "delta.", "history.", "fingerprint"
 TEXTS = ("host", "base_model", "licence", "role", "pair_id")
@@ -58,7 +58,7 @@ def unpack(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Finished
             Candidate(
                 spec_from_json(entry["spec"]),
                 math.nan if entry["error"] is None else entry["error"],
-                _below(tensors, f"{PARAMETER}{site}/{number}/"),
+                below(f"{PARAMETER}{site}/{number}/", tensors),
             )
             for number, entry in enumerate(entries)
         )
@@ -67,7 +67,7 @@ def unpack(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Finished
         sites=sites,
         recipe=values["recipe"],
         fingerprint=tensors.get(FINGERPRINT),
-        deltas=_below(tensors, DELTA),
+        deltas=below(DELTA, tensors),
         draw=values.get("draw", 1),  # a job that ended before there were two
     )
     return Finished(candidates, {name: tensors[HISTORY + name].tolist() for name in values["history"]}, values["text"])
@@ -94,7 +94,3 @@ def unmeasured(sites: Sequence[str]) -> list[str]:
     if not sites:
         return []
     return [f"could not be measured, because values there are infinite or NaN: {describe_sites(sites)}"]
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

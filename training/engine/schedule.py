@@ -1,4 +1,4 @@
-"""Learning rates and draws as functions of the number of the update alone, so that a resumed run repeats them."""
+"""Learning rates and draws as functions of the update's number alone, so that a resumed run repeats them."""
 
 import hashlib
 import math

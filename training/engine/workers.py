@@ -1,6 +1,6 @@
-"""Several processes that train one student: which this one is, and averages over all of them.
+"""The processes that train one student together: which one this is, and averages over all.
 
-One process needs nothing; more are accelerate's, see `worker.py`. The loops know this and nothing else of them.
+One process needs nothing; several are a `ProcessGroup` of `jobs/distributed.py`. The loops know nothing else of them.
 """
 
 from collections.abc import Iterable

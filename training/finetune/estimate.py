@@ -5,6 +5,8 @@ Kernels' scratch memory and fragments are not in it.
 
 from dataclasses import dataclass
 
+from ...attention.words import memory_size
+
 WEIGHT_BYTES = 4  # trained parameters, their gradients and averages are fp32
 # bytes that an optimiser keeps per parameter
 MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2, "prodigy": 16, "schedule_free": 8}
@@ -38,13 +40,13 @@ class Estimate:
             free: bytes that the device has for it, where that is known.
         """
         line = (
-            f"needs about {_size(self.total)}: model {_size(self.base)}, trained weights {_size(self.trained)}, "
-            f"activations {_size(self.activations)}"
+            f"needs about {memory_size(self.total)}: model {memory_size(self.base)}, "
+            f"trained weights {memory_size(self.trained)}, activations {memory_size(self.activations)}"
         )
         if free is None:
             return line
         enough = "" if self.total <= free else "; that may not suffice, lower rank or paint smaller samples"
-        return f"{line}; {_size(free)} are free{enough}"
+        return f"{line}; {memory_size(free)} are free{enough}"
 
 
 def estimate(
@@ -80,7 +82,3 @@ def estimate(
     inputs = num_tokens * width * value_bytes
     activations = num_blocks * inputs + block if checkpointing else num_blocks * block
     return Estimate(base_bytes, trained, activations)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"

@@ -1,4 +1,4 @@
-"""One stage's optimiser over a student's parameters: clipped steps, the average that is kept, its state."""
+"""One phase's optimiser over a student's parameters: clipped steps, the average that is kept, its state."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ...attention.students.tensor_values import below
 from ..engine.optimizers import AVERAGING, OWN_RATE, OWN_SCHEDULE, make_optimizer, optimizer_state, restore_optimizer
 from ..engine.recipe import FinetuneRecipe
 from ..engine.workers import Workers
@@ -42,14 +43,14 @@ class Learner:
         self._average = {name: each.detach().clone() for name, each in self._trained.items()} if recipe.ema else {}
 
     def forget_gradients(self) -> None:
-        """Drop gradients; an update that was broken off leaves some."""
+        """Drop gradients; an interrupted update leaves some."""
         self.optimizer.zero_grad()
 
     def step(self, rate: float) -> None:
         """Take one step, `rate` times the learning rates; none where the gradient is not finite.
 
         Args:
-            rate: of the schedule; optimisers with a schedule of their own do without.
+            rate: of the schedule; optimisers with a schedule of their own ignore it.
         """
         parameters = list(self._trained.values())
         self._workers.average(each.grad for each in parameters if each.grad is not None)
@@ -96,10 +97,9 @@ class Learner:
         return {**state, "steps": torch.tensor(self._steps)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` returned."""
+        """Restore what `state` returned."""
         self._put({name: state[f"parameters.{name}"] for name in self._trained})
         for name, each in self._average.items():
             each.copy_(state[AVERAGE + name])
-        kept = {name: each for name, each in state.items() if name.startswith("optimizer.")}
-        restore_optimizer(self.optimizer, {name.removeprefix("optimizer."): each for name, each in kept.items()})
+        restore_optimizer(self.optimizer, below("optimizer.", state))
         self._steps = int(state["steps"])

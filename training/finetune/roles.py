@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ...attention.runtime.decisions import SiteSettings
+from ...attention.runtime.decisions import OUT_OF_MEMORY, SiteSettings
 from ...attention.runtime.record import RunRecord
 from ...attention.runtime.runtime import Runtime
 from ...attention.site_call import SiteCall
@@ -40,7 +40,7 @@ class Roles:
         self._runtime.parameters = parameters
 
     def be(self, *, student: bool) -> None:
-        """Take a role, until told otherwise."""
+        """Take a role until the next call."""
         self.switch.is_student = student
         self._runtime.sites = self._settings if student else {}
         self._runtime.observe = None
@@ -103,16 +103,16 @@ class Roles:
             self._runtime.observe = self.blocks.shown = None
 
     def close(self) -> None:
-        """Give the model's blocks back as they were."""
+        """Restore the model's blocks."""
         self.be(student=False)
         self.blocks.remove()
 
     def _check_declines(self) -> None:
         for site, reason in self._runtime.record.declined:
-            if reason.code == "failed" and "out of memory" in reason.text:
+            if reason.code == OUT_OF_MEMORY:
                 raise torch.OutOfMemoryError(f"{site}: {reason.text}")
             raise ValueError(f"{site} cannot be trained here: {reason.text}")
 
 
 def _ignore(_: SiteCall) -> None:
-    """Take no notice of a call."""
+    """Ignore a call."""

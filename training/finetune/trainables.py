@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.hosts.base import Host, Site
-from ...attention.specs import ClearSpec, DenseSpec, SiteSpec
+from ...attention.specs import SiteSpec
 from ...attention.students.candidates import Candidate, Candidates
 from ...attention.students.fit import check_student, student_parameters
-from ...attention.students.learned import StudentParameters
+from ...attention.students.learned import StudentParameters, new_pool
 from ..engine.recipe import FinetuneRecipe
 from .deltas import Delta, as_deltas, made_whole, new_deltas, projections, read_deltas
 
@@ -47,9 +47,9 @@ class Trainables(nn.Module):
         file, sites = student.student(), tuple(sites)
         specs = check_student(file, host.name, sites)
         self.student = student
-        self.specs: dict[str, SiteSpec] = {s: spec for s, spec in specs.items() if not isinstance(spec, DenseSpec)}
+        self.specs: dict[str, SiteSpec] = {s: spec for s, spec in specs.items() if not spec.is_dense}
         given = student_parameters(file, specs, sites)
-        pools = {site: _new_pool(spec) for site, spec in self.specs.items() if _pools(spec)} | given.pools()
+        pools = {site: new_pool(spec.pool_side) for site, spec in self.specs.items() if spec.pool_side} | given.pools()
         self.learned = StudentParameters(pools, given.maps(), given.outputs()).float().requires_grad_(True)
         weights = host.site_weights(module)
         sizes = projections(module, (path for site in self.specs for path in weights[site]))
@@ -78,8 +78,10 @@ class Trainables(nn.Module):
         return [group for group in groups if group["params"]]
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that learn, by name."""
-        return {name: each for name, each in self.named_parameters() if each.requires_grad}
+        """Return the parameters that learn, by the names that they have in saved states."""
+        learning = {name: each for name, each in self.named_parameters() if each.requires_grad}
+        # states on disk call pooling weights so
+        return {name.replace(".pool.pool", ".windows.pool"): each for name, each in learning.items()}
 
     def candidates(self, errors: Mapping[str, float], recipe: Mapping[str, Any]) -> Candidates:
         """Return the student as it is now.
@@ -95,12 +97,3 @@ class Trainables(nn.Module):
                 parameters = {name: value.cpu().clone() for name, value in learned[site].stored().items()}
             sites[site] = (Candidate(candidate.spec, errors.get(site, candidate.error), parameters),)
         return replace(self.student, sites=sites, recipe=dict(recipe), deltas=as_deltas(self.deltas))
-
-
-def _pools(spec: SiteSpec) -> bool:
-    return isinstance(spec, ClearSpec) and spec.down_factor > 1
-
-
-def _new_pool(spec: SiteSpec) -> Tensor:
-    assert isinstance(spec, ClearSpec)
-    return torch.full((spec.down_factor,) * 2, 1 / spec.down_factor**2)

@@ -4,15 +4,15 @@ A job says what is trained on what, with which recipe, and where the student goe
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ...attention.atomic_file import whole_file
+from ...attention.checks import check_choice, check_object, check_text, parse_json
 from ...attention.plans import Plan
-from ...attention.shown import one_line, quote
-from ..engine.recipe import FinetuneRecipe, TransferRecipe, check_choice
+from ...attention.shown import quote
+from ..engine.recipe import FinetuneRecipe, TransferRecipe
 
 JOB_FORMAT = "linearize/training/1"
 RECIPES = {"transfer": TransferRecipe, "finetune": FinetuneRecipe}
@@ -60,12 +60,12 @@ class TrainingJob:
 
     Args:
         model: the teacher.
-        samples: folder of what it painted.
-        recipe: of "transfer" or "finetune"; its `stage` is the job's.
+        samples: folder of its samples.
+        recipe: of "transfer" or "finetune"; its `method` is the job's "stage".
         output: the student's file.
         plans: of "transfer": what the sites are to run; several give candidates.
         student: of "finetune": the file of the student that goes in.
-        comfyui: ComfyUI's root folder; None for the one that is found, see `comfy_setup.py`.
+        comfyui: ComfyUI's root folder; None for the one that is found, see `comfyui/setup.py`.
         device: "auto", or "cpu".
     """
 
@@ -86,7 +86,7 @@ class TrainingJob:
     def to_json(self) -> dict[str, Any]:
         """Return the job as a file holds it."""
         data: dict[str, Any] = {
-            "format": JOB_FORMAT, "stage": self.recipe.stage,
+            "format": JOB_FORMAT, "stage": self.recipe.method,
             "model": {"file": str(self.model.file), "kind": self.model.kind, "weight_dtype": self.model.weight_dtype},
             "samples": str(self.samples), "recipe": self.recipe.to_json(), "output": str(self.output),
             "device": self.device,
@@ -115,10 +115,9 @@ def read_job(path: Path) -> TrainingJob:
     if len(text) > MOST_BYTES:
         raise ValueError(f"the job {path} has more than {MOST_BYTES} bytes")
     try:
-        data = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
-        raise ValueError(f"the job {path} is no JSON: {reason}") from None
+        data = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"the job {path} {error}") from None
     try:
         return job_from_json(data, path.resolve().parent)
     except ValueError as error:
@@ -134,16 +133,16 @@ def job_from_json(data: object, folder: Path) -> TrainingJob:
     Raises:
         ValueError: as `read_job`.
     """
-    job = _object(data, "a job", REQUIRED, OPTIONAL)
+    job = check_object("a job", data, REQUIRED, OPTIONAL)
     if job["format"] != JOB_FORMAT:
         raise ValueError(f"this reads format {JOB_FORMAT}, got {quote(job['format'])}")
-    check_choice("stage", job["stage"], tuple(RECIPES))
-    model = _object(job["model"], "model", ("file",), ("kind", "weight_dtype"))
-    words = {name: _text(name, model[name]) for name in ("kind", "weight_dtype") if name in model}
+    check_choice("stage", job["stage"], RECIPES)
+    model = check_object("model", job["model"], ("file",), ("kind", "weight_dtype"))
+    words = {name: check_text(name, model[name], MOST_PATH) for name in ("kind", "weight_dtype") if name in model}
     transfer = job["stage"] == "transfer"
-    wanted, other = ("plans", "student") if transfer else ("student", "plans")
-    if wanted not in job or other in job:
-        raise ValueError(f"a job of stage {job['stage']} has the key {wanted} and no key {other}")
+    needed, other = ("plans", "student") if transfer else ("student", "plans")
+    if needed not in job or other in job:
+        raise ValueError(f"a job of stage {job['stage']} has the key {needed} and no key {other}")
     if transfer and not (isinstance(job["plans"], list) and job["plans"]):
         raise ValueError(f"plans is a list of at least one {'linearize/plan/1'} object")
     if transfer and len(job["plans"]) > MOST_PLANS:
@@ -168,35 +167,14 @@ def recipe_from_json(kind: type[Recipe], data: object) -> Recipe:
         ValueError: it names a value that the recipe does not have, or one that is out of range.
     """
     names = [field.name for field in fields(kind)]
-    found = _object(data, f"the recipe of stage {kind.stage}", (), ("stage", *names))
-    if found.get("stage", kind.stage) != kind.stage:
-        raise ValueError(f"the recipe is of stage {quote(found['stage'])}, the job of stage {kind.stage}")
+    found = check_object(f"the recipe of stage {kind.method}", data, (), ("stage", *names))
+    if found.get("stage", kind.method) != kind.method:
+        raise ValueError(f"the recipe is of stage {quote(found['stage'])}, the job of stage {kind.method}")
     return kind(**{name: value for name, value in found.items() if name != "stage"})
 
 
-def _object(data: object, what: str, required: tuple[str, ...], optional: tuple[str, ...]) -> Mapping[str, Any]:
-    if not isinstance(data, dict):
-        raise ValueError(f"{what} is a JSON object, got {type(data).__name__}")
-    missing = [name for name in required if name not in data]
-    if missing:
-        raise ValueError(f"{what} has no key {', '.join(missing)}")
-    unknown = [name for name in data if name not in (*required, *optional)]
-    if unknown:
-        named = ", ".join(map(one_line, unknown[:3]))
-        raise ValueError(f"{what} has no key {named}; it may have {', '.join((*required, *optional))}")
-    return data
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} is a text, got {quote(value)}")
-    if len(value) > MOST_PATH:
-        raise ValueError(f"{name} has at most {MOST_PATH} characters, got {len(value)}")
-    return value
-
-
 def _path(folder: Path, name: str, value: object) -> Path:
-    return folder / Path(_text(name, value)).expanduser()
+    return folder / Path(check_text(name, value, MOST_PATH)).expanduser()
 
 
 def _output(path: Path) -> Path:

@@ -7,11 +7,9 @@ here. One process is the same class without accelerate, so no loop asks how many
 import contextlib
 import importlib
 import os
-import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,9 +17,9 @@ from torch import Tensor
 
 from ..engine.job_folder import JobFolder
 from ..engine.loop import Losses, NotFinite, Stage
+from .watch import Stop
 
 TIMEOUT = timedelta(hours=2)  # processes load models and measure at their own pace
-SIGNALS = ("SIGTERM", "SIGINT")
 OTHERS = "another process of this run failed; its own message says why"
 
 
@@ -29,7 +27,7 @@ class OtherProcessFailed(RuntimeError):
     """Another process of this run failed; its own message says why."""
 
 
-class Together:
+class ProcessGroup:
     """The processes of a run, as `workers.Workers` describes them.
 
     Args:
@@ -62,7 +60,7 @@ class Together:
         self.has_averaged = True
 
     def wait(self) -> None:
-        """Return when all processes came here."""
+        """Wait until all processes arrive here."""
         self.average(())
 
     def means(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -78,7 +76,7 @@ class Together:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
-        """Tell the others where an exception ends this process, so that none waits for it."""
+        """Report an exception that ends this process, so that no other waits for it."""
         try:
             yield
         except Exception:
@@ -86,10 +84,10 @@ class Together:
             raise
 
     def report(self, *, memory: int) -> None:
-        """Tell the others, where they next meet, that this process failed: for want of memory, or otherwise.
+        """Tell the others, where they next meet, that this process failed: it ran out of memory, or otherwise.
 
         Raises:
-            OtherProcessFailed: this one wants memory only, and another failed otherwise at the same place.
+            OtherProcessFailed: this one ran out of memory, and another failed otherwise at the same place.
         """
         if self.all_know:
             return
@@ -118,8 +116,8 @@ class Together:
         return self._accelerator.reduce(tensor.to(self._accelerator.device), "sum").to(tensor.device)
 
 
-class Joint:
-    """A stage that all processes run in step, as `loop.run_stage` runs it.
+class SynchronizedStage:
+    """A stage whose updates all processes do together, as `loop.run_stage` runs it.
 
     Losses are means over the processes. Where one runs out of memory, all give up the same and repeat the update.
 
@@ -129,7 +127,7 @@ class Joint:
         stop: asked after each update; where any process says so, `stopping` is true on all.
     """
 
-    def __init__(self, stage: Stage, workers: Together, stop: "StopSignal") -> None:
+    def __init__(self, stage: Stage, workers: ProcessGroup, stop: Stop) -> None:
         self.stage, self.num_updates, self.stopping = stage, stage.num_updates, False
         self._workers, self._stop = workers, stop
 
@@ -164,25 +162,7 @@ class Joint:
         return self.stage.relieve()
 
 
-class StopSignal:
-    """Notes SIGTERM and SIGINT while it is entered, instead of ending the process."""
-
-    is_set = False
-
-    def __enter__(self) -> "StopSignal":
-        kinds = [getattr(signal, name) for name in SIGNALS]
-        self._before = {kind: signal.signal(kind, self._note) for kind in kinds}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for kind, handler in self._before.items():
-            signal.signal(kind, handler)
-
-    def _note(self, _: int, __: FrameType | None) -> None:
-        self.is_set = True
-
-
-class FollowedJob(JobFolder):
+class ReadOnlyJob(JobFolder):
     """A job's folder as the processes other than the first see it: read once, never written."""
 
     def __init__(self, root: Path, description: Mapping[str, Any]) -> None:
@@ -205,9 +185,9 @@ class FollowedJob(JobFolder):
 
 @contextlib.contextmanager
 def shared_job(
-    root: Path, description: Mapping[str, Any], workers: Together, earlier: Mapping[str, Any] | None = None
+    root: Path, description: Mapping[str, Any], workers: ProcessGroup, earlier: Sequence[Path] = ()
 ) -> Iterator[JobFolder]:
-    """Open a job for all processes: the first one owns the folder, the others read the state where it went on.
+    """Open a job for all processes: the first one owns the folder, the others read the state that it resumes.
 
     Raises:
         JobProblem: as `JobFolder`.
@@ -218,7 +198,7 @@ def shared_job(
             job = stack.enter_context(JobFolder(root, description, earlier))
         workers.wait()
         if workers.rank:
-            job = FollowedJob(root, description)
+            job = ReadOnlyJob(root, description)
         saved = job.state()
         done = saved[1]["done"] if saved else 0
         mean = workers.means({"done": done, "finished": float(job.result() is not None)})
@@ -228,7 +208,7 @@ def shared_job(
         workers.wait()
 
 
-def join(*, on_cpu: bool = False) -> Together:
+def join(*, on_cpu: bool = False) -> ProcessGroup:
     """Return the processes of this run: those that torchrun started, or this one alone.
 
     Args:
@@ -239,7 +219,7 @@ def join(*, on_cpu: bool = False) -> Together:
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        return Together()
+        return ProcessGroup()
     try:
         accelerate = importlib.import_module("accelerate")
     except ImportError:
@@ -252,4 +232,4 @@ def join(*, on_cpu: bool = False) -> Together:
     )
     if accelerator.num_processes != count:
         raise ValueError(f"{count} processes were started, accelerate found {accelerator.num_processes} of them")
-    return Together(accelerator)
+    return ProcessGroup(accelerator)

@@ -1,34 +1,28 @@
-"""Conditionings, and the tensor files of a samples folder, known by their contents.
+"""Conditionings of a samples folder: what a prompt became, in files named after their contents.
 
-Which files belong to which sample is not known here; `sample_index.py` lists them.
+Which files belong to which sample is not known here; `index.py` lists them.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ...attention.students.tensor_file import open_tensor_file, write_tensor_file
+from ...attention.checks import json_or_none
+from ...attention.students.tensor_file import open_tensor_file
+from ...attention.students.tensor_values import content_sha256
+from .files import load_tensors, unknown_file
 from .nested import has_record, is_scalar, pack, unpack
 
-FORMAT = "linearize/samples/1"
-NODE = "Generate Teacher Samples"
-FOLDER = "conditioning"
-FILE = re.compile(FOLDER + r"/[0-9a-f]{64}\.safetensors")
+CONDITIONINGS = "conditioning"
+CONDITIONING_FILE = re.compile(CONDITIONINGS + r"/[0-9a-f]{64}\.safetensors")
 CROSS_ATTN, OPTION, NESTED = "cross_attn", "option.", "nested."  # names of tensors in the files
 CONTROL_NET = "control_net"  # a record of a network that no folder holds
 
 Value = str | int | float | bool | None
-
-
-class SamplesProblem(ValueError):
-    """Samples that cannot be read, used or made; the message is one sentence."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,17 +61,7 @@ class Conditioning:
     @property
     def file(self) -> str:
         """The file that holds it, named after its contents."""
-        return f"{FOLDER}/{content_sha256(self.stored(), self.stored_values())}.safetensors"
-
-
-def content_sha256(tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> str:
-    """Return the sha256 of names, dtypes, shapes and bytes of tensors, in any order, and of values beside them."""
-    digest = hashlib.sha256(json.dumps(dict(values or {}), sort_keys=True, allow_nan=False).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        return f"{CONDITIONINGS}/{content_sha256(self.stored(), self.stored_values())}.safetensors"
 
 
 def read_conditioning(path: Path) -> Conditioning:
@@ -96,7 +80,7 @@ def read_conditioning(path: Path) -> Conditioning:
             if name not in plain
         }
     except (ValueError, LookupError):
-        raise _unknown(path) from None
+        raise unknown_file(path) from None
     return Conditioning(tensors.get(CROSS_ATTN), options, plain, nested)
 
 
@@ -106,39 +90,4 @@ def needs_control_net(path: Path) -> bool:
     Raises:
         ValueError: as `read_conditioning`.
     """
-    return has_record(parse_json(open_tensor_file(path).metadata.get("values", "")), CONTROL_NET)
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors and values of a file of a samples folder, as normal tensors, not those of inference mode.
-
-    Raises:
-        ValueError: it cannot be read, or is another kind of file; one sentence.
-    """
-    file = open_tensor_file(path)
-    values = parse_json(file.metadata.get("values", ""))
-    if file.metadata.get("format") != FORMAT or not isinstance(values, dict):
-        raise _unknown(path)
-    with torch.inference_mode(False):  # a trainer saves these tensors for its backward pass
-        return file.load(file.tensors), values
-
-
-def _unknown(path: Path) -> SamplesProblem:
-    return SamplesProblem(f"{path} is no file of teacher samples; delete it, and run {NODE} again")
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> None:
-    """Write a file of a samples folder; it is there as a whole or not at all.
-
-    Raises:
-        FileProblem: a value is NaN or infinite, or the disk refuses.
-    """
-    write_tensor_file(path, tensors, {"format": FORMAT, "values": json.dumps(dict(values or {}), allow_nan=False)})
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Return the JSON value of a text from a file, None where it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    return has_record(json_or_none(open_tensor_file(path).metadata.get("values", "")), CONTROL_NET)

@@ -1,7 +1,7 @@
 """A teacher's samples on disk, `linearize/samples/1`, and how they are read.
 
 `about.json` says how the samples were made and `index.jsonl` lists them, one line each; latents and conditionings are
-safetensors files beside them. `samples_writer.py` writes them, `comfy_sampling.py` has a model make them.
+safetensors files beside them. `writer.py` writes them, `training/comfyui/sampling.py` has a model make them.
 """
 
 import hashlib
@@ -16,15 +16,9 @@ from torch import Tensor
 
 from ...attention.shown import one_line
 from ...attention.students.fingerprint import Match, distance, match
-from .conditioning import (
-    NODE,
-    Conditioning,
-    SamplesProblem,
-    content_sha256,
-    load_tensors,
-    needs_control_net,
-    read_conditioning,
-)
+from ...attention.students.tensor_values import content_sha256
+from .conditioning import Conditioning, needs_control_net, read_conditioning
+from .files import NODE, SamplesProblem, load_tensors
 from .index import ABOUT, About, Sample, has_files, read_about, read_index
 
 OTHER_MODEL = (

@@ -1,4 +1,4 @@
-"""Which samples a folder holds and how they were made: `about.json` and `index.jsonl`, checked as they are read."""
+"""Which samples a folder holds and how they were made: `about.json` and `index.jsonl`, checked."""
 
 import json
 import math
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attention.bounds import MOST_SEED, check_whole
+from ...attention.checks import MOST_SEED, check_whole, json_or_none
 from ...attention.shown import one_line, quote
 from ...attention.students.fingerprint import LENGTH, distance, match
-from . import conditioning
-from .conditioning import FORMAT, NODE, SamplesProblem, parse_json
+from .conditioning import CONDITIONING_FILE
+from .files import FORMAT, NODE, SamplesProblem
 
 ABOUT, INDEX, LATENTS = "about.json", "index.jsonl", "latents"
 MOST_SAMPLES = 10**6  # as many as six digits number
@@ -127,7 +127,7 @@ def read_about(folder: Path) -> About:
         SamplesProblem: the file cannot be read or says something impossible.
     """
     try:
-        data = parse_json((folder / ABOUT).read_bytes())
+        data = json_or_none((folder / ABOUT).read_bytes())
     except OSError as error:
         raise SamplesProblem(f"{folder / ABOUT} cannot be read: {error.strerror or error}") from None
     found = data.get("format") if isinstance(data, dict) else None
@@ -180,7 +180,7 @@ def read_index(folder: Path, about: About) -> tuple[dict[int, Sample], bool]:
     found: dict[int, Sample] = {}
     last = len(lines) - 2  # behind it comes what a kill cut off, or nothing
     for place, line in enumerate(lines[:-1]):
-        sample = _sample(parse_json(line), about)
+        sample = _sample(json_or_none(line), about)
         if sample is None and place == last:
             return found, True
         if sample is None or found.setdefault(sample.number, sample) != sample:
@@ -203,7 +203,7 @@ def _sample(data: Any, about: About) -> Sample | None:
     if data["latent"] != latent_file(number) or data["seed"] != about.seed(number):
         return None
     files = [data["positive"], *([] if negative is None else [negative])]
-    named = all(isinstance(file, str) and conditioning.FILE.fullmatch(file) for file in files)
+    named = all(isinstance(file, str) and CONDITIONING_FILE.fullmatch(file) for file in files)
     return Sample(**{**data, "shape": tuple(shape)}) if named and SHA256.fullmatch(data["sha256"]) else None
 
 

@@ -1,7 +1,7 @@
-"""Options of a conditioning that are more than one tensor or value: lists, maps and records, as JSON beside tensors.
+"""Options of a conditioning that are lists, maps or records, as JSON beside tensors.
 
 Tensors are numbered in the order in which they are met; what else there is stands in the JSON. Which objects of ComfyUI
-are records is not known here, see `comfy_conditioning.py`.
+are records is known to `training/comfyui/conditioning.py` alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from ...attention.bounds import MOST_SEED
+from ...attention.checks import MOST_SEED
 from ...attention.students.tensor_file import DTYPES
 
 MAX_DEPTH = 8

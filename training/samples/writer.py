@@ -1,4 +1,4 @@
-"""Writes a teacher's samples, so that a kill at any moment loses one sample at most and a next run goes on from there.
+"""Writes a teacher's samples. A kill at any moment loses one sample at most, and the next run resumes from there.
 
 A sample's files are there before its line in the index is. One process at a time writes to a folder.
 """
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ...attention.atomic_file import clear_drafts, whole_file
 from ...attention.shown import quote
-from ...attention.students.tensor_file import FileProblem, is_finite
-from . import conditioning as conditioning_files
-from .conditioning import Conditioning, SamplesProblem, content_sha256, read_conditioning, save_tensors
+from ...attention.students.tensor_file import FileProblem
+from ...attention.students.tensor_values import content_sha256, is_finite
+from .conditioning import CONDITIONINGS, Conditioning, read_conditioning
+from .files import SamplesProblem, save_tensors
 from .folder import LATENT
 from .index import ABOUT, INDEX, LATENTS, About, Sample, has_files, latent_file, read_about, read_index
 
@@ -25,7 +26,7 @@ LOCK = "lock"
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Request:
     """A sample that is asked for.
 
     Args:
@@ -77,19 +78,19 @@ class SamplesWriter:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def missing(self, wanted: Sequence[Wanted]) -> list[Wanted]:
+    def missing(self, requests: Sequence[Request]) -> list[Request]:
         """Return the samples that are not there yet.
 
         Raises:
-            SamplesProblem: there are more than are wanted, or one was made from another prompt or conditioning.
+            SamplesProblem: there are more than are asked for, or one was made from another prompt or conditioning.
         """
-        if self.finished and max(self.finished) >= len(wanted):
+        if self.finished and max(self.finished) >= len(requests):
             raise SamplesProblem(
-                f"{self.folder} holds {max(self.finished) + 1} samples and {len(wanted)} are asked for; prompts may be "
-                "added at the end, not taken away, so choose a new name"
+                f"{self.folder} holds {max(self.finished) + 1} samples and {len(requests)} are asked for; prompts may "
+                "be added at the end, not taken away, so choose a new name"
             )
         for number, sample in self.finished.items():
-            asked = wanted[number]
+            asked = requests[number]
             if sample.prompt != asked.prompt:
                 changed = f"the prompt {quote(sample.prompt)}, which is {quote(asked.prompt)} now"
             elif asked.positive not in (None, sample.positive) or asked.negative not in (None, sample.negative):
@@ -100,7 +101,7 @@ class SamplesWriter:
                 f"sample {number} in {self.folder} was made from {changed}; prompts may be added at the end, for "
                 "other changes choose a new name"
             )
-        return [each for each in wanted if each.number not in self.finished]
+        return [each for each in requests if each.number not in self.finished]
 
     def put(self, conditioning: Conditioning) -> str:
         """Store a conditioning unless it is there; return its file.
@@ -154,8 +155,8 @@ class SamplesWriter:
         return sample
 
     def _open(self) -> None:
-        """Clear away what a kill left, and find what is finished."""
-        ours = {LOCK, ABOUT, INDEX, LATENTS, conditioning_files.FOLDER}
+        """Remove what a kill left, and find the finished samples."""
+        ours = {LOCK, ABOUT, INDEX, LATENTS, CONDITIONINGS}
         with self._saving():
             clear_drafts(self.folder, 0)
             # an earlier version called its draft of about.json otherwise
@@ -163,7 +164,7 @@ class SamplesWriter:
             left = [path for path in self.folder.iterdir() if path.name not in ours]
             if left and not (self.folder / ABOUT).exists():
                 raise SamplesProblem(f"{self.folder} holds other files, such as {left[0].name}; choose a new name")
-            for name in (LATENTS, conditioning_files.FOLDER):
+            for name in (LATENTS, CONDITIONINGS):
                 (self.folder / name).mkdir(exist_ok=True)
                 clear_drafts(self.folder / name, 0)
         earlier = read_about(self.folder) if (self.folder / ABOUT).exists() else None
@@ -202,7 +203,7 @@ class SamplesWriter:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append a line and have it on the disk; what a failed attempt wrote is taken back."""
+    """Append a line and flush it to the disk; undo a failed attempt."""
     with path.open("ab", buffering=0) as file:
         start, rest = file.tell(), memoryview(line)
         try:

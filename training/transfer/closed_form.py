@@ -1,4 +1,4 @@
-"""Stage 0: the best matrix per head behind an attention output, in closed form, from one pass over a few samples.
+"""Stage 0: the best matrix per head behind an attention output, in closed form, from a few samples.
 
 For the outputs y of a candidate and t of the teacher, rows of one head, the matrix is
 

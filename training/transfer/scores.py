@@ -1,14 +1,14 @@
-"""Scores and what stands for them, for the score loss of Attention Surgery: a few queries, every linear key."""
+"""Attention scores and their estimates, for Attention Surgery's score loss: few queries, all linear keys."""
 
 import torch
 from torch import Tensor
 
 from ...attention.kinds.feature_maps import TINY, Maps
+from ...attention.kinds.kind import Learned
 from ...attention.kinds.linear import is_on_raw_scale, roots
 from ...attention.layout import TokenLayout
 from ...attention.site_call import SiteCall
-from ...attention.specs import ChunkedSpec, HybridSpec, MappedSpec
-from ...attention.students.learned import Learned
+from ...attention.specs import ChunkedSpec, MappedSpec
 
 NUM_SCORE_QUERIES = 64
 LARGEST = 20.0  # of an exponent; beyond it one pair would be the whole loss
@@ -32,14 +32,13 @@ def scores_and_products(call: SiteCall, spec: MappedSpec, learned: Learned, rows
     scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
     scores = query @ key.transpose(-1, -2) * scale
     exact, linear = (mask.to(scores.device) for mask in exact_and_linear_pairs(call.layout, spec, rows.cpu()))
-    stabilizer = spec.stabilizer if isinstance(spec, HybridSpec) else "max"
-    if is_on_raw_scale(learned.maps[1], stabilizer):
+    if is_on_raw_scale(learned.maps[1], spec.stabilizer):
         logs = _log_products(query, key, learned.maps, call.scale)
         shift = torch.maximum(scores, logs.detach()).masked_fill(~linear, NEVER).amax(-1, keepdim=True)
         relative, products = scores - shift, (logs - shift).masked_fill(~linear, NEVER).exp()
     else:
         seen = scores.masked_fill(~(exact if bool(exact.any(-1).all()) else linear), NEVER)
-        shift = seen.logsumexp(-1, keepdim=True) if stabilizer == "lse" else seen.amax(-1, keepdim=True)
+        shift = seen.logsumexp(-1, keepdim=True) if spec.stabilizer == "lse" else seen.amax(-1, keepdim=True)
         phi_q, phi_k = learned.maps
         relative, products = (scores - shift).clamp(max=LARGEST), phi_q(query) @ phi_k(key).transpose(-1, -2) * linear
     return relative.masked_fill(~linear, NEVER), products
@@ -55,7 +54,7 @@ def exact_and_linear_pairs(layout: TokenLayout, spec: MappedSpec, rows: Tensor) 
     for start, (frames, height, width) in layout.grids:
         stop, cells = start + frames * height * width, height * width
         exact[:, start:stop] = False
-        if isinstance(spec, HybridSpec):
+        if spec.rate is not None:
             exact[:, start : stop : spec.rate] = True
         linear[:, start:stop] = ~exact[:, start:stop]
         if isinstance(spec, ChunkedSpec):

@@ -1,4 +1,4 @@
-"""One candidate of one site while it learns: its parameters, its optimiser, its loss on a call of the teacher."""
+"""One candidate of one site while it learns: parameters, optimiser, loss on a call of the teacher."""
 
 from collections.abc import Mapping
 
@@ -7,14 +7,15 @@ from torch import Tensor, nn
 
 from ...attention.gpu.mapped import TRITON
 from ...attention.hosts.base import Site
-from ...attention.kinds.linear import TORCH, grid_tokens
+from ...attention.kinds.kind import Learned
+from ...attention.kinds.linear import TORCH
 from ...attention.kinds.mapped import mapped_queries
 from ...attention.kinds.output_map import map_outputs
 from ...attention.layout import Reason, TokenLayout
-from ...attention.runtime.backends import Backend, Call, choose_backend
+from ...attention.runtime.backends import Backend, CallShape, choose_backend
 from ...attention.site_call import SiteCall
-from ...attention.specs import ClearSpec, HybridSpec, LinearSpec, MappedSpec, SiteSpec
-from ...attention.students.learned import Learned, new_maps
+from ...attention.specs import HybridSpec, LinearSpec, MappedSpec, SiteSpec
+from ...attention.students.learned import new_maps, new_pool
 from ..engine.losses import energies, score_loss, squared_loss, value_loss
 from ..engine.optimizers import make_optimizer, optimizer_state, restore_optimizer
 from ..engine.recipe import TransferRecipe
@@ -41,10 +42,10 @@ class SiteTrainer(nn.Module):
         self.site, self.spec, self.recipe = site, spec, recipe
         self.pool: nn.Parameter | None = None
         self.matrices: Tensor | None = None
-        if isinstance(spec, MappedSpec):
+        if spec.has_maps:
             self.phi_q, self.phi_k = new_maps(spec, site.num_heads, site.head_dim)
-        elif isinstance(spec, ClearSpec) and spec.down_factor > 1:
-            self.pool = nn.Parameter(torch.full((spec.down_factor,) * 2, 1 / spec.down_factor**2))
+        if spec.pool_side:
+            self.pool = nn.Parameter(new_pool(spec.pool_side))
         self.to(device)
         parameters = list(self.parameters())
         self.optimizer = None
@@ -54,14 +55,14 @@ class SiteTrainer(nn.Module):
 
     def learned(self) -> Learned:
         """Return the parameters as backends take them."""
-        maps = (self.phi_q, self.phi_k) if isinstance(self.spec, MappedSpec) else None
+        maps = (self.phi_q, self.phi_k) if self.spec.has_maps else None
         return Learned(self.pool, maps)
 
     def output(self, call: SiteCall) -> Tensor:
         """Return the candidate's output, `matrices` included, on the teacher's query, key and value, (B, H, N, D).
 
         Raises:
-            ValueError: no backend, or not the wanted one, runs it.
+            ValueError: the backend that the recipe names, or every backend, refuses the call.
         """
         backend, facts = self._backend(call)
         inputs = (call.query, call.key, call.value)
@@ -83,12 +84,12 @@ class SiteTrainer(nn.Module):
         output = backend.run(*inputs, facts, scale=call.scale, learned=learned, memory=None)
         return output.index_select(2, rows)
 
-    def _backend(self, call: SiteCall) -> tuple[Backend, Call]:
+    def _backend(self, call: SiteCall) -> tuple[Backend, CallShape]:
         assert isinstance(call.layout, TokenLayout)
         batch, heads, tokens, size = call.query.shape
         learns = torch.is_grad_enabled() and self.optimizer is not None
         shape = (batch, heads, tokens, size)
-        facts = Call(self.spec, call.layout, shape, call.query.dtype, call.query.device, learns)
+        facts = CallShape(self.spec, call.layout, shape, call.query.dtype, call.query.device, learns)
         backend, reasons = choose_backend(facts, self.recipe.backend)
         if backend is None:
             raise ValueError(f"{self.site.id}: {'; '.join(map(str, reasons))}")
@@ -123,7 +124,7 @@ class SiteTrainer(nn.Module):
     @torch.no_grad()
     def energies(self, call: SiteCall) -> tuple[float, float]:
         """Return the energy that the candidate misses on the grid's queries, and the teacher's there."""
-        rows = grid_rows(call)
+        rows = call.grid_tokens()
         return energies(self.output(call).index_select(2, rows), call.output.index_select(2, rows))
 
     def state(self) -> dict[str, Tensor]:
@@ -134,7 +135,7 @@ class SiteTrainer(nn.Module):
         return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` returned."""
+        """Restore what `state` returned."""
         with torch.no_grad():
             for name, value in self.named_parameters():
                 value.copy_(state[f"parameters.{name}"])
@@ -146,12 +147,6 @@ class SiteTrainer(nn.Module):
         """Return the parameters as a student's file names them, on the CPU."""
         learned = {name: value.detach().cpu().clone() for name, value in self.named_parameters()}
         return learned if self.matrices is None else {**learned, "output.weight": self.matrices}
-
-
-def grid_rows(call: SiteCall) -> Tensor:
-    """Return the indices of the queries that lie on a grid; global ones see everything and have nothing to learn."""
-    assert isinstance(call.layout, TokenLayout)
-    return grid_tokens(call.layout, call.query.device)
 
 
 def unusable(call: SiteCall) -> Reason | None:

@@ -6,30 +6,32 @@ all sites and all candidates; nothing a candidate computes goes back into the mo
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...attention.layout import Reason
+from ...attention.planning.report import describe_spec
 from ...attention.site_call import SiteCall
-from ...attention.specs import DenseSpec, HeadSplit, SiteSpec
+from ...attention.specs import SiteSpec
 from ...attention.students.candidates import Candidate
+from ...attention.words import memory_size
 from ..engine.loop import Losses, NotFinite, Say, silent
 from ..engine.protocols import Draw, Teacher
 from ..engine.recipe import TransferRecipe
 from ..engine.schedule import generator, held_out_draws, rate_at, split_samples, training_draw
 from ..engine.workers import ALONE, Workers
 from .closed_form import OutputFit
-from .site_trainer import SiteTrainer, grid_rows, unusable
+from .site_trainer import SiteTrainer, unusable
 
 LEAST_QUERIES = 64
 PASSES = "passes"  # in a saved state: how many forwards a round keeps
-Errors = dict[str, list[float]]  # by site, of its candidates
+ErrorsBySite = dict[str, list[float]]  # by site, of its candidates
 
 
 class Transfer:
-    """The stage as `loop.run_stage` runs it.
+    """Stage 1 as `loop.run_stage` runs it; stage 0 in the end, see `fit_outputs`.
 
     Args:
         teacher: the model and its samples.
@@ -56,9 +58,9 @@ class Transfer:
         self.trainers: dict[str, list[SiteTrainer]] = {}
         for site in teacher.sites:
             specs = dict.fromkeys(plan[site.id] for plan in plans if site.id in plan)
-            wanted = [spec for spec in specs if not isinstance(spec, DenseSpec)]
-            if wanted:
-                self.trainers[site.id] = [SiteTrainer(site, spec, recipe, device) for spec in wanted]
+            learned = [spec for spec in specs if not spec.is_dense]
+            if learned:
+                self.trainers[site.id] = [SiteTrainer(site, spec, recipe, device) for spec in learned]
         if not self.trainers:
             raise ValueError("the plans leave every site dense, so there is nothing to distil; choose another kind")
         self.num_updates = recipe.updates if any(each.optimizer is not None for each in self._all()) else 0
@@ -89,7 +91,7 @@ class Transfer:
             for trainer in self.trainers.get(call.site, ()):
                 if trainer.optimizer is not None:
                     loss = trainer.backward(call, rows)
-                    losses.setdefault(label(trainer.spec), []).append(loss)
+                    losses.setdefault(describe_spec(trainer.spec), []).append(loss)
                     if not math.isfinite(loss):
                         strange.append(_why_not_finite(call, trainer.spec, loss, number))
 
@@ -106,7 +108,7 @@ class Transfer:
         loss = sum(means.values()) / max(1, len(means))
         return {"loss": loss, **means}
 
-    def measure(self) -> Errors:
+    def measure(self) -> ErrorsBySite:
         """Return each candidate's error on held-out draws, by site."""
         sums = {site: [[0.0, 0.0] for _ in trainers] for site, trainers in self.trainers.items()}
 
@@ -120,7 +122,7 @@ class Transfer:
         self._pass(draws, compare, "measuring on held-out sample")
         return {site: [missed / whole for missed, whole in totals] for site, totals in sums.items()}
 
-    def fit_outputs(self) -> tuple[Errors, Errors]:
+    def fit_outputs(self) -> tuple[ErrorsBySite, ErrorsBySite]:
         """Put the best matrices behind every candidate's attention, where they lower its error on held-out draws.
 
         Returns:
@@ -133,7 +135,7 @@ class Transfer:
 
         @torch.no_grad()
         def add(call: SiteCall) -> None:
-            rows = grid_rows(call)
+            rows = call.grid_tokens()
             for trainer, fit in zip(self.trainers[call.site], fits[call.site], strict=True):
                 fit.add(trainer.output(call).index_select(2, rows), call.output.index_select(2, rows))
 
@@ -169,7 +171,7 @@ class Transfer:
             self.teacher.watch(draw, see)
         self._check_seen(seen, failed)
 
-    def candidates(self, errors: Errors) -> dict[str, tuple[Candidate, ...]]:
+    def candidates(self, errors: ErrorsBySite) -> dict[str, tuple[Candidate, ...]]:
         """Return what was learned, with the errors that `measure` returned."""
         return {
             site: tuple(
@@ -182,11 +184,11 @@ class Transfer:
     @property
     def notes(self) -> list[str]:
         """What was done otherwise than the recipe says."""
-        wanted, found = self.recipe.replay, self._passes
-        if not 0 < found < wanted:
+        replay, kept = self.recipe.replay, self._passes
+        if not 0 < kept < replay:
             return []
-        size = f"{self.recipe.replay_bytes / 2**30:.2g} GiB of host memory"
-        return [f"of the {wanted} passes to keep, {found} at a time {'fits' if found == 1 else 'fit'} into {size}"]
+        size = f"{memory_size(self.recipe.replay_bytes)} of host memory"
+        return [f"of the {replay} passes to keep, {kept} at a time {'fits' if kept == 1 else 'fit'} into {size}"]
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -264,7 +266,7 @@ class Transfer:
 
     def _rows(self, call: SiteCall, number: int) -> Tensor:
         """Return the queries of a call that are trained on, drawn anew for every update."""
-        rows = grid_rows(call)
+        rows = call.grid_tokens()
         if not self._queries or len(rows) <= self._queries:
             return rows
         order = torch.randperm(len(rows), generator=generator(self.recipe.seed, "rows", number, call.site))
@@ -306,20 +308,11 @@ def _why_not_finite(call: SiteCall, spec: SiteSpec, loss: float, number: int) ->
             " bfloat16 or float32, or keep this site dense"
         )
     return (
-        f"{call.site}, {label(spec)}: the loss is {loss} at update {number + 1}; lower the learning rate, or choose"
-        " another kind for this site"
+        f"{call.site}, {describe_spec(spec)}: the loss is {loss} at update {number + 1}; lower the learning rate, or"
+        " choose another kind for this site"
     )
 
 
 def call_bytes(call: SiteCall) -> int:
     """Return the bytes that a call's tensors take."""
     return sum(getattr(call, name).nbytes for name in TENSORS)
-
-
-def label(spec: SiteSpec) -> str:
-    """Return a spec in a few words, for curves and tables: its kind and what differs from the defaults."""
-    if isinstance(spec, HeadSplit):
-        return " + ".join(label(group.spec) for group in spec.groups)
-    default = type(spec)()
-    different = [name for name in asdict(spec) if getattr(spec, name) != getattr(default, name)]
-    return " ".join([spec.kind, *(f"{name}={getattr(spec, name)}" for name in different)])

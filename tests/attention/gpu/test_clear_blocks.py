@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from linearize.attention import Segment, TokenLayout, grid_segment
-from linearize.attention.gpu.clear_blocks import GRID_TILES, key_table, pack_bits, query_table
+from linearize.attention.gpu.clear_blocks import key_table, pack_bits, query_table
+from linearize.attention.kinds.clear_table import TILES
 from linearize.attention.kinds.reference import clear_mask
 from linearize.attention.specs import ClearSpec
 from linearize.kernels import Tile
-from linearize.kernels.clear import ABSOLUTE
+from linearize.kernels.clear_table import ABSOLUTE
 
 CPU = torch.device("cpu")
 TWO_GRIDS = (grid_segment("main", 1, 5, 19), Segment("text", 6), grid_segment("reference", 1, 7, 3))
@@ -75,9 +76,9 @@ def test_pooled_keys_belong_to_the_rows_of_their_grid(name):
     assert torch.equal(pairs_of(keys, 0, start, tokens), expected.T)
 
 
-@pytest.mark.parametrize("rows", GRID_TILES)
+@pytest.mark.parametrize("rows", TILES)
 def test_every_shape_holds_the_rows_of_a_block(rows):
-    assert {frames * height * width for frames, height, width in GRID_TILES[rows]} == {rows}
+    assert {frames * height * width for frames, height, width in TILES[rows]} == {rows}
 
 
 def test_bits_are_packed_from_the_highest():

@@ -51,7 +51,7 @@ def watch(tiny):
             k = k if skip else k.reshape(*k.shape[:2], -1, q.shape[-1]).transpose(1, 2)
             own = facts is not None and (q.shape[2] == k.shape[2] or current_site() is not None)
             site = facts.site_of(host, transformer_options, q.shape[2]) if own else None
-            layout = facts.at(host, site).layout if site else None
+            layout = facts.layout_at(host, site) if site else None
             heads_first = output if keep else output.unflatten(-1, (heads, -1)).transpose(1, 2)
             calls.append(SimpleNamespace(site=site, q=q, k=k, output=heads_first, layout=layout))
             return output

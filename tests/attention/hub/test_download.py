@@ -1,4 +1,4 @@
-"""What is fetched and when, where it lies, and what is known of it; how it travels is in test_hub_transfer.py."""
+"""What is fetched and when, where it lies, and what is known of it; how it travels is in test_transfer.py."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ from linearize.attention.hub.download import (
     parse_hub_file,
     recorded_sha256,
 )
+from linearize.attention.students.clear_weights import published_radius
 
 NAME = "owner--repo--folder--student.safetensors"
 
@@ -47,7 +48,7 @@ def test_what_is_here_costs_no_request(fake, tmp_path):
 def test_a_file_put_there_by_hand_is_taken(fake, tmp_path):
     content = fake.CONTENT[:2345]  # read in three pieces
     (tmp_path / "clear_local_8.safetensors").write_bytes(content)
-    found = fake.fetch(tmp_path, CLEAR_FILES["clear_local_8"].file, allow_download=False)
+    found = fake.fetch(tmp_path, CLEAR_FILES["clear_local_8"], allow_download=False)
     assert found.sha256 == hashlib.sha256(content).hexdigest() and found.commit == ""
     assert fake.requests == []
 
@@ -83,16 +84,17 @@ def test_another_revision_is_asked_for_and_lies_beside_it(fake, tmp_path):
 
 
 def test_the_five_published_files(tmp_path):
-    assert {(known.file.file, known.radius, known.down_factor) for known in CLEAR_FILES.values()} == {
+    assert {(file.file, *published_radius(file.file)) for file in CLEAR_FILES.values()} == {
         ("clear_local_32.safetensors", 32, 1),
         ("clear_local_16.safetensors", 16, 1),
         ("clear_local_8.safetensors", 8, 1),
         ("clear_local_16_down_4.safetensors", 16, 4),
         ("clear_local_8_down_4.safetensors", 8, 4),
     }
-    for known in CLEAR_FILES.values():
-        assert known.file.repo == "Huage001/CLEAR" and "FLUX.1 [dev]" in known.licence
-        assert local_path(tmp_path, known.file) == tmp_path / known.file.file
+    assert "FLUX.1 [dev]" in CLEAR_LICENCE
+    for file in CLEAR_FILES.values():
+        assert file.repo == "Huage001/CLEAR"
+        assert local_path(tmp_path, file) == tmp_path / file.file
 
 
 def test_forms_of_a_hub_file():
@@ -137,7 +139,7 @@ def test_nothing_leaves_the_folder(part):
 )
 def test_the_licence_is_the_cards_or_what_is_known(fake, tmp_path, card, licence):
     fake.licence = card
-    assert fake.fetch(tmp_path, CLEAR_FILES["clear_local_32"].file).licence == licence
+    assert fake.fetch(tmp_path, CLEAR_FILES["clear_local_32"]).licence == licence
 
 
 def test_a_licence_that_nobody_states_is_said_to_be_so(fake, tmp_path):

@@ -12,13 +12,14 @@ import pytest
 import torch
 import yaml
 
-from linearize.attention.hub.model_card import describe_size, describe_student, model_card, spec_errors
+from linearize.attention.hub.model_card import describe_student, model_card, spec_errors
 from linearize.attention.hub.publish import describe_publication, prepare, publish
 from linearize.attention.hub.transfer import HubError
 from linearize.attention.plans import Plan
 from linearize.attention.specs import ClearSpec, HybridSpec
 from linearize.attention.students.file import StudentFile, save_student
 from linearize.attention.students.tensor_file import FileProblem
+from linearize.attention.words import file_size
 
 TOKEN = "the-token-of-the-test"
 REPO = "owner/repo"
@@ -116,7 +117,7 @@ def test_texts_of_a_file_cannot_write_the_card():
     [(0, "0.0 kB"), (1500, "1.5 kB"), (10**6, "1.0 MB"), (12_345_678, "12.3 MB"), (3 * 10**9, "3,000.0 MB")],
 )
 def test_sizes_are_told_in_decimal_thousands(num_bytes, size):
-    assert describe_size(num_bytes) == size
+    assert file_size(num_bytes) == size
 
 
 def test_errors_belong_to_the_spec_that_holds():

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from linearize.attention.hub import partial as hub_partial
-from linearize.attention.hub import transfer as hub_transfer
+from linearize.attention.hub import partial, transfer
 from linearize.attention.hub.download import HubError, HubFile, local_path
 
 FILE = HubFile("owner/repo", "folder/student.safetensors")
@@ -34,7 +33,7 @@ def test_a_disk_that_takes_little_at_a_time_gets_everything():
             return super().write(bytes(data[:3]))
 
     stream = Slow()
-    hub_partial._write(stream, b"0123456789")
+    partial._write(stream, b"0123456789")
     assert stream.getvalue() == b"0123456789"
 
 
@@ -143,22 +142,22 @@ def test_a_server_without_a_checksum_is_refused(fake, tmp_path, etag):
 
 
 def test_disk_full_before(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub_partial.shutil, "disk_usage", lambda folder: SimpleNamespace(free=9_999))
+    monkeypatch.setattr(partial.shutil, "disk_usage", lambda folder: SimpleNamespace(free=9_999))
     fake.refusal(tmp_path, "9999 bytes free", "10000", "run again")
     assert fake.asked("cdn") == []
 
 
 def test_disk_full_meanwhile_keeps_what_came(fake, tmp_path, monkeypatch):
-    write = hub_partial._write
+    write = partial._write
 
     def full(stream, chunk):
         if stream.tell() >= 4000:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(stream, chunk)
 
-    monkeypatch.setattr(hub_partial, "_write", full)
+    monkeypatch.setattr(partial, "_write", full)
     fake.refusal(tmp_path, "is full", "free space", "4000 bytes kept")
-    monkeypatch.setattr(hub_partial, "_write", write)
+    monkeypatch.setattr(partial, "_write", write)
     assert fake.fetch(tmp_path).sha256 == fake.SHA256 and fake.ranges() == [None, "bytes=4000-"]
 
 
@@ -289,14 +288,14 @@ def test_a_mirror_that_redirects_to_the_hub_takes_no_token_along(fake, tmp_path,
 )
 def test_who_may_get_the_token(fake, monkeypatch, endpoint, token):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    assert hub_transfer.Hub().token == token
+    assert transfer.Hub().token == token
 
 
 def test_a_redirect_from_https_to_plain_http_is_refused(fake, monkeypatch):
     import requests
 
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.test")
-    client = hub_transfer.Hub()
+    client = transfer.Hub()
     response = requests.Response()
     response.status_code, response.headers["Location"] = 302, "http://mirror.test/x"
     response._content_consumed = True

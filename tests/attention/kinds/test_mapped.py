@@ -5,10 +5,9 @@ import torch
 
 from linearize.attention import Segment, TokenLayout, grid_segment
 from linearize.attention.kinds import linear as linear_module
-from linearize.attention.kinds.chunked import CausalStream, chunked_attention
+from linearize.attention.kinds.chunked import CausalStream
 from linearize.attention.kinds.feature_maps import MAPS
-from linearize.attention.kinds.hybrid import hybrid_attention
-from linearize.attention.kinds.linear import linear_attention
+from linearize.attention.kinds.mapped import mapped_attention
 from linearize.attention.kinds.reference import reference_attention
 from linearize.attention.specs import STABILIZERS, ChunkedSpec, HybridSpec, LinearSpec
 
@@ -21,15 +20,15 @@ LAYOUTS = {
     "texts around": TokenLayout((Segment("text", 3), grid_segment("main", 3, 2, 3), Segment("pad", 2))),
 }
 SPECS = {
-    "linear": (linear_attention, LinearSpec()),
-    "hybrid 2": (hybrid_attention, HybridSpec(2)),
-    "hybrid 3 lse": (hybrid_attention, HybridSpec(3, stabilizer="lse")),
-    "hybrid 2 common": (hybrid_attention, HybridSpec(2, stabilizer="common")),
-    "hybrid 1000": (hybrid_attention, HybridSpec(1000)),
-    "chunked": (chunked_attention, ChunkedSpec(2, 1)),
-    "chunked causal": (chunked_attention, ChunkedSpec(3, 1, causal=True)),
-    "chunked wide overlap": (chunked_attention, ChunkedSpec(2, 3)),
-    "chunked no overlap": (chunked_attention, ChunkedSpec(3, 0, causal=True)),
+    "linear": LinearSpec(),
+    "hybrid 2": HybridSpec(2),
+    "hybrid 3 lse": HybridSpec(3, stabilizer="lse"),
+    "hybrid 2 common": HybridSpec(2, stabilizer="common"),
+    "hybrid 1000": HybridSpec(1000),
+    "chunked": ChunkedSpec(2, 1),
+    "chunked causal": ChunkedSpec(3, 1, causal=True),
+    "chunked wide overlap": ChunkedSpec(2, 3),
+    "chunked no overlap": ChunkedSpec(3, 0, causal=True),
 }
 
 
@@ -73,25 +72,25 @@ def tensors(layout, dtype=torch.float32, size=8, batch=2, grad=False):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize(("function", "spec"), SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-def test_forward_equals_the_reference(function, spec, layout, dtype, relative_error, tolerance):
+def test_forward_equals_the_reference(spec, layout, dtype, relative_error, tolerance):
     inputs, maps = tensors(layout, dtype), make_maps()
     with torch.no_grad():
-        output = function(*inputs, layout, spec, maps)
+        output = mapped_attention(*inputs, layout, spec, maps)
         truth = reference_attention(*inputs, layout, spec, maps=maps)
     assert output.dtype == dtype and output.isfinite().all()
     assert relative_error(output, truth) < tolerance[dtype]
 
 
-@pytest.mark.parametrize(("function", "spec"), SPECS.values(), ids=SPECS)
-def test_gradients_equal_the_references(function, spec, relative_error, monkeypatch):
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_gradients_equal_the_references(spec, relative_error, monkeypatch):
     small_chunks(monkeypatch)  # each computed again
     layout, maps = LAYOUTS["clip"], make_maps()
     inputs = tensors(layout, torch.float64, grad=True)
     leaves = [*inputs, *(parameter for each in maps for parameter in each.parameters())]
     weight = torch.randn(inputs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    output = function(*inputs, layout, spec, maps)
+    output = mapped_attention(*inputs, layout, spec, maps)
     truth = reference_attention(*inputs, layout, spec, maps=maps)
     found, expected = (torch.autograd.grad((each * weight).sum(), leaves) for each in (output, truth))
     for mine, true in zip(found, expected, strict=True):
@@ -102,10 +101,10 @@ def test_gradients_equal_the_references(function, spec, relative_error, monkeypa
 def test_every_map_runs_in_every_kind(name, relative_error):
     layout, maps = LAYOUTS["clip"], make_maps(name)
     inputs = tensors(layout)
-    for function, spec in (SPECS["linear"], SPECS["hybrid 2"], SPECS["chunked causal"]):
+    for spec in (SPECS["linear"], SPECS["hybrid 2"], SPECS["chunked causal"]):
         with torch.no_grad():
             error = relative_error(
-                function(*inputs, layout, spec, maps), reference_attention(*inputs, layout, spec, maps=maps)
+                mapped_attention(*inputs, layout, spec, maps), reference_attention(*inputs, layout, spec, maps=maps)
             )
         assert error < 1e-4, spec.kind
 
@@ -114,7 +113,7 @@ def test_every_map_runs_in_every_kind(name, relative_error):
 def test_rate_1_is_dense_attention(stabilizer):
     layout = LAYOUTS["picture"]
     inputs = tensors(layout)
-    output = hybrid_attention(*inputs, layout, HybridSpec(1, stabilizer=stabilizer), make_maps())
+    output = mapped_attention(*inputs, layout, HybridSpec(1, stabilizer=stabilizer), make_maps())
     dense = torch.nn.functional.scaled_dot_product_attention(*inputs)
     assert (output - dense).abs().max() < 1e-5
 
@@ -123,15 +122,15 @@ def test_a_rate_beyond_the_grid_is_linear_with_its_first_token_exact(relative_er
     layout, maps = LAYOUTS["no text"], make_maps()
     inputs = tensors(layout)
     split = TokenLayout((Segment("first", 1), grid_segment("main", 1, 1, layout.num_tokens - 1)))
-    hybrid = hybrid_attention(*inputs, layout, HybridSpec(500), maps)
-    linear = linear_attention(*inputs, split, LinearSpec(), maps)
+    hybrid = mapped_attention(*inputs, layout, HybridSpec(500), maps)
+    linear = mapped_attention(*inputs, split, LinearSpec(), maps)
     assert relative_error(hybrid[:, :, 1:], linear[:, :, 1:]) < 1e-5
 
 
 def test_a_chunk_that_holds_the_clip_is_dense_attention():
     layout = LAYOUTS["clip"]
     inputs = tensors(layout)
-    output = chunked_attention(*inputs, layout, ChunkedSpec(7, 0), make_maps())
+    output = mapped_attention(*inputs, layout, ChunkedSpec(7, 0), make_maps())
     dense = torch.nn.functional.scaled_dot_product_attention(*inputs)
     assert (output - dense).abs().max() < 1e-5
 
@@ -145,7 +144,7 @@ def test_the_stream_equals_the_direct_form(chunk, overlap, name, relative_error)
     stream, step = CausalStream(spec, maps, cells=6, scale=0.7), chunk * 6
     with torch.no_grad():
         parts = [stream.step(*(t[:, :, start : start + step] for t in inputs)) for start in range(0, 42, step)]
-        assert relative_error(torch.cat(parts, 2), chunked_attention(*inputs, layout, spec, maps, scale=0.7)) < 1e-12
+        assert relative_error(torch.cat(parts, 2), mapped_attention(*inputs, layout, spec, maps, scale=0.7)) < 1e-12
     assert stream._recent[0].shape[2] == overlap * 6
 
 
@@ -215,10 +214,10 @@ def test_a_frame_of_a_stream_has_tokens(cells):
 @pytest.mark.parametrize("name", ["linear", "hybrid 2", "chunked"])
 def test_large_half_precision_inputs_do_not_overflow(name):
     layout = LAYOUTS["clip"]
-    function, spec = SPECS[name]
+    spec = SPECS[name]
     inputs = [tensor * 200 for tensor in tensors(layout, torch.float16)]
     with torch.no_grad():
-        output = function(*inputs, layout, spec, make_maps())
+        output = mapped_attention(*inputs, layout, spec, make_maps())
     assert output.isfinite().all() and output.abs().max() <= inputs[2].abs().max() * 1.01
 
 
@@ -226,10 +225,10 @@ def test_large_half_precision_inputs_do_not_overflow(name):
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_weights_sum_to_one_for_large_half_precision_inputs(name, feature_map):
     layout = LAYOUTS["clip"]
-    function, spec = SPECS[name]
+    spec = SPECS[name]
     query, key, value = (tensor * 100 for tensor in tensors(layout, torch.float16))
     with torch.no_grad():
-        output = function(query, key, torch.ones_like(value), layout, spec, make_maps(feature_map))
+        output = mapped_attention(query, key, torch.ones_like(value), layout, spec, make_maps(feature_map))
     assert (output - 1).abs().max() < 2e-3
 
 
@@ -255,7 +254,7 @@ def test_linear_attention_does_not_shrink_where_features_do_not_meet(name, dtype
         assert (products.sum(-1) < 1e-12).any(), "or the test is of something else"
     query, key = (tensor.to(dtype).requires_grad_() for tensor in (query, key))
     value = torch.ones_like(query)
-    output = linear_attention(query, key, value, layout, LinearSpec(), maps)
+    output = mapped_attention(query, key, value, layout, LinearSpec(), maps)
     assert (output - 1).abs().max() < 1e-5
     assert all(each.isfinite().all() for each in torch.autograd.grad(output.float().square().sum(), (query, key)))
 
@@ -263,16 +262,16 @@ def test_linear_attention_does_not_shrink_where_features_do_not_meet(name, dtype
 @pytest.mark.parametrize("name", ["linear", "hybrid 2", "hybrid 3 lse", "hybrid 2 common", "chunked"])
 def test_chunks_of_any_size_give_the_same(name, monkeypatch, relative_error):
     layout, maps = LAYOUTS["two grids"], make_maps()
-    function, spec = SPECS[name]
+    spec = SPECS[name]
     inputs = tensors(layout)
-    whole = function(*inputs, layout, spec, maps)
+    whole = mapped_attention(*inputs, layout, spec, maps)
     small_chunks(monkeypatch)
-    assert relative_error(function(*inputs, layout, spec, maps), whole) < 1e-6
+    assert relative_error(mapped_attention(*inputs, layout, spec, maps), whole) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["linear", "hybrid 2", "chunked"])
 def test_a_wrong_number_of_tokens_is_one_sentence(name):
-    function, spec = SPECS[name]
+    spec = SPECS[name]
     inputs = tensors(LAYOUTS["picture"])
     with pytest.raises(ValueError, match="expected"):
-        function(*inputs, LAYOUTS["clip"], spec, make_maps())
+        mapped_attention(*inputs, LAYOUTS["clip"], spec, make_maps())

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from linearize.attention import Segment, TokenLayout, grid_segment, reference_attention
 from linearize.attention.kinds import linear as linear_module
 from linearize.attention.kinds.feature_maps import MAPS, Favor, orthogonal_directions
-from linearize.attention.kinds.hybrid import hybrid_attention
-from linearize.attention.kinds.linear import NOTHING, TORCH, RawState, linear_attention
+from linearize.attention.kinds.linear import NOTHING, TORCH, RawState
 from linearize.attention.kinds.mapped import mapped_attention
 from linearize.attention.specs import STABILIZERS, ChunkedSpec, HybridSpec, LinearSpec
 from linearize.attention.students.learned import new_maps
@@ -87,7 +86,7 @@ def test_weights_sum_to_one_at_any_norm(name, spec, norm):
 @pytest.mark.parametrize("name", PARAMETERLESS)
 def test_all_stabilizers_give_the_same(name):
     layout, maps = LAYOUTS["clip"], maps_of(name)
-    outputs = [hybrid_attention(*tensors(layout), layout, HybridSpec(2, stabilizer=each), maps) for each in STABILIZERS]
+    outputs = [mapped_attention(*tensors(layout), layout, HybridSpec(2, stabilizer=each), maps) for each in STABILIZERS]
     assert len(outputs) == 3 and all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
@@ -100,7 +99,7 @@ def test_common_multiplies_a_learned_maps_weights_by_what_max_leaves_out(relativ
         - (query * key[:, :, :1]).sum(-1, keepdim=True) / key[:, :, :1].square().sum(-1, keepdim=True) * (key[:, :, :1])
     )
     outputs = {
-        each: hybrid_attention(query, key, value, layout, HybridSpec(2, stabilizer=each), maps) for each in STABILIZERS
+        each: mapped_attention(query, key, value, layout, HybridSpec(2, stabilizer=each), maps) for each in STABILIZERS
     }
     assert relative_error(outputs["common"], outputs["max"]) < 1e-9  # scores are 0, and so is c
     assert relative_error(outputs["lse"], outputs["max"]) > 1e-3
@@ -114,7 +113,7 @@ def test_linear_attention_alone_is_the_papers(name, relative_error):
     weights = phi(query) @ phi(key).transpose(-1, -2)
     truth = weights / weights.sum(-1, keepdim=True) @ value
     for scale in (None, 3.0):
-        output = linear_attention(query, key, value, layout, LinearSpec(name), maps_of(name), scale=scale)
+        output = mapped_attention(query, key, value, layout, LinearSpec(name), maps_of(name), scale=scale)
         assert relative_error(output, truth) < 1e-9
 
 
@@ -128,7 +127,7 @@ def test_favor_in_a_hybrid_is_unbiased(relative_error):
     for seed in range(8):
         feature_map = Favor(2, 128)
         feature_map.directions = orthogonal_directions(256, 128, torch.Generator().manual_seed(seed))
-        outputs.append(hybrid_attention(query, key, value, PICTURE, HybridSpec(2, "favor"), (feature_map, feature_map)))
+        outputs.append(mapped_attention(query, key, value, PICTURE, HybridSpec(2, "favor"), (feature_map, feature_map)))
     assert all(relative_error(each, dense) < 0.9 * relative_error(dropped, dense) for each in outputs)
     assert relative_error(sum(outputs) / 8, dense) < 0.3 * relative_error(dropped, dense)
 
@@ -149,7 +148,7 @@ def test_large_scores_leave_a_hybrid_close_to_dense_attention(name, relative_err
     value = key - common + random(1)
     assert 19 < (query @ key.transpose(-1, -2) * 128**-0.5).amax(-1).mean() < 23
     dense = F.scaled_dot_product_attention(query, key, value)
-    output = hybrid_attention(query, key, value, PICTURE, HybridSpec(2, name), maps_of(name, 4, 128))
+    output = mapped_attention(query, key, value, PICTURE, HybridSpec(2, name), maps_of(name, 4, 128))
     assert relative_error(output, dense) < 0.055
 
 

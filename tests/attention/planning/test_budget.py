@@ -14,7 +14,7 @@ import torch
 
 from linearize.attention.hosts.flux import FluxHost
 from linearize.attention.hosts.wan import WanHost
-from linearize.attention.planning import knapsack as budget
+from linearize.attention.planning import knapsack
 from linearize.attention.planning.budget import Budget, decide, describe_plan, site_options
 from linearize.attention.planning.cost import attention_cost
 from linearize.attention.planning.knapsack import Option, SiteOptions, plan_under_budget
@@ -107,7 +107,7 @@ def test_proven_is_proven():
             plan, baseline = plan_under_budget(sites, share)
             assert plan.flops <= limit and (plan is baseline or baseline is None or plan.error <= baseline.error)
             if plan.is_proven:
-                assert plan.error <= min(within) * (1 + 2 * budget.PRECISION), seed
+                assert plan.error <= min(within) * (1 + 2 * knapsack.PRECISION), seed
                 proven += 1
     assert proven > 100
 
@@ -117,7 +117,7 @@ def test_a_plan_under_a_tightened_budget_is_proven_only_where_none_was_better(fi
     """The solver lets a plan of too many operations through; it bounds those that keep the budget."""
     options = Option(0, SPECS[0], first, 5 * 10**11 + 1), Option(1, SPECS[1], 0.5, 10)
     sites, answers = [SiteOptions("single.0", 10**12, options)], iter([([each], True) for each in options])
-    monkeypatch.setattr(budget, "_solve", lambda choices, limit: next(answers))
+    monkeypatch.setattr(knapsack, "_solve", lambda choices, limit: next(answers))
     plan, _ = plan_under_budget(sites, 0.5)
     assert plan.choice == {"single.0": 1} and plan.is_proven == is_proven
 
@@ -289,7 +289,7 @@ def test_a_decision_is_a_student_its_plan_and_its_recipe():
 
 def test_a_search_that_is_cut_short_says_so(monkeypatch):
     sites = [SiteOptions("single.0", 10, (Option(0, SPECS[0], 0.5, 1), Option(1, SPECS[1], 0.4, 3)))]
-    monkeypatch.setattr(budget, "_solve", lambda choices, limit: ([choices[0][0]], False))
+    monkeypatch.setattr(knapsack, "_solve", lambda choices, limit: ([choices[0][0]], False))
     plan, baseline = plan_under_budget([*sites], 0.2)
     assert not plan.is_proven
     assert any("the search was over" in line for line in describe_plan(sites, 0.2, plan, baseline))
@@ -314,13 +314,13 @@ def test_a_solver_that_tells_no_bound_proves_nothing(monkeypatch):
 def test_a_plan_just_above_the_budget_is_not_returned(monkeypatch):
     """The solver's own tolerance may let one through."""
     sites = [SiteOptions("single.0", 10**12, (Option(0, SPECS[0], 0.4, 5 * 10**11 + 1), Option(1, SPECS[1], 0.5, 10)))]
-    solve, bounds = budget._solve, []
+    solve, bounds = knapsack._solve, []
 
     def loose(choices, limit):
         bounds.append(limit)
         return solve(choices, limit + 1) if len(bounds) < 3 else ([choices[0][0]], True)
 
-    monkeypatch.setattr(budget, "_solve", loose)
+    monkeypatch.setattr(knapsack, "_solve", loose)
     assert plan_under_budget(sites, 0.5)[0].choice == {"single.0": 1}
     assert bounds == [5 * 10**11 - each for each in (0, 1, 10)]
 

@@ -8,10 +8,11 @@ import torch
 
 from linearize.attention.kinds import linear
 from linearize.attention.kinds.feature_maps import MAPS
+from linearize.attention.kinds.kind import kind_of
 from linearize.attention.kinds.mapped import mapped_attention
 from linearize.attention.kinds.reference import clear_mask, exact_and_linear_masks
 from linearize.attention.layout import Segment, TokenLayout, grid_segment
-from linearize.attention.planning.cost import attention_cost, clear_pairs, disc_pairs, exact_pairs, pooled_tokens
+from linearize.attention.planning.cost import attention_cost, chunked_pairs, clear_pairs, disc_pairs, pooled_tokens
 from linearize.attention.specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, LinearSpec, radius_per_head
 from linearize.attention.students.learned import new_maps
 
@@ -121,7 +122,7 @@ def test_exact_pairs_equal_those_of_the_mask(spec):
         TokenLayout((grid_segment("main", 1, 4, 4), Segment("text", 2), grid_segment("reference", 2, 3, 1))),
     ):
         exact, _ = exact_and_linear_masks(layout, spec)
-        assert exact_pairs(spec, layout) == exact.sum()
+        assert kind_of(spec).pairs(spec, layout) == exact.sum()
 
 
 def test_what_has_no_linear_keys_costs_what_dense_attention_does():
@@ -132,7 +133,7 @@ def test_what_has_no_linear_keys_costs_what_dense_attention_does():
     both, causal = (attention_cost(ChunkedSpec(3, 1, each), clip, 1, 16).flops for each in (False, True))
     # causal: the first chunk has no linear keys; the last one reaches back to frame 5, so 5 and 6 are linear for none
     per_token = (both - causal) / (56 - (16 + 20))
-    assert per_token > 0 and both == 4 * 16 * exact_pairs(ChunkedSpec(3, 1), clip) + 56 * per_token
+    assert per_token > 0 and both == 4 * 16 * chunked_pairs(ChunkedSpec(3, 1), clip) + 56 * per_token
 
 
 class Counting(torch.nn.Module):

@@ -16,11 +16,12 @@ from linearize.attention import (
     radius_per_head,
     reference_attention,
 )
+from linearize.attention.gpu import self_test
 from linearize.attention.layout import Reason
-from linearize.attention.runtime import backends as backends_module
-from linearize.attention.runtime.backends import BACKENDS, Call, choose_backend
+from linearize.attention.runtime.backends import BACKENDS, CallShape, choose_backend
 from linearize.attention.specs import ChunkedSpec, LinearSpec, MappedSpec
 from linearize.attention.students.learned import new_maps
+from linearize.kernels import capability
 
 LAYOUT = TokenLayout.of((Segment("text", 5), grid_segment("main", 1, 9, 14)))
 SHAPE = (1, 3, LAYOUT.num_tokens, 8)
@@ -28,7 +29,7 @@ SHAPE = (1, 3, LAYOUT.num_tokens, 8)
 
 def call(spec, **changes):
     facts = {"layout": LAYOUT, "shape": SHAPE, "dtype": torch.float32, "device": torch.device("cpu"), **changes}
-    return Call(spec, **facts)
+    return CallShape(spec, **facts)
 
 
 # triton has its own tests: tests/kernels
@@ -65,10 +66,12 @@ def test_auto_leaves_the_interpreter_to_those_who_name_it(monkeypatch):
 
 def test_auto_prefers_triton_and_takes_torch_where_it_refuses(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backends_module, "device_refusal", lambda *facts: None)
+    monkeypatch.setattr(self_test.CLEAR, "results", {})
+    monkeypatch.setattr(self_test.SelfTest, "run", lambda test, case: None)
+    monkeypatch.setattr(capability, "refusal", lambda *facts: None)
     assert choose_backend(call(ClearSpec())) == (BACKENDS["triton"], ())
     refusal = Reason("triton", "a self-test failed")
-    monkeypatch.setattr(backends_module, "device_refusal", lambda *facts: refusal)
+    monkeypatch.setattr(capability, "refusal", lambda *facts: (refusal.code, refusal.text))
     assert choose_backend(call(ClearSpec())) == (BACKENDS["torch"], (refusal,))
     assert choose_backend(call(ClearSpec()), "triton") == (None, (refusal,))
 

@@ -19,7 +19,7 @@ from linearize.attention.runtime.override import (
     find_options,
     model_call_wrapper,
 )
-from linearize.attention.runtime.runtime import CALL_KEY, RUNTIME_KEY, CallFacts, Runtime, SiteSettings
+from linearize.attention.runtime.runtime import CALL_KEY, RUNTIME_KEY, ForwardFacts, Runtime, SiteSettings
 
 
 def test_options_are_found_by_position_or_name_and_never_changed():
@@ -36,7 +36,7 @@ def test_options_are_found_by_position_or_name_and_never_changed():
     for args, kwargs in (((1, options), {}), ((1,), {"transformer_options": options})):
         passed_args, passed_kwargs = model_call_wrapper(executor, *args, **kwargs)
         passed = passed_args[1] if len(passed_args) > 1 else passed_kwargs["transformer_options"]
-        assert passed[CALL_KEY] == CallFacts(LAYOUT) and CALL_KEY not in options
+        assert passed[CALL_KEY] == ForwardFacts(LAYOUT) and CALL_KEY not in options
     assert model_call_wrapper(executor, 5) == ((5,), {})
 
 
@@ -90,12 +90,12 @@ def test_tensors_in_containers_are_freed_before_the_output_is_laid_out_anew(monk
     seen = []
 
     def watched(tensor, *shape):
-        if shape == (2, TOKENS, HEADS * HEAD_DIM):
+        if list(shape) in ([2, TOKENS, HEADS * HEAD_DIM], [[2, TOKENS, HEADS * HEAD_DIM]]):
             seen.append([ref() is not None for ref in alive])
         return reshape(tensor, *shape)
 
     state = runtime()
-    options = {"site": "a", RUNTIME_KEY: state, CALL_KEY: CallFacts(LAYOUT)}
+    options = {"site": "a", RUNTIME_KEY: state, CALL_KEY: ForwardFacts(LAYOUT)}
     monkeypatch.setattr(torch.Tensor, "reshape", watched)
     output = AttentionOverride().container_function(*owned, HEADS, skip_reshape=True, transformer_options=options)
     assert torch.equal(output, expected) and seen == [[False] * 3]
@@ -104,7 +104,7 @@ def test_tensors_in_containers_are_freed_before_the_output_is_laid_out_anew(monk
 
 def test_containers_need_an_attention_to_fall_back_to():
     owned = tuple(Container(tensor) for tensor in qkv())
-    options = {"site": "b", RUNTIME_KEY: runtime(), CALL_KEY: CallFacts(LAYOUT)}
+    options = {"site": "b", RUNTIME_KEY: runtime(), CALL_KEY: ForwardFacts(LAYOUT)}
     with pytest.raises(ValueError, match="needs the host application's attention"):
         AttentionOverride().container_function(*owned, HEADS, skip_reshape=True, transformer_options=options)
     core = AttentionOverride(core=lambda q, k, v, heads, **given: host_attention(

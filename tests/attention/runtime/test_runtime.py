@@ -17,11 +17,12 @@ from linearize.attention.kinds.reference import clear_mask
 from linearize.attention.layout import Reason
 from linearize.attention.memory import LongLived
 from linearize.attention.runtime import backends as backends_module
+from linearize.attention.runtime import registry
 from linearize.attention.runtime.override import AttentionOverride
 from linearize.attention.runtime.runtime import (
     CALL_KEY,
     RUNTIME_KEY,
-    CallFacts,
+    ForwardFacts,
     Runtime,
     SiteSettings,
     UnexpectedDecline,
@@ -74,7 +75,7 @@ def test_a_mask_goes_to_the_host_unchanged(positional):
 def test_a_mask_that_hides_nothing_is_none(mask, monkeypatch):
     state, read = runtime(), []
     truth = call(state, *qkv(), skip_reshape=True)
-    facts, hides = CallFacts(LAYOUT), torch.Tensor.all
+    facts, hides = ForwardFacts(LAYOUT), torch.Tensor.all
     monkeypatch.setattr(torch.Tensor, "all", lambda self: (read.append(self.shape == mask.shape), hides(self))[1])
     options = {"site": "a", RUNTIME_KEY: state, CALL_KEY: facts}
     for _ in range(3):
@@ -202,9 +203,9 @@ def test_whatever_a_backend_throws_ends_in_a_picture(error, monkeypatch):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(backends_module, "clear_attention", fail)
+    monkeypatch.setattr(registry, "clear_attention", fail)
     state = runtime()
-    with expect_declines("failed"):
+    with expect_declines("memory" if isinstance(error, MemoryError) else "failed"):
         output = call(state, *qkv(), skip_reshape=True)
     assert torch.equal(output, flat(F.scaled_dot_product_attention(*qkv())))
     assert "backend torch" in state.record.summary() or not state.record.sampled
@@ -281,7 +282,7 @@ def test_a_failed_attempt_frees_its_tensors_before_the_host_runs(monkeypatch):
         kept.append(weakref.ref(scratch))
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(backends_module, "clear_attention", fail)
+    monkeypatch.setattr(registry, "clear_attention", fail)
     alive = []
 
     def previous(func, q, k, v, heads, **kwargs):
@@ -289,7 +290,7 @@ def test_a_failed_attempt_frees_its_tensors_before_the_host_runs(monkeypatch):
         alive.append(kept[0]() is not None)
         return func(q, k, v, heads, **kwargs)
 
-    with expect_declines("failed"):
+    with expect_declines("memory"):
         call(runtime(), *qkv(), override=AttentionOverride(previous), skip_reshape=True)
     assert alive == [False]
 
@@ -427,7 +428,7 @@ def test_a_mask_keeps_the_other_half_of_the_guidance_dense_and_no_other():
     mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
     with expect_declines("mask"):
         for half, given in (((0,), None), ((0,), mask), ((1,), None)):
-            options = {"site": "a", RUNTIME_KEY: state, CALL_KEY: CallFacts(LAYOUT, half=half)}
+            options = {"site": "a", RUNTIME_KEY: state, CALL_KEY: ForwardFacts(LAYOUT, half=half)}
             AttentionOverride()(
                 host_attention, q, k, v, HEADS, mask=given, skip_reshape=True, transformer_options=options
             )

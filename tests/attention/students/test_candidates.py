@@ -9,7 +9,7 @@ import torch
 from linearize.attention.hosts.base import numbered_sites
 from linearize.attention.plans import Plan
 from linearize.attention.specs import ClearSpec, DenseSpec
-from linearize.attention.students.candidates import IN_MEMORY, Candidate, Candidates, as_student, decided
+from linearize.attention.students.candidates import IN_MEMORY, Candidate, Candidates, decided
 from linearize.attention.students.file import StudentFile, load_student, save_student
 from linearize.attention.students.fit import check_student
 
@@ -77,6 +77,11 @@ def test_what_was_saved_comes_back_as_candidates(tmp_path):
         assert (found.spec, found.error) == (candidate.spec, candidate.error)
         assert found.parameters.keys() == candidate.parameters.keys()
         assert all(torch.equal(found.parameters[name], candidate.parameters[name]) for name in found.parameters)
+    assert back.origin == IN_MEMORY
+    named = Candidates.of_student(
+        replace(loaded, origin="s.safetensors"), loaded.plan.resolve(["single.0", "single.1"])
+    )
+    assert named.student().origin == "s.safetensors" and named.chosen({"single.0": 0}).origin == IN_MEMORY
     for field in ("host", "base_model", "licence", "role", "pair_id", "recipe"):
         assert getattr(back, field) == getattr(one, field)
     assert torch.equal(back.fingerprint, one.fingerprint)
@@ -91,13 +96,9 @@ def test_a_file_without_errors_comes_back_as_not_measured():
 
 
 def test_who_chose_is_said():
-    file = StudentFile(host="flux", plan=Plan("flux", WIDE))
-    assert as_student(file) == (file, ())
-    student, notes = as_student(several())
-    assert notes == (
-        "of 1 site with several candidates the one of lowest error was taken; Budget Plan chooses by cost too",
-    )
-    assert student.plan.spec_of("single.0") == NARROW
     one, note = decided(several())
-    assert one.is_decided and note == notes[0]
-    assert decided(one) == (one, "") and as_student(one)[1] == ()
+    assert (
+        note == "of 1 site with several candidates the one of lowest error was taken; Budget Plan chooses by cost too"
+    )
+    assert one.is_decided and one.student().plan.spec_of("single.0") == NARROW
+    assert decided(one) == (one, "")

@@ -199,7 +199,7 @@ def test_wrong_metadata_is_one_clear_sentence(path, metadata, words):
         ({"plan": '{"a":' * 100_000}, "cannot be used: "),
         ({"plan": "[" + "1" * 5000 + "]"}, "cannot be used: "),
         ({"recipe": "[]"}, "its recipe is not a JSON object, got []"),
-        ({"recipe": "{"}, "its recipe is not JSON, Expecting property name"),
+        ({"recipe": "{"}, "its recipe is not JSON: Expecting property name"),
         ({"recipe": '{"a":' * 100_000}, "cannot be used: "),
         ({"site_errors": '{"double.0": "low"}'}, "site_errors are numbers of 0 or more by site, got 'double.0': 'low'"),
         ({"site_errors": '{"double.0": NaN}'}, "got 'double.0': nan"),

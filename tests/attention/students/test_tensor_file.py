@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from linearize.attention.students import tensor_file
+from linearize.attention.students import tensor_file, tensor_values
 from linearize.attention.students.tensor_file import (
     DTYPES,
     FileProblem,
@@ -191,12 +191,12 @@ def test_nan_and_infinity_are_neither_loaded_nor_written(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e5m2])
 def test_a_value_that_is_not_finite_is_found_wherever_it_stands(dtype, monkeypatch):
     """In every part that is looked at together, and in a short last one."""
-    monkeypatch.setattr(tensor_file, "FINITE_CHUNK", 4)
-    assert tensor_file.is_finite(torch.ones(3, 3).to(dtype)) and tensor_file.is_finite(torch.ones(0).to(dtype))
+    monkeypatch.setattr(tensor_values, "FINITE_CHUNK", 4)
+    assert tensor_values.is_finite(torch.ones(3, 3).to(dtype)) and tensor_values.is_finite(torch.ones(0).to(dtype))
     for place in range(9):
         values = torch.ones(9)
         values[place] = float("nan")
-        assert not tensor_file.is_finite(values.reshape(3, 3).to(dtype)), place
+        assert not tensor_values.is_finite(values.reshape(3, 3).to(dtype)), place
 
 
 def test_large_float64_is_finite(tmp_path):

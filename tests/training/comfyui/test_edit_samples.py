@@ -236,9 +236,8 @@ def test_fine_tuning_works_on_samples_of_edit_models(studio, name, distill, comf
 def test_every_sort_of_option_survives_the_way_to_files_and_back(studio, tmp_path):
     import comfy.clip_vision
 
-    conditioning, convert = (
-        studio.module("training.samples.conditioning"),
-        studio.module("training.comfyui.conditioning"),
+    conditioning, convert, files = (
+        studio.module(f"training.{name}") for name in ("samples.conditioning", "comfyui.conditioning", "samples.files")
     )
     seen = comfy.clip_vision.Output()
     seen["last_hidden_state"], seen["mm_projected"] = noise(1, 1, 3, 5), None
@@ -257,7 +256,7 @@ def test_every_sort_of_option_survives_the_way_to_files_and_back(studio, tmp_pat
         entries = [[noise(0, 1, 4, 8), options]]
         there = convert.to_conditioning(entries)
         path = tmp_path / "conditioning.safetensors"
-        conditioning.save_tensors(path, there.stored(), there.stored_values())
+        files.save_tensors(path, there.stored(), there.stored_values())
         read = conditioning.read_conditioning(path)
         ((_, back),) = convert.from_conditioning(read)
     assert read.file == there.file
@@ -290,7 +289,7 @@ def test_every_sort_of_option_survives_the_way_to_files_and_back(studio, tmp_pat
 def test_a_file_that_says_nonsense_of_its_options_is_one_sentence(studio, tmp_path, values):
     conditioning = studio.module("training.samples.conditioning")
     path = tmp_path / "conditioning.safetensors"
-    conditioning.save_tensors(path, {"cross_attn": torch.ones(1)}, values)
+    studio.module("training.samples.files").save_tensors(path, {"cross_attn": torch.ones(1)}, values)
     with pytest.raises(ValueError, match=r"is no file of teacher samples; delete it, and run"):
         conditioning.read_conditioning(path)
     assert not conditioning.needs_control_net(path)
@@ -341,7 +340,7 @@ def test_control_nets_come_from_the_graph_and_are_said_where_they_lack(studio, n
     assert control.cond_hint is None and control.timestep_range is None, "cleaned up"
     worker = studio.module("nodes.training_worker")
     with pytest.raises(ValueError, match="other processes do not have it; set gpus to 1"):
-        worker.train_in_processes(1, model, first, None, SimpleNamespace(path=first.folder), None, "")
+        worker.train_in_processes(SimpleNamespace(processes=1), model, first, None, first.folder)
 
 
 def test_controls_that_are_not_understood_are_refused(studio):

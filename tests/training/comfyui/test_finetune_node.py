@@ -43,8 +43,8 @@ def test_updates_lower_the_held_out_error(lab, name, kind):
 def test_a_finished_job_answers_without_the_model(lab, monkeypatch):
     given, samples = lab.student("flux", lab.specs.LinearSpec("hedgehog")), lab.samples("flux")
     found, losses = lab.finetune(lab.models["flux"].model, given, samples, seed=1)
-    node = lab.module("nodes.finetune")
-    monkeypatch.setattr(node, "with_trainee", lambda *_: pytest.fail("the model was loaded"))
+    model = lab.module("training.comfyui.model")
+    monkeypatch.setattr(model, "with_trainee", lambda *_: pytest.fail("the model was loaded"))
     again, same_losses = lab.finetune(lab.models["flux"].model, given, samples, seed=1)
     assert same_losses == losses and again.recipe == found.recipe
     assert same(again.deltas, found.deltas)
@@ -141,7 +141,7 @@ def test_apply_runs_what_was_attached(lab, comfy, dtype, full_rank, relative_err
 
     with torch.inference_mode():
         attached, dense, found = trainee_module.with_trainee(model, samples, work)
-        (applied,) = comfy.node("LinearizeApply")(model=model, attention=found.student()).args
+        (applied,) = comfy.node("LinearizeApply")(model=model, attention=found).args
     applied.set_model_compute_dtype(dtype)
     runtime, seen = lab.models["flux"].patching.runtime_of(applied), []
 
@@ -336,11 +336,13 @@ def test_a_students_file_and_several_candidates(lab, comfy):
     several = lab.student("flux", specs.LinearSpec("hedgehog"), count=2)
     found, _ = lab.finetune(lab.models["flux"].model, several, lab.samples("flux"), updates=12)
     assert "of 4 sites with several candidates the one of lowest error was taken" in lab.shown[-1]
-    file = found.student()
+    file = lab.candidates.Candidates.of_student(
+        found.student(), {site: one.spec for site, (one,) in found.sites.items()}
+    )
     again, _ = lab.finetune(lab.models["flux"].model, file, lab.samples("flux"), updates=12, delta_rate=1e-4)
     assert set(again.deltas) == set(found.deltas), "the changes that were there are trained further"
     assert not same(again.deltas, found.deltas)
-    (applied,) = comfy.node("LinearizeApply")(model=lab.models["flux"].model, attention=again.student()).args
+    (applied,) = comfy.node("LinearizeApply")(model=lab.models["flux"].model, attention=again).args
     lab.models["flux"].sample(applied)
     assert set(lab.models["flux"].ran(applied).values()) == {("linear", "torch")}
 
@@ -361,13 +363,15 @@ def test_other_settings_are_another_job(lab):
 
     model, samples = lab.models["flux"].model, lab.samples("flux")
     seen = [jobs()]
-    run = lab.module("nodes.training_run")
+    jobs_module, comfy_model = lab.module("training.jobs.run_job"), lab.module("training.comfyui.model").ComfyModel
+    student, workers = lab.student("flux", lab.specs.LinearSpec("hedgehog")), lab.module("training.jobs.distributed")
 
     def opened(model, samples, recipe):
-        with run.job_folder("test", model, samples, recipe):
+        job = jobs_module.Job(lab.jobs, recipe, student=student)
+        with jobs_module.open_job(job, comfy_model(model), samples, workers.ProcessGroup()):
             pass
 
-    recipes = [{"a": 1}, {"a": 2}]
+    recipes = [lab.module("training.engine.recipe").FinetuneRecipe(seed=seed) for seed in (91, 92)]
     for recipe in recipes:
         opened(model, samples, recipe)
         seen.append(jobs())

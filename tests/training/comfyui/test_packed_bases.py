@@ -26,8 +26,9 @@ def test_a_student_of_a_packed_base_loads_on_it(lab, comfy, packed_models, kind,
     saved = tmp_path / "student.safetensors"
     files = lab.module("attention.students.file")
     files.save_student(saved, found.student())
-    patched = comfy.node("LinearizeApply")(model=model, attention=files.load_student(saved))[0]
-    studio = lab.models["flux"]
+    studio, loaded = lab.models["flux"], files.load_student(saved)
+    student = lab.candidates.Candidates.of_student(loaded, dict.fromkeys(found.sites, spec))
+    patched = comfy.node("LinearizeApply")(model=model, attention=student)[0]
     assert studio.sample(patched).isfinite().all()
     assert {kind for kind, _ in studio.ran(patched).values()} == {"hybrid"}
 

@@ -100,7 +100,7 @@ def test_the_node_tells_how_many_how_large_and_how_long(studio, monkeypatch):
     assert studio.shown[1].startswith("3 samples of 3 prompts, 1 to make; ")
     for seconds, words in ((5, "about 5 s left"), (600, "about 10 min left"), (9000, "about 2.5 h left")):
         assert studio.sampling.describe_seconds(seconds) == words
-    assert [studio.sampling.describe_bytes(size) for size in (2**19, 3 * 2**30)] == ["0.5 MiB", "3.0 GiB"]
+    assert [studio.sampling.memory_size(size) for size in (2**19, 3 * 2**30)] == ["0.5 MiB", "3.0 GiB"]
 
 
 def test_progress_counts_all_samples(studio, monkeypatch):

@@ -35,4 +35,4 @@ def test_the_text_names_the_parts_and_warns():
     assert some.text() == ("needs about 15.0 GiB: model 12.0 GiB, trained weights 1.0 GiB, activations 2.0 GiB")
     assert some.text(24 * GIB).endswith("2.0 GiB; 24.0 GiB are free")
     assert "that may not suffice, lower rank" in some.text(14 * GIB)
-    assert "trained weights 5 MiB" in replace(some, trained=5 * 2**20).text()
+    assert "trained weights 5.0 MiB" in replace(some, trained=5 * 2**20).text()

@@ -13,6 +13,7 @@ from linearize.attention.specs import ClearSpec, DenseSpec, HybridSpec, LinearSp
 from linearize.attention.students.candidates import Candidate, Candidates, decided
 from linearize.attention.students.file import load_student, save_student
 from linearize.attention.students.learned import new_maps
+from linearize.attention.students.tensor_values import content_sha256
 from linearize.training.engine.job_folder import JobFolder
 from linearize.training.engine.loop import OutOfMemory, Progress, Stopped, run_stage
 from linearize.training.engine.losses import residual_loss
@@ -23,7 +24,6 @@ from linearize.training.engine.results import Finished, pack, student_digest, un
 from linearize.training.engine.schedule import generator, training_draw
 from linearize.training.finetune.deltas import FullRank, LowRank
 from linearize.training.finetune.finetune import Errors, Finetune
-from linearize.training.samples.conditioning import content_sha256
 
 CPU = torch.device("cpu")
 LINEAR, HYBRID, POOLED, WINDOW = (
@@ -401,6 +401,16 @@ def test_a_site_that_would_run_dense_is_an_error(monkeypatch):
     monkeypatch.setattr("linearize.attention.runtime.backends.TORCH.run", explode, raising=False)
     with pytest.raises(torch.OutOfMemoryError):
         found.trainee.predict(Draw(0, 0.5, 1))
+
+
+def test_saved_states_keep_the_names_of_pooling_weights():
+    """Jobs that an earlier version began go on."""
+    found = stage(POOLED)
+    train(found, 1)
+    pools = [name for name in found.state() if "pool" in name and name.startswith("block.parameters.")]
+    assert sorted(pools) == [
+        f"block.parameters.learned.sites.{site}.windows.pool" for site in ("double/0", "single/0", "single/1")
+    ]
 
 
 def test_operations_without_gradients_are_refused():

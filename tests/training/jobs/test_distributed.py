@@ -11,7 +11,8 @@ import torch
 from two_ranks import alone
 
 from linearize.training.engine.job_folder import JobFolder
-from linearize.training.jobs.distributed import Joint, OtherProcessFailed, StopSignal, Together, join, shared_job
+from linearize.training.jobs.distributed import OtherProcessFailed, ProcessGroup, SynchronizedStage, join, shared_job
+from linearize.training.jobs.watch import StopSignal
 
 FOLDER = Path(__file__).parents[1]
 
@@ -65,7 +66,7 @@ def test_a_missing_package_is_a_sentence(monkeypatch):
         join(on_cpu=True)
 
 
-class Peer(Together):
+class Peer(ProcessGroup):
     """A group of two whose other process says what it is told to, meeting by meeting."""
 
     def __init__(self, *said):
@@ -103,7 +104,7 @@ FINE, MEMORY, FAILED = [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]
 def test_what_another_process_says_reaches_this_one():
     def update(*said):
         workers = Peer(*said)
-        return workers, Joint(run_together.transfer(workers), workers, StopSignal()).update
+        return workers, SynchronizedStage(run_together.transfer(workers), workers, StopSignal()).update
 
     workers, run = update(MEMORY)
     with pytest.raises(torch.OutOfMemoryError, match="another process ran out of memory"):
@@ -130,7 +131,7 @@ def test_who_runs_out_of_memory_hears_that_another_failed_at_the_same_place():
     """It would repeat the update with a process that left."""
     workers = Peer(FAILED)
     with pytest.raises(OtherProcessFailed):
-        Joint(Exhausted(), workers, StopSignal()).update(0)
+        SynchronizedStage(Exhausted(), workers, StopSignal()).update(0)
     assert workers.told == [MEMORY]
 
 

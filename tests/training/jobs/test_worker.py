@@ -1,6 +1,5 @@
 """Training without ComfyUI's server: the job's file, the worker in one process and in two, stops and bad input."""
 
-import hashlib
 import json
 import os
 import signal
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,15 +16,17 @@ from two_ranks import alone
 from linearize.attention.specs import HybridSpec, LinearSpec
 from linearize.attention.students.file import load_student
 from linearize.training import __main__ as command
-from linearize.training.engine.job_folder import job_key, read_values
+from linearize.training.engine.job_folder import JobFolder, read_values
 from linearize.training.engine.loop import NotFinite
 from linearize.training.engine.recipe import FinetuneRecipe, TransferRecipe
 from linearize.training.engine.results import unpack
 from linearize.training.jobs.description import MOST_BYTES, job_from_json, read_job
-from linearize.training.jobs.distributed import Together
+from linearize.training.jobs.distributed import ProcessGroup
 from linearize.training.jobs.progress_file import ProgressFile, ProgressReader
+from linearize.training.jobs.run_job import Job
 from linearize.training.samples.conditioning import Conditioning
-from linearize.training.samples.writer import SamplesWriter, Wanted
+from linearize.training.samples.folder import TeacherSamples
+from linearize.training.samples.writer import Request, SamplesWriter
 from linearize.training.transfer.transfer import Transfer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,7 +52,7 @@ def lab(comfy, tmp_path_factory):
         (model,) = comfy.nodes.UNETLoader().load_unet(name, "default")
     settings = about(fingerprint=model_fingerprint(model), latent_shape=SIZE, cfg=1.0, seeds=1, base_model=name)
     with SamplesWriter(folder / "samples", settings) as writer:
-        for each in writer.missing([Wanted(number, f"prompt {number}") for number in range(6)]):
+        for each in writer.missing([Request(number, f"prompt {number}") for number in range(6)]):
             pooled = {"pooled_output": noise(each.number, 1, 32)}
             positive = writer.put(Conditioning(noise(each.number, 1, 12, 64), pooled, {}))
             writer.add(each.number, each.prompt, noise(100 + each.number, *SIZE), positive, None)
@@ -84,7 +84,6 @@ def result_line(folder):
 
 def test_two_processes_of_the_worker_equal_one_that_averages(lab):
     from linearize.training.comfyui.teacher import with_teacher
-    from linearize.training.samples.folder import TeacherSamples
 
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run([*launch, str(WORKER), str(lab("two.safetensors"))], env=environment(), cwd=lab.folder,
@@ -265,14 +264,14 @@ def test_files_that_are_none_are_one_sentence(main, lab, monkeypatch):
     torn = lab.folder / "torn.json"
     torn.write_text("{")
     (long := lab.folder / "long.json").write_text(" " * (MOST_BYTES + 1))
-    for path, sentence in ((torn, "is no JSON"), (long, "long.json has more than"),
+    for path, sentence in ((torn, "is not JSON"), (long, "long.json has more than"),
                            (lab.folder / "none.json", "cannot be read: No such file")):  # fmt: skip
         code, said = main(path)
         assert code == 1 and sentence in said and said.count("\n") == 1
     code, said = main(lab("wrong.safetensors", model={"file": str(torn)}))
     assert code == 1 and "ComfyUI cannot load" in said and said.count("\n") == 1, said
     other = lab("other.safetensors")
-    monkeypatch.setattr("linearize.training.comfyui.worker.model_fingerprint", lambda _: torch.full((256,), 9.0))
+    monkeypatch.setattr("linearize.training.comfyui.model.model_fingerprint", lambda _: torch.full((256,), 9.0))
     code, said = main(other)
     assert code == 1 and "are of another model" in said and said.count("\n") == 1
 
@@ -308,33 +307,49 @@ atexit.register(os.abort); worker.work(["job.json"])"""
 
 def test_files_of_one_model_in_other_types_are_other_jobs(lab, comfy):
     """Their norms, which the fingerprint is made of, are the same."""
-    from linearize.training.comfyui.identity import model_digest
-    from linearize.training.comfyui.worker import describe
+    from linearize.training.comfyui.identity import earlier_job_digests, job_digest
 
     with torch.inference_mode():
-        (other,) = comfy.nodes.UNETLoader().load_unet("linearize_tiny_flux.safetensors", "fp8_e4m3fn")
-    job, samples = read_job(lab("types.safetensors")), SimpleNamespace(digest="a")
-    both = [(model, model_digest(model)) for model in (lab.model, other)]
-    keys = [job_key(describe(job, "flux", model, digest, samples, Together())) for model, digest in both]
-    assert keys[0] != keys[1]
+        models = [comfy.nodes.UNETLoader().load_unet("linearize_tiny_flux.safetensors", each)[0]
+                  for each in ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast")]  # fmt: skip
+    default, fp8, fast = map(job_digest, models)
+    assert len({default, fp8, fast}) == 3 and fp8 in earlier_job_digests(models[2])
 
 
-def test_a_job_of_an_earlier_version_goes_on(lab, monkeypatch):
-    """Its folder was named by the norm weights of the model."""
-    from linearize.patching.patcher import model_fingerprint
-    from linearize.training.comfyui import worker as comfy_worker
+@pytest.mark.parametrize("started_by", ["command", "node"])
+@pytest.mark.parametrize("known_by", ["weights", "norms"])
+def test_a_job_of_an_earlier_version_goes_on(lab, monkeypatch, started_by, known_by):
+    """The worker described its jobs in its own way; with nodes they lay in a folder inside the node's job."""
+    from linearize.training.comfyui import model, worker
 
-    job = read_job(lab("earlier.safetensors", plans=PLANS[:1]))
-    comfy_worker.train(job, Together())
+    name = f"{started_by}_{known_by}"
+    job = read_job(lab(f"{name}.safetensors", plans=PLANS[:1]))
+    worker.train(job, ProcessGroup())
     (folder,) = [path for path in job.folder.iterdir() if path.is_dir()]
-    described = json.loads((folder / "job.json").read_text())
-    described.pop("format")
-    norms = hashlib.sha256(model_fingerprint(lab.model).numpy().tobytes()).hexdigest()
-    assert described["model"] != norms
-    earlier = folder.rename(folder.with_name(job_key({**described, "model": norms})))
-    monkeypatch.setattr(comfy_worker, "with_teacher", lambda *_: pytest.fail("it was trained anew"))
-    comfy_worker.train(job, Together())
-    assert folder.is_dir() and not earlier.exists()
+    subject, samples = model.ComfyModel(lab.model), TeacherSamples.open(job.samples)
+    by_weights, by_norms = worker.earlier_folders(job, subject, samples, None, 1)
+    earlier, root = by_weights if known_by == "weights" else by_norms, lab.folder / "jobs"
+    folder.rename(earlier)
+    for path in earlier.glob("*.safetensors"):  # they name the job as it was named
+        tensors, values = read_values(path)
+        with JobFolder(lab.folder / "other", {}) as other:
+            monkeypatch.setattr(other, "path", earlier)
+            other._write(path.name, tensors, values)
+    (earlier / "mark").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "with_teacher", lambda *_: pytest.fail("it was trained anew"))
+        if started_by == "node":
+            made = Job(root, job.recipe, job.plans).describe("flux", subject.digest, samples.digest)
+            with JobFolder(root, made):
+                pass
+        worker.train(job, ProcessGroup(), root if started_by == "node" else None)
+    if started_by == "node":
+        (folder,) = root.iterdir()
+    assert (folder / "result.safetensors").is_file() and (folder / "mark").exists() == (started_by == "command")
+    assert earlier.exists() == (started_by == "node"), "nothing is lost"
+    with JobFolder(folder.parent, {k: v for k, v in json.loads((folder / "job.json").read_text()).items()
+                                   if k != "format"}) as again:  # fmt: skip
+        assert again.result() is not None and again.state() is not None and not again.notes
 
 
 def test_a_job_is_read_as_it_was_written(lab, tmp_path):

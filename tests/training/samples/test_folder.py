@@ -8,7 +8,9 @@ import pytest
 import torch
 from sample_maker import FINGERPRINT, PROMPTS, about, condition, make, noise
 
-from linearize.training.samples.conditioning import Conditioning, SamplesProblem, content_sha256
+from linearize.attention.students.tensor_values import content_sha256
+from linearize.training.samples.conditioning import Conditioning
+from linearize.training.samples.files import SamplesProblem
 from linearize.training.samples.folder import TeacherSamples, check_samples
 from linearize.training.samples.index import OTHER, read_about
 from linearize.training.samples.writer import SamplesWriter

@@ -13,10 +13,12 @@ import torch
 from sample_maker import PROMPTS, about, condition, make, noise
 
 from linearize.attention.students import tensor_file
+from linearize.attention.students.tensor_values import content_sha256
 from linearize.training.samples import writer as samples_writer
-from linearize.training.samples.conditioning import Conditioning, SamplesProblem, content_sha256, load_tensors
+from linearize.training.samples.conditioning import Conditioning
+from linearize.training.samples.files import SamplesProblem, load_tensors
 from linearize.training.samples.folder import TeacherSamples
-from linearize.training.samples.writer import SamplesWriter, Wanted
+from linearize.training.samples.writer import Request, SamplesWriter
 
 MAKER = Path(__file__).parents[1] / "sample_maker.py"
 
@@ -171,11 +173,11 @@ def test_prompts_may_be_added_at_the_end(tmp_path):
 def test_another_conditioning_is_refused(tmp_path):
     make(tmp_path, prompts=[""])
     with SamplesWriter(tmp_path, about()) as writer:
-        known = Wanted(0, "", condition("").file, condition("").file)
-        assert writer.missing([known, Wanted(1, "")]) == []
-        for other in (Wanted(0, "", condition("b").file), Wanted(0, "", None, condition("b").file)):
+        known = Request(0, "", condition("").file, condition("").file)
+        assert writer.missing([known, Request(1, "")]) == []
+        for other in (Request(0, "", condition("b").file), Request(0, "", None, condition("b").file)):
             with pytest.raises(SamplesProblem, match="sample 0 in .* was made from another conditioning"):
-                writer.missing([other, Wanted(1, "")])
+                writer.missing([other, Request(1, "")])
 
 
 @pytest.mark.parametrize(

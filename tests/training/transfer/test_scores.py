@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from linearize.attention import Segment, TokenLayout, grid_segment
+from linearize.attention.kinds.kind import Learned
 from linearize.attention.kinds.mapped import mapped_attention
 from linearize.attention.kinds.reference import exact_and_linear_masks
 from linearize.attention.site_call import SiteCall
 from linearize.attention.specs import STABILIZERS, ChunkedSpec, HybridSpec, LinearSpec
-from linearize.attention.students.learned import Learned, new_maps
+from linearize.attention.students.learned import new_maps
 from linearize.training.engine.losses import score_loss
 from linearize.training.transfer.scores import scores_and_products
 
@@ -57,7 +58,7 @@ def ideal_call(layout, spec, is_exponential=False, scale=0.4, common=0.0):
     shift = torch.zeros(())
     if exact.any(-1).all() and not is_exponential:
         seen = scores.masked_fill(~exact, float("-inf"))
-        stabilizer = getattr(spec, "stabilizer", "max")
+        stabilizer = spec.stabilizer
         shift = {"max": seen.amax(-1, keepdim=True), "lse": seen.logsumexp(-1, keepdim=True)}.get(stabilizer, shift)
     elif not is_exponential:
         shift = scores.amax(-1, keepdim=True)

@@ -1,0 +1,1 @@
+"""How the shipped workflows and blueprints are written from their API form."""

@@ -1,0 +1,1 @@
+"""How fast the kinds are and what memory they take, against what users would pick instead."""

@@ -1,0 +1,78 @@
+"""The tables of the front pages, README.md and README.zh.md: models, what windows leave, quality."""
+
+import csv
+import statistics
+import textwrap
+from pathlib import Path
+
+from linearize.attention import ClearSpec, Segment, TokenLayout, grid_segment
+from linearize.attention.hosts import HOSTS
+from linearize.attention.planning.cost import clear_pairs
+
+EVIDENCE = Path(__file__).resolve().parents[1] / "evidence" / "results.csv"
+PIXELS = (1024, 1536, 2048, 4096, 8192)
+SPECS = (ClearSpec(8), ClearSpec(16), ClearSpec(32), ClearSpec(8, down_factor=4))
+QUALITY = (  # suite and method of the evidence, and their names in both languages
+    ("methods", "clear r=4", "picture: windows, radius 4", "图像：窗口，半径 4"),
+    ("methods", "clear r=12", "picture: windows, radius 12", "图像：窗口，半径 12"),
+    ("methods", "clear r=4 pooled 2", "picture: windows, radius 4, and pooled keys", "图像：窗口，半径 4，加池化键"),
+    ("methods", "hybrid R=4 polynomial max", "picture: hybrid, every 4th key exact", "图像：混合，每 4 个键 1 个精确"),
+    ("methods", "linear polynomial", "picture: linear", "图像：线性"),
+    ("video", "clear 3-D r=4", "clip: windows, radius 4", "视频：窗口，半径 4"),
+    ("video", "linear polynomial", "clip: linear", "视频：线性"),
+    ("video", "hybrid R=2 polynomial max", "clip: hybrid, every 2nd key exact", "视频：混合，每 2 个键 1 个精确"),
+    ("video", "chunked 2 overlap 1", "clip: chunks of 2 frames, overlap 1", "视频：2 帧一块，重叠 1 帧"),
+)
+
+
+def models_line() -> str:
+    """Return the names of all hosts, in the order in which they are tried."""
+    return "\n".join(textwrap.wrap(", ".join(host.title for host in HOSTS) + ".", 120, break_on_hyphens=False))
+
+
+def pairs_table(heads: tuple[str, ...] = ("pixels a side", "tokens (256 text)", "radius")) -> str:
+    """Return the share of pairs that CLEAR keeps on FLUX.1, exact counts at 256 and 512 text tokens.
+
+    Args:
+        heads: words for the size, the number of tokens and the radius.
+    """
+    names = [f"{heads[2]} {spec.radius}" + (", `down_factor` 4" if spec.down_factor > 1 else "") for spec in SPECS]
+    lines = [f"| {' | '.join([*heads[:2], *names])} |", "|" + "---:|" * (len(names) + 2)]
+    for pixels in PIXELS:
+        side = pixels // 16
+        layouts = [TokenLayout.of((Segment("text", t), grid_segment("main", 1, side, side))) for t in (256, 512)]
+        cells = []
+        for spec in SPECS:
+            shares = [clear_pairs(spec, layout) / layout.num_tokens**2 for layout in layouts]
+            cells.append(" / ".join(f"{share:.1%}".replace("%", " %") for share in shares))
+        lines.append(f"| {pixels} | {layouts[0].num_tokens:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def pairs_table_zh() -> str:
+    """Return the same in Chinese."""
+    return pairs_table(("每边像素", "token 数（文本 256）", "半径"))
+
+
+def quality_table(heads: tuple[str, ...] = ("attention of every site", "untrained, dB", "trained, dB")) -> str:
+    """Return PSNR against dense attention before and after all training, means over seeds, from the evidence's rows.
+
+    Args:
+        heads: of the columns, in English or in Chinese.
+    """
+    with EVIDENCE.open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if not row["note"] and float(row["scale"]) == 1]
+    lines = [f"| {' | '.join(heads)} |", "|---|---:|---:|"]
+    for suite, method, english, chinese in QUALITY:
+        cells = [english if heads[0].isascii() else chinese]
+        for training in ("untrained", "all stages"):
+            key = (suite, method, training)
+            newest = {row["seed"]: row for row in rows if (row["suite"], row["method"], row["training"]) == key}
+            cells.append(f"{statistics.fmean(float(row['psnr']) for row in newest.values()):.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def quality_table_zh() -> str:
+    """Return the same in Chinese."""
+    return quality_table(("所有位置的注意力", "未训练，dB", "训练后，dB"))

@@ -1,0 +1,1 @@
+"""How well the kinds work and what each stage of training gains, on two small teachers."""

@@ -1,0 +1,1 @@
+"""The demo's trained models, and how they were made."""

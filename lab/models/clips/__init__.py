@@ -1,0 +1,1 @@
+"""How the video model was made."""

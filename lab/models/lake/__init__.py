@@ -1,0 +1,1 @@
+"""How the image model and its autoencoder were made."""
