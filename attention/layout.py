@@ -6,7 +6,7 @@ it, everything below reads it.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,25 +35,34 @@ class Segment:
         length: number of tokens, at least 0.
         grid: (frames, height, width) of a segment whose tokens attend locally; None makes its tokens global, which
             means that they see, and are seen by, every token.
+        place: (frames, height, width) of global tokens that are a picture or a clip of their own, such as a reference;
+            kinds that see through means cut it like a grid, others leave it aside.
 
     Raises:
-        ValueError: the length is negative, or is not the product of the grid.
+        ValueError: the length is negative, or is not the product of the grid or the place.
     """
 
     role: str
     length: int
     grid: Grid | None = None
+    place: Grid | None = None
 
     def __post_init__(self) -> None:
         if self.length < 0:
             raise ValueError(f"a segment holds 0 or more tokens, got {self.role} with length={self.length}")
-        if self.grid is not None and (min(self.grid) < 1 or math.prod(self.grid) != self.length):
-            raise ValueError(f"the {self.role} segment has {self.length} tokens, its grid {self.grid} does not")
+        for grid in (self.grid, self.place):
+            if grid is not None and (min(grid) < 1 or math.prod(grid) != self.length):
+                raise ValueError(f"the {self.role} segment has {self.length} tokens, its grid {grid} does not")
 
 
 def grid_segment(role: str, frames: int, height: int, width: int) -> Segment:
     """Return a local segment with one token per cell of `frames` x `height` x `width`."""
     return Segment(role, frames * height * width, (frames, height, width))
+
+
+def reference_segment(grid: Grid) -> Segment:
+    """Return global tokens that are a picture or a clip of their own, one token per cell of its grid."""
+    return Segment("reference", math.prod(grid), place=grid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +117,11 @@ class TokenLayout:
     def grids(self) -> tuple[tuple[int, Grid], ...]:
         """(first token, grid) of every local segment, in sequence order."""
         return tuple((span.start, span.segment.grid) for span in self.spans if span.segment.grid is not None)
+
+    @property
+    def with_all_grids(self) -> "TokenLayout":
+        """The same tokens, those of pictures and clips of their own on grids too."""
+        return TokenLayout(tuple(replace(each, grid=each.grid or each.place, place=None) for each in self.segments))
 
     @property
     def global_ranges(self) -> Ranges:

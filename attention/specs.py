@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from .checks import MOST_TOKENS, check_boolean, check_choice, check_whole
+from .checks import MOST_TOKENS, check_boolean, check_choice, check_number, check_whole
 from .shown import quote, quote_some
 
 STABILIZERS = ("max", "lse", "common")
 MOST_DOWN_FACTOR = 256  # a site's pooling weights have its square
 MOST_FEATURES = 1024  # a map has up to the square of them per head
 MOST_HEADS = 1024
+MOST_TILE = 64
+MOST_LEVELS = 16
 MOST_FRAMES = 2**20
 TRAINING_TOKENS = 4608  # CLEAR was distilled on 64 x 64 image tokens and 512 text tokens
 FEATURE_MAPS: dict[str, type] = {}  # by name; `kinds/feature_maps.py` registers them
@@ -193,6 +195,50 @@ class ChunkedSpec(Spec):
         check_whole("overlap_frames", self.overlap_frames, 0, MOST_FRAMES, "0 means no overlap")
         check_boolean("causal", self.causal)
         _feature_map(self)
+
+
+@dataclass(frozen=True, slots=True)
+class FoveatedSpec(Spec):
+    """Exact keys near the query and where content asks for them, means elsewhere; every key counts once.
+
+    Grids are cut into tiles, and the queries of a tile see the same. A mean counts as often as it has tokens: its score
+    is q . mean(k) + log(number of tokens). Global tokens stay exact.
+
+    Args:
+        radius: tokens nearer to the tile of queries than this are exact (strict: 1 is the tile itself, 0 is none).
+        top: share of the tiles of keys that each head and tile of queries chooses by content to see exactly, 0 to 1.
+        tile: side of a tile in tokens.
+        frames: latent frames of a tile; 0 takes all.
+        levels: sizes of means. 1: one mean per tile. More: means begin at half a tile's side, and each further level
+            doubles side and distance, so that pairs grow with N log N; `tile` is even then.
+        order: 0 means alone; 1 adds the first-order term of the means, one matrix per head.
+
+    Raises:
+        ValueError: a value is out of range; the sentence names it.
+
+    Source: the rule is ours; PISA (arXiv 2602.01077) has the means of runs of tokens and the first-order term.
+    """
+
+    kind: ClassVar[str] = "foveated"
+    told: ClassVar[tuple[str, ...]] = ("top", "tile")
+    radius: int = 1
+    top: float = 0.1
+    tile: int = 4
+    frames: int = 1
+    levels: int = 1
+    order: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole("radius", self.radius, 0, MOST_TOKENS, "0 makes nothing exact for its distance")
+        check_number("top", self.top, 1.0)
+        check_whole("tile", self.tile, 1, MOST_TILE, "one token")
+        check_whole("frames", self.frames, 0, MOST_FRAMES, "0 means all frames")
+        check_whole("levels", self.levels, 1, MOST_LEVELS, "one mean per tile")
+        check_whole("order", self.order, 0, 1, "means alone")
+        if self.levels > 1 and self.tile % 2:
+            raise ValueError(f"tile is even where levels are above 1, got tile={self.tile}")
+        if not self.radius and not self.top:
+            raise ValueError("radius or top is above 0; with neither there is no exact key on the grid")
 
 
 MappedSpec = LinearSpec | HybridSpec | ChunkedSpec  # the kinds that have feature maps

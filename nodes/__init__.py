@@ -7,6 +7,7 @@ from .budget_plan import LinearizeBudgetPlan
 from .clear import LinearizeCLEAR
 from .compare import LinearizeCompare
 from .finetune import LinearizeFinetune
+from .foveated import LinearizeFoveated
 from .high_res import LinearizeHighRes
 from .linear import LinearizeHybrid, LinearizeLinear
 from .load_student import LinearizeLoadStudent
@@ -32,6 +33,7 @@ class LinearizeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes."""
         return [
+            LinearizeFoveated,
             LinearizeCLEAR,
             LinearizeHybrid,
             LinearizeLinear,

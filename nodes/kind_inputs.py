@@ -10,7 +10,17 @@ from ..attention.kinds.feature_maps import MAPS
 from ..attention.plans import Plan, select_sites
 from ..attention.runtime.backends import AUTO, BACKENDS
 from ..attention.runtime.runtime import SiteSettings
-from ..attention.specs import STABILIZERS, ChunkedSpec, ClearSpec, HybridSpec, LinearSpec, SiteSpec
+from ..attention.specs import (
+    MOST_LEVELS,
+    MOST_TILE,
+    STABILIZERS,
+    ChunkedSpec,
+    ClearSpec,
+    FoveatedSpec,
+    HybridSpec,
+    SiteSpec,
+    Spec,
+)
 from . import node_status
 
 UNTRAINED_MAP = "elu1"  # has nothing to learn, and no map costs less
@@ -74,6 +84,52 @@ def clear_inputs(*, advanced: bool = False) -> list[Any]:
             optional=True,
             advanced=advanced,
             tooltip="Sharpens attention for pictures above 1024 x 1024, as CLEAR's high-resolution recipe does.",
+        ),
+    ]
+
+
+def foveated_inputs() -> list[Any]:
+    """Return the inputs of kind foveated as a plan holds them."""
+    default = FoveatedSpec()
+    more: dict[str, Any] = {"optional": True, "advanced": True}
+    return [
+        io.Float.Input(
+            "top",
+            default=default.top,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Share of the tiles that are exact for what they show; the others are averages. 0 goes by "
+            "distance alone.",
+        ),
+        io.Int.Input(
+            "radius",
+            default=default.radius,
+            min=0,
+            max=1024,
+            tooltip="Tokens nearer than this to a tile are always exact. 1 is the tile itself, 0 leaves it to content.",
+            **more,
+        ),
+        io.Int.Input("tile", default=default.tile, min=1, max=MOST_TILE, tooltip="Side of a tile in tokens.", **more),
+        io.Int.Input(
+            "frames", default=default.frames, min=0, max=1024, tooltip="Latent frames of a tile. 0 is all.", **more
+        ),
+        io.Int.Input(
+            "levels",
+            default=default.levels,
+            min=1,
+            max=MOST_LEVELS,
+            tooltip="Sizes of averages. Above 1 they begin at half a tile and double with the distance; tile is even "
+            "then.",
+            **more,
+        ),
+        io.Int.Input(
+            "order",
+            default=default.order,
+            min=0,
+            max=1,
+            tooltip="1 adds what averages lose at first order, one matrix per head.",
+            **more,
         ),
     ]
 
@@ -183,7 +239,7 @@ def untrained_notes(specs: Iterable[SiteSpec]) -> list[str]:
 
 def run_kind(
     model: Any,
-    spec: LinearSpec | HybridSpec,
+    spec: Spec,
     node_id: str | None,
     *,
     sites: str = "all",

@@ -7,7 +7,7 @@ from ..attention.plans import Plan
 from ..attention.specs import spec_from_json
 from ..attention.students.candidates import Candidates
 from .apply import apply_plan, apply_student
-from .kind_inputs import chunked_inputs, clear_inputs, feature_map_inputs, hybrid_inputs
+from .kind_inputs import chunked_inputs, clear_inputs, feature_map_inputs, foveated_inputs, hybrid_inputs
 from .sockets import CATEGORY, CATEGORY_PLAN, AttentionPlan, AttentionStudent
 
 
@@ -30,12 +30,14 @@ class LinearizeUniformPlan(io.ComfyNode):
                     options=[
                         io.DynamicCombo.Option("clear", clear_inputs()),
                         io.DynamicCombo.Option("dense", []),
+                        io.DynamicCombo.Option("foveated", foveated_inputs()),
                         io.DynamicCombo.Option("hybrid", hybrid_inputs()),
                         io.DynamicCombo.Option("linear", feature_map_inputs()),
                         io.DynamicCombo.Option("chunked", chunked_inputs()),
                     ],
-                    tooltip="clear sees a disc around each token. dense leaves the sites as they are. hybrid keeps "
-                    "every rate-th key exact, linear none; chunked keeps those of some frames.",
+                    tooltip="clear sees a disc around each token. dense leaves the sites as they are. foveated sees "
+                    "exactly what content asks for and averages elsewhere. hybrid keeps every rate-th key exact, "
+                    "linear none; chunked keeps those of some frames.",
                 ),
                 io.String.Input(
                     "sites",

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..layout import Grid, Reason, Segment, TokenLayout, grid_segment
+from ..layout import Grid, Reason, Segment, TokenLayout, grid_segment, reference_segment
 from .site_hooks import current_site
 
 
@@ -91,6 +91,10 @@ class Host(Protocol):
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
         """Return the layout for a picture or clip of this many pixels and frames, before anything runs."""
         ...
+
+    def makes_clips(self, module: Any) -> bool:
+        """Return whether a clip has several frames of tokens; pictures have one."""
+        return any(grid[0] > 1 for _, grid in self.planned_layout(module, 512, 512, 81, 0).grids)
 
     def diffusers_targets(self, module: Any) -> dict[str, WeightTarget]:
         """Return, by diffusers name, where the projections of the sites lie; empty if nobody publishes any."""
@@ -194,8 +198,8 @@ def main_segment(latent: Any, patch: Sequence[int]) -> Segment:
 
 
 def reference_segments(latents: Sequence[Any] | None, patch: Sequence[int]) -> list[Segment]:
-    """Return one run of global tokens per reference latent."""
-    return [Segment("reference", math.prod(grid_of(latent, patch))) for latent in latents or ()]
+    """Return the global tokens of each reference latent, with their place."""
+    return [reference_segment(grid_of(latent, patch)) for latent in latents or ()]
 
 
 def planned_main(width: int, height: int, side: int, frames: int = 1) -> Segment:

@@ -5,10 +5,9 @@ grid. The token refiner of the text runs before there is a block index, so it is
 where part of a prompt is padding, which ComfyUI's own encoders do not make; such a call is declined.
 """
 
-import math
 from typing import Any
 
-from ..layout import Reason, Segment, TokenLayout
+from ..layout import Reason, Segment, TokenLayout, reference_segment
 from .base import ModelCall, grid_of, main_segment, missing_structure, planned_main, wrong_inputs
 from .double_single import DoubleSingleHost
 
@@ -57,7 +56,7 @@ class HunyuanVideoHost(DoubleSingleHost):
         segments = [] if vision is None else [Segment("reference", vision.shape[1])]
         segments += words
         if reference is not None:
-            segments.append(Segment("reference", math.prod(grid_of(reference, patch))))
+            segments.append(reference_segment(grid_of(reference, patch)))
         return TokenLayout.of([*segments, main_segment(latent, patch)])
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:

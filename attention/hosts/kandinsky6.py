@@ -6,7 +6,7 @@ cross-attention, sound through attention between the two streams; both are left 
 
 from typing import Any
 
-from ..layout import Reason, Segment, TokenLayout, grid_segment
+from ..layout import Reason, TokenLayout, grid_segment, reference_segment
 from .base import Host, ModelCall, Site, grid_of, missing_structure, numbered_sites, planned_main
 
 PIXELS_PER_LATENT = 8
@@ -50,7 +50,7 @@ class Kandinsky6Host(Host):
         # the start picture is the last frame, at the place of the first
         start = 1 if call.kwargs.get("k6_reference_tail") and frames > 1 else 0
         main = grid_segment("main", frames - start, rows, columns)
-        return TokenLayout.of((main, Segment("reference", start * rows * columns)))
+        return TokenLayout.of((main, *([reference_segment((1, rows, columns))] * start)))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
         """Text is no part of it."""

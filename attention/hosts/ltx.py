@@ -60,7 +60,9 @@ class LTXHost(Host):
                 return Reason("guides", "a node removes tokens from the video itself")
             num_guide_tokens = int(is_left[:, frames - guides :].sum())
         main = grid_segment("main", frames - guides, rows, columns)
-        return TokenLayout.of((main, Segment("reference", num_guide_tokens)))
+        is_whole = num_guide_tokens == guides * rows * columns and guides > 0  # some of its tokens may be left out
+        place = (guides, rows, columns) if is_whole else None
+        return TokenLayout.of((main, Segment("reference", num_guide_tokens, place=place)))
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:
         """Text is not part of the sequence."""

@@ -7,11 +7,10 @@ grid (its frames are the layers of a layered picture), reference frames. The ref
 index, so they are no sites. No call gets a mask.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..layout import Reason, Segment, TokenLayout
+from ..layout import Reason, Segment, TokenLayout, reference_segment
 from .base import (
     Host,
     ModelCall,
@@ -75,7 +74,7 @@ class LuminaHost(Host):
             segments += [each for i in range(len(references)) for each in vision_tokens(module, vision, i)]
             segments += vision_tokens(module, (), 0)  # of the picture itself: pads only
         for reference in references:
-            segments += padded(module, Segment("reference", math.prod(grid_of(reference, patch))))
+            segments += padded(module, reference_segment(grid_of(reference, patch)))
         return TokenLayout.of([*segments, *padded(module, *main)])
 
     def planned_layout(self, module: Any, width: int, height: int, frames: int, text_tokens: int) -> TokenLayout:

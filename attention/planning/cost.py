@@ -7,11 +7,24 @@ import functools
 import math
 from dataclasses import dataclass
 
+import torch
+
 from ..kinds.chunked import chunks_of, linear_runs
 from ..kinds.feature_maps import MAPS
+from ..kinds.foveated_cells import cell_table, chosen_tiles
 from ..kinds.kind import kind_of
 from ..layout import Grid, TokenLayout
-from ..specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, LinearSpec, MappedSpec, SiteSpec, groups_of
+from ..specs import (
+    ChunkedSpec,
+    ClearSpec,
+    DenseSpec,
+    FoveatedSpec,
+    HybridSpec,
+    LinearSpec,
+    MappedSpec,
+    SiteSpec,
+    groups_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +101,29 @@ def clear_pairs(spec: ClearSpec, layout: TokenLayout) -> int:
         pairs += tokens * (layout.num_global + pooled_tokens(grid, spec.down_factor))
         pairs += disc_pairs(grid, spec.radius, spec.temporal_radius)
     return pairs
+
+
+@functools.lru_cache(maxsize=256)
+def foveated_pairs(spec: FoveatedSpec, layout: TokenLayout) -> int:
+    """Return the (query, key) pairs of one head under foveated attention, exact ones and means.
+
+    Global queries see every token, all queries see the global tokens. What content chooses is counted as tiles of the
+    mean size that leave one mean less each; beside larger means each also splits one of every level.
+    """
+    layout = layout.with_all_grids
+    pairs = layout.num_global * layout.num_tokens
+    if not layout.grids:
+        return pairs
+    table = cell_table(layout, spec, torch.device("cpu"))
+    queries = (table.tiles >= 0).sum(1)
+    near = (table.cells >= 0).sum(1)[table.exact.clamp_min(0)].masked_fill(table.exact < 0, 0).sum(1)
+    means = table.standing.clone()
+    chosen = torch.minimum((~table.near_tiles).sum(1), torch.tensor(chosen_tiles(spec, len(queries))))
+    seen = near + means + chosen * (queries.sum() / len(queries) - 1)
+    if spec.levels > 1:
+        seen += chosen * 3 * (spec.levels - 2)
+    seen = torch.minimum(seen, queries.sum().double())
+    return pairs + round(float((queries * (seen + layout.num_global)).sum()))
 
 
 def dense_pairs(spec: DenseSpec, layout: TokenLayout) -> int:

@@ -9,14 +9,24 @@ from ..gpu import self_test
 from ..gpu.clear import clear_refusal, clear_with_triton
 from ..gpu.mapped import TRITON
 from ..kinds.clear import clear_attention
+from ..kinds.foveated import foveated_attention, tiles_of
+from ..kinds.foveated_reference import foveated_reference
 from ..kinds.kind import Kernels, Kind, Learned, register
 from ..kinds.linear import TORCH, Engine
 from ..kinds.mapped import mapped_attention
 from ..kinds.reference import clear_reference, dense_reference, mapped_reference
 from ..layout import TokenLayout
 from ..memory import LongLived
-from ..planning.cost import chunked_flops, chunked_pairs, clear_pairs, dense_pairs, exact_pairs, linear_flops
-from ..specs import ChunkedSpec, ClearSpec, DenseSpec, HybridSpec, LinearSpec, MappedSpec, SiteSpec
+from ..planning.cost import (
+    chunked_flops,
+    chunked_pairs,
+    clear_pairs,
+    dense_pairs,
+    exact_pairs,
+    foveated_pairs,
+    linear_flops,
+)
+from ..specs import ChunkedSpec, ClearSpec, DenseSpec, FoveatedSpec, HybridSpec, LinearSpec, MappedSpec, SiteSpec
 
 
 def _dense(
@@ -48,6 +58,21 @@ def _mapped(
     return mapped_attention(query, key, value, layout, spec, learned.maps, scale=scale, engine=engine)
 
 
+def _foveated(
+    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, spec: FoveatedSpec, learned: Learned,
+    *, scale: float | None, memory: LongLived | None,
+) -> Tensor:  # fmt: skip
+    return foveated_attention(query, key, value, layout, spec, scale=scale, memory=memory)
+
+
+def _foveated_reference(
+    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, spec: FoveatedSpec, learned: Learned,
+    scale: float | None,
+) -> Tensor:  # fmt: skip
+    choice = tiles_of(query, key, layout, spec, scale=scale)
+    return foveated_reference(query, key, value, layout, spec, scale, choice)
+
+
 ON_TORCH = partial(_mapped, engine=TORCH)
 ON_TRITON = Kernels(partial(_mapped, engine=TRITON), self_test.MAPPED.refusal)
 
@@ -62,6 +87,7 @@ register(
         kernels=Kernels(_clear_on_triton, self_test.CLEAR.refusal, clear_refusal),
     )
 )
+register(Kind(FoveatedSpec, _foveated_reference, _foveated, foveated_pairs, colour=(178, 58, 72)))
 register(Kind(LinearSpec, mapped_reference, ON_TORCH, exact_pairs, (214, 123, 40), linear_flops, ON_TRITON))
 register(Kind(HybridSpec, mapped_reference, ON_TORCH, exact_pairs, (111, 76, 155), linear_flops, ON_TRITON))
 register(Kind(ChunkedSpec, mapped_reference, ON_TORCH, chunked_pairs, (64, 145, 108), chunked_flops, ON_TRITON))

@@ -10,6 +10,7 @@ from linearize.attention.specs import (
     ChunkedSpec,
     ClearSpec,
     DenseSpec,
+    FoveatedSpec,
     HeadGroup,
     HeadSplit,
     HybridSpec,
@@ -23,6 +24,7 @@ from linearize.attention.specs import (
 EXAMPLES = (
     DenseSpec(),
     ClearSpec(8, 3, 4, True),
+    FoveatedSpec(2, 0.2, 8, 0, 3, 1),
     LinearSpec("favor", 128),
     HybridSpec(4, "hedgehog", stabilizer="common"),
     HybridSpec(4, "hedgehog", 64, "lse"),
@@ -32,7 +34,7 @@ EXAMPLES = (
 
 
 def test_every_kind_of_the_design_is_there():
-    assert tuple(SPECS) == ("dense", "clear", "linear", "hybrid", "chunked")
+    assert tuple(SPECS) == ("dense", "clear", "foveated", "linear", "hybrid", "chunked")
 
 
 @pytest.mark.parametrize("spec", EXAMPLES, ids=lambda spec: spec.kind)

@@ -18,6 +18,12 @@ SCHEMAS = {
          "end_percent", "min_tokens", "backend"],
         ["MODEL", "ATTENTION_PLAN"],
     ),
+    "LinearizeFoveated": (
+        "Foveated Attention", "linearize",
+        ["model", "keep", "radius", "top", "tile", "frames", "levels", "sites", "start_percent", "end_percent",
+         "min_tokens", "backend"],
+        ["MODEL", "ATTENTION_PLAN"],
+    ),
     "LinearizeHybrid": (
         "Hybrid Attention", "linearize",
         ["model", "rate", "feature_map", "stabilizer", "feature_dim", "sites", "start_percent", "end_percent",
@@ -80,6 +86,7 @@ SCHEMAS = {
 # what an API prompt has to name, for ever: one more here, and every stored prompt that lacks it is refused
 REQUIRED = {
     "LinearizeCLEAR": {"model", "radius", "weights"},
+    "LinearizeFoveated": {"model", "keep"},
     "LinearizeHybrid": {"model", "rate", "feature_map"},
     "LinearizeLinear": {"model", "feature_map"},
     "LinearizeReport": {"model", "width", "height"},
@@ -88,6 +95,7 @@ REQUIRED = {
     "LinearizeUniformPlan": {"kind", "sites", "host"},
     "LinearizeUniformPlan.clear": {"radius"},
     "LinearizeUniformPlan.dense": set(),
+    "LinearizeUniformPlan.foveated": {"top"},
     "LinearizeUniformPlan.hybrid": {"rate", "feature_map"},
     "LinearizeUniformPlan.linear": {"feature_map"},
     "LinearizeUniformPlan.chunked": {"chunk_frames", "overlap_frames", "causal", "feature_map"},
@@ -130,6 +138,7 @@ def test_no_version_asks_for_an_input_that_an_earlier_one_did_not(comfy):
 def test_what_is_left_out_is_what_the_widget_shows(comfy):
     module = comfy.module
     behind = {  # where the defaults of a node's **inputs stand
+        "LinearizeFoveated": signature_defaults(module("nodes.kind_inputs").run_kind),
         "LinearizeHybrid": signature_defaults(module("nodes.kind_inputs").run_kind),
         "LinearizeLinear": signature_defaults(module("nodes.kind_inputs").run_kind),
         "LinearizeTransfer": vars_of(module("training.engine.recipe").TransferRecipe()),

@@ -44,7 +44,8 @@ LOAD = {"load": ("LinearizeLoadStudent", {"model": MODEL, "student": STUDENT})}
 RUNS = prompt(
     **CLEAR, **SAMPLES, **LOAD,
     linear=("LinearizeLinear", {"model": MODEL, "feature_map": "relu"}),
-    hybrid=("LinearizeHybrid", {"model": ["linear", 0], "rate": 2, "feature_map": "elu1"}),
+    foveated=("LinearizeFoveated", {"model": ["linear", 0], "keep": 0.3}),
+    hybrid=("LinearizeHybrid", {"model": ["foveated", 0], "rate": 2, "feature_map": "elu1"}),
     high=("LinearizeHighRes", {"model": ["clear", 0], **SIZE}),
     chunks=("LinearizeUniformPlan", {"kind": "chunked", "kind.chunk_frames": 2, "kind.overlap_frames": 1,
                                      "kind.causal": False, "kind.feature_map": "relu", **PLACE}),

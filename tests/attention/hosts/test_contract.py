@@ -17,7 +17,7 @@ from linearize.attention.memory import LongLived
 from linearize.attention.planning.cost import clear_pairs
 from linearize.attention.runtime.override import AttentionOverride
 from linearize.attention.runtime.runtime import Runtime, SiteSettings, expect_declines
-from linearize.attention.specs import ClearSpec
+from linearize.attention.specs import ClearSpec, FoveatedSpec
 
 FAMILIES = collect()
 ALL = [pytest.param(family, name, id=f"{family.name}-{name}") for family in FAMILIES for name in family.cases]
@@ -105,24 +105,25 @@ def test_a_token_reaches_only_those_that_may_see_it(family, radius, temporal_rad
         assert changed_tokens(*outputs) == seen_from(case, token, radius, temporal_radius)
 
 
-def assert_all_clear(family, runtime):
+def assert_all_clear(family, runtime, kind="clear"):
     assert {(ran.site, ran.kind, ran.backend) for ran in runtime.record.ran} == {
-        (site, "clear", "torch") for site in family.sites
+        (site, kind, "torch") for site in family.sites
     }
     assert not runtime.record.declined
 
 
+@pytest.mark.parametrize("spec", [ClearSpec(1000), FoveatedSpec(top=1.0)], ids=lambda spec: spec.kind)
 @pytest.mark.parametrize(("family", "name"), ALL)
-def test_radius_over_everything_equals_the_untouched_model(family, name, watch):
+def test_what_sees_everything_equals_the_untouched_model(family, name, spec, watch):
     case = family.cases[name]
     inputs = family.inputs(case)
-    runtime = make_runtime(family, ClearSpec(1000))
+    runtime = make_runtime(family, spec)
     dense, _ = watch(family, runtime, inputs)
     with expect_declines(*case.declines):
         clear, _ = watch(family, runtime, inputs, AttentionOverride())
     assert torch.isfinite(dense).all() and (clear - dense).abs().max() < 1e-4
     if not case.declines:
-        assert_all_clear(family, runtime)
+        assert_all_clear(family, runtime, spec.kind)
         return
     assert {site for site, _ in runtime.record.declined} == set(family.sites)
     for _, reason in runtime.record.declined:
@@ -235,3 +236,18 @@ def test_arguments_that_tell_no_grid_are_a_reason(family, tiny):
 
     found = host_of(family).layout(ModelCall(tiny(family), (torch.zeros(1, 16),), {}))
     assert isinstance(found, Reason) and found.code == "arguments"
+
+
+# vision tokens, sound, frames in several sizes, and a clip some of whose tokens are left out
+WITHOUT_PLACE = {
+    ("hunyuan_video_15", "picture and glyphs"), ("ltx", "a guide in low resolution"), ("wan s2v", "motion"),
+    ("minimax h3", "first and last frame"), ("minimax h3", "references"), ("z_image_omni", "references"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "name"), ALL)
+def test_references_have_a_place(family, name, watch):
+    """A picture of its own is cut into tiles by kinds that see through means."""
+    _, calls = watch(family, make_runtime(family), family.inputs(family.cases[name]))
+    found = {s.place for call in calls if call.site for s in call.layout.segments if s.role == "reference"}
+    assert (None in found) == ((family.name, name) in WITHOUT_PLACE)

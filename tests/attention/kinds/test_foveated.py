@@ -1,0 +1,202 @@
+"""Foveated attention against its float64 oracle, and against what it must equal or approach."""
+
+import math
+
+import pytest
+import torch
+
+from linearize.attention import Segment, TokenLayout, grid_segment
+from linearize.attention.kinds import foveated
+from linearize.attention.kinds.foveated import foveated_attention, tiles_of
+from linearize.attention.kinds.foveated_reference import boxes_of, distance, foveated_reference, tokens_of
+from linearize.attention.layout import reference_segment
+from linearize.attention.specs import FoveatedSpec
+
+
+def layout_of(*grids, text=5):
+    return TokenLayout.of((Segment("text", text), *(grid_segment("main", *grid) for grid in grids)))
+
+
+LAYOUTS = {
+    "picture": layout_of((1, 12, 16)),
+    "primes": layout_of((1, 13, 19), text=3),
+    "one token": layout_of((1, 1, 1), text=2),
+    "one row": layout_of((1, 1, 23)),
+    "no text": layout_of((1, 9, 10), text=0),
+    "clip": layout_of((5, 6, 7)),
+    "text between": TokenLayout.of(
+        (grid_segment("main", 1, 6, 9), Segment("text", 4), grid_segment("reference", 1, 7, 3))
+    ),
+    "aligned reference": TokenLayout.of(
+        (Segment("text", 3), grid_segment("main", 1, 10, 14), grid_segment("reference", 1, 5, 7))
+    ),
+    "clip and picture": TokenLayout.of(
+        (grid_segment("main", 3, 6, 8), grid_segment("reference", 1, 6, 8), Segment("text", 4))
+    ),
+}
+SPECS = {
+    "near and chosen": FoveatedSpec(radius=1, top=0.2),
+    "chosen alone": FoveatedSpec(radius=0, top=0.3),
+    "near alone": FoveatedSpec(radius=3, top=0.0),
+    "levels": FoveatedSpec(radius=2, top=0.0, levels=3),
+    "levels and chosen": FoveatedSpec(radius=1, top=0.15, levels=4),
+    "odd tile": FoveatedSpec(radius=2, top=0.1, tile=3),
+    "tile of one": FoveatedSpec(radius=2, top=0.1, tile=1),
+    "all frames": FoveatedSpec(radius=1, top=0.2, tile=2, frames=0),
+    "two frames, levels": FoveatedSpec(radius=1, top=0.1, tile=2, frames=2, levels=2),
+    "first order": FoveatedSpec(radius=1, top=0.2, order=1),
+    "first order, levels": FoveatedSpec(radius=2, top=0.0, levels=3, order=1),
+    "first order, levels and chosen": FoveatedSpec(radius=2, top=0.2, levels=2, order=1),
+    "all": FoveatedSpec(radius=1, top=1.0),
+}
+
+
+def random_qkv(layout, heads=2, head_dim=8, batch=2, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return tuple(torch.randn(batch, heads, layout.num_tokens, head_dim).to(dtype) for _ in range(3))
+
+
+def choice_of(query, key, layout, spec):
+    return tiles_of(query, key, layout, spec)
+
+
+@pytest.fixture(params=[2**21, 1], ids=["one chunk", "a tile each"])
+def chunks(request, monkeypatch):
+    monkeypatch.setitem(foveated.CHUNK_VALUES, "cpu", request.param)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_it_is_the_oracle(layout, spec, relative_error, tolerance, chunks):
+    query, key, value = random_qkv(layout)
+    choice = choice_of(query, key, layout, spec)
+    truth = foveated_reference(query, key, value, layout, spec, None, choice)
+    output = foveated_attention(query, key, value, layout, spec)
+    assert relative_error(output, truth) < tolerance[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["near and chosen", "levels", "levels and chosen", "first order"])
+def test_it_follows_the_dtype(name, dtype, relative_error, tolerance):
+    layout, spec = LAYOUTS["primes"], SPECS[name]
+    query, key, value = random_qkv(layout, dtype=dtype)
+    choice = choice_of(query, key, layout, spec)
+    output = foveated_attention(query, key, value, layout, spec, choice=choice)
+    assert output.dtype == dtype
+    assert relative_error(output, foveated_reference(query, key, value, layout, spec, None, choice)) < tolerance[dtype]
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("place", ["primes", "clip", "text between"])
+def test_gradients_are_the_oracles(name, place, chunks, relative_error):
+    layout, spec = LAYOUTS[place], SPECS[name]
+    inputs = random_qkv(layout, batch=1, head_dim=4, dtype=torch.float64)
+    choice = choice_of(*inputs[:2], layout, spec)
+    ours = [tensor.clone().requires_grad_() for tensor in inputs]
+    theirs = [tensor.clone().requires_grad_() for tensor in inputs]
+    weight = torch.randn_like(inputs[0])
+    (foveated_attention(*ours, layout, spec, choice=choice) * weight).sum().backward()
+    (foveated_reference(*theirs, layout, spec, None, choice) * weight).sum().backward()
+    for one, other in zip(ours, theirs, strict=True):
+        assert relative_error(one.grad, other.grad) < 1e-10
+
+
+def dense(query, key, value):
+    return torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double())
+
+
+@pytest.mark.parametrize(
+    "spec", [FoveatedSpec(top=1.0), FoveatedSpec(radius=99, top=0.0), FoveatedSpec(top=1.0, levels=3)]
+)
+def test_it_is_dense_where_everything_is_exact(spec, relative_error):
+    layout = LAYOUTS["primes"]
+    inputs = random_qkv(layout)
+    assert relative_error(foveated_attention(*inputs, layout, spec), dense(*inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("spec", [FoveatedSpec(top=0.1), FoveatedSpec(radius=1, top=0.0, levels=3)])
+def test_equal_keys_lose_nothing_in_means(spec, relative_error):
+    """Each key counts once: where the keys of a cell are equal, means are exact, at borders too."""
+    layout = LAYOUTS["primes"]
+    query, _, value = random_qkv(layout)
+    key = torch.randn(2, 2, 1, 8).expand(query.shape)
+    assert relative_error(foveated_attention(query, key, value, layout, spec), dense(query, key, value)) < 1e-5
+
+
+def test_it_does_not_write_into_its_inputs_and_takes_any_strides(relative_error):
+    layout, spec = LAYOUTS["clip"], SPECS["near and chosen"]
+    inputs = random_qkv(layout)
+    strided = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in inputs]
+    copies = [tensor.clone() for tensor in strided]
+    output = foveated_attention(*strided, layout, spec)
+    assert all(torch.equal(one, other) for one, other in zip(strided, copies, strict=True))
+    assert relative_error(output, foveated_attention(*inputs, layout, spec)) < 1e-6
+
+
+def test_a_reference_is_a_grid_of_its_own():
+    placed = TokenLayout.of((Segment("text", 3), grid_segment("main", 1, 10, 14), reference_segment((1, 5, 7))))
+    inputs, spec = random_qkv(placed), SPECS["near and chosen"]
+    output = foveated_attention(*inputs, placed, spec)
+    assert torch.equal(output, foveated_attention(*inputs, LAYOUTS["aligned reference"], spec))
+    loose = TokenLayout.of((Segment("text", 3), grid_segment("main", 1, 10, 14), Segment("reference", 35)))
+    assert not torch.allclose(output, foveated_attention(*inputs, loose, spec))
+
+
+def test_the_best_tiles_are_chosen_and_the_first_of_equal_ones():
+    layout, spec = layout_of((1, 8, 16), text=0), FoveatedSpec(radius=1, top=0.25)
+    query = torch.ones(1, 1, 128, 4)
+    key = torch.zeros(1, 1, 128, 4)
+    tiles = boxes_of(layout, spec, 4)
+    key[0, 0, tokens_of(tiles[6])] = 1.0
+    choice = choice_of(query, key, layout, spec)
+    assert choice[0, 0, 0].tolist() == [1, 6]  # itself is near, so tile 1 is the first of equal ones
+    assert choice[0, 0, 6].tolist() == [0, 1]
+    assert choice[0, 0, 1].tolist() == [0, 6]
+
+
+def test_spread_inside_a_tile_helps_it():
+    layout, spec = layout_of((1, 8, 16), text=0), FoveatedSpec(radius=1, top=0.125)
+    query, key = torch.ones(1, 1, 128, 4), torch.zeros(1, 1, 128, 4)
+    members = tokens_of(boxes_of(layout, spec, 4)[5])
+    key[0, 0, members[::2]], key[0, 0, members[1::2]] = 3.0, -3.0
+    assert choice_of(query, key, layout, spec)[0, 0, 0].tolist() == [5]
+
+
+def test_no_candidates_are_no_choice():
+    layout, spec = layout_of((1, 4, 8), text=0), FoveatedSpec(radius=99, top=1.0)
+    query, key, _ = random_qkv(layout)
+    assert (choice_of(query, key, layout, spec) == -1).all()
+
+
+def test_an_aligned_reference_is_near_where_the_picture_is():
+    layout, spec = LAYOUTS["aligned reference"], FoveatedSpec(radius=1, top=0.0)
+    tiles = boxes_of(layout, spec, 4)
+    first_of_reference = next(n for n, tile in enumerate(tiles) if tile[1] == (1, 5, 7))
+    assert distance(tiles[0], tiles[first_of_reference]) == 0
+    assert distance(tiles[-1], tiles[0]) > 0
+    other = TokenLayout.of((grid_segment("main", 1, 10, 14), grid_segment("reference", 1, 5, 20)))
+    boxes = boxes_of(other, spec, 4)
+    assert distance(boxes[0], boxes[-1]) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"radius": 0, "top": 0.0}, "radius or top"),
+        ({"tile": 3, "levels": 2}, "even"),
+        ({"top": 1.5}, "top"),
+        ({"top": True}, "top"),
+        ({"levels": 0}, "levels"),
+        ({"order": 2}, "order"),
+        ({"tile": 0}, "tile"),
+    ],
+)
+def test_wrong_numbers_are_named(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        FoveatedSpec(**wrong)
+
+
+def test_a_wrong_length_is_a_sentence():
+    inputs = random_qkv(LAYOUTS["picture"])
+    with pytest.raises(ValueError, match="tokens"):
+        foveated_attention(*inputs, LAYOUTS["primes"], FoveatedSpec())
