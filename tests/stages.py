@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LINT = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pyright"])
 STAGES: tuple[tuple[str, int, list[str]], ...] = (  # name, minutes it may take on two cores, folders (none: LINT)
     ("lint", 1, []),
-    ("unit", 2, ["tests/attention", "tests/patching", "tests/repository", "--ignore=tests/attention/hosts"]),
+    ("unit", 3, ["tests/attention", "tests/patching", "tests/repository", "--ignore=tests/attention/hosts"]),
     ("fuzz", 1, ["tests/fuzz"]),
     ("kernels", 5, ["tests/kernels"]),
     ("hosts", 2, ["tests/attention/hosts"]),

@@ -6,7 +6,7 @@ next level are two by two of the one before. Nothing here depends on the values 
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,10 @@ from torch import Tensor
 
 from ..layout import Grid, TokenLayout
 from ..specs import FoveatedSpec
+
+CHUNK_PAIRS = 2**22  # distances that are held at once
+MOST_PAIRS = 2**31  # of tiles and cells
+MOST_KEPT = 2**29  # where all of them are kept
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +41,13 @@ class Cells:
     def sizes(self) -> Tensor:
         """(C,) int64, tokens of each cell."""
         return (self.tokens >= 0).sum(1)
+
+    def parts(self, others: int) -> "Iterator[Cells]":
+        """Yield some cells at a time, so few that their distances to `others` cells need little memory."""
+        step = max(1, CHUNK_PAIRS // max(1, others))
+        for first in range(0, len(self.first), step):
+            rows = slice(first, first + step)
+            yield Cells(self.counts, self.first[rows], self.last[rows], self.tokens[rows])
 
 
 @functools.lru_cache(maxsize=256)
@@ -122,8 +133,8 @@ class CellTable:
         tiles: (U, n) int64, the tokens of each tile.
         cells: (C, m) int64, the tokens of each smallest cell; with one level these are the tiles.
         sizes: (M,) float32, tokens of the cells of all levels, smallest first.
-        far: for each level (U, cells of it) bool: far enough for the mean. Empty where `exact` and `means` say all.
-        near_tiles: (U, U) bool: tiles that are no candidates, since they are near.
+        far: for each level (U, cells of it) bool: far enough for the mean. Empty where lists say all.
+        near: (U, J) int64, tiles that are no candidates, since they are near.
         tile_of_cell: (C,) int64.
         parents: for each level but the last, the cell of the next level that holds each cell.
         exact: (U, K) int64, smallest cells that are exact for their distance.
@@ -136,7 +147,7 @@ class CellTable:
     cells: Tensor
     sizes: Tensor
     far: tuple[Tensor, ...]
-    near_tiles: Tensor
+    near: Tensor
     tile_of_cell: Tensor
     parents: tuple[Tensor, ...]
     exact: Tensor
@@ -146,27 +157,71 @@ class CellTable:
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self.tiles, self.cells, self.near_tiles, self.exact, *self.far)
+        tensors = (
+            self.tiles,
+            self.cells,
+            self.near,
+            self.exact,
+            *self.far,
+            *(() if self.means is None else (self.means,)),
+        )
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def cell_table(layout: TokenLayout, spec: FoveatedSpec, device: torch.device) -> CellTable:
-    """Return the cells of a layout, all of whose places are grids."""
+    """Return the cells of a layout, all of whose places are grids.
+
+    Raises:
+        ValueError: the tiles are so small that the table would take long, or fill the memory.
+    """
     places = layout.grids
     tiles = [cells_of(grid, tile_shape(spec, grid[0])) for _, grid in places]
     levels = [[cells_of(grid, shape_of(spec, level, grid[0])) for _, grid in places] for level in range(spec.levels)]
-    far = tuple(_all_far(spec, level, tiles, cells, places) for level, cells in enumerate(levels))
     parents = tuple(_parents(fine, coarse) for fine, coarse in zip(levels, levels[1:], strict=False))
-    whole = torch.cat([torch.arange(start, stop) for start, stop in layout.global_ranges] or [torch.empty(0).long()])
     sizes = torch.cat([cells.sizes for level in levels for cells in level] or [torch.ones(0)])
-    accepted = torch.cat(accepted_cells(far, parents), 1)
-    is_listed = spec.levels > 1 and not spec.top
+    pairs, keeps_far = sum(len(each.first) for each in tiles) * len(sizes), spec.levels > 1 and spec.top > 0
+    if pairs > (MOST_KEPT if keeps_far else MOST_PAIRS):
+        raise ValueError(f"tile {spec.tile} cuts {layout.num_tokens} tokens into too many tiles; choose a larger one")
+    rows = [_Rows.of(spec, part, grid, tiles, levels, places, parents)
+            for own, (_, grid) in zip(tiles, places, strict=True) for part in own.parts(len(sizes))]  # fmt: skip
+    whole = torch.cat([torch.arange(start, stop) for start, stop in layout.global_ranges] or [torch.empty(0).long()])
     table = CellTable(
-        _tokens(tiles, places), _tokens(levels[0], places), sizes.float(), () if is_listed else far,
-        ~_all_far(spec, 0, tiles, tiles, places), _tile_of_cell(levels[0], tiles, spec), parents,
-        ids_of(~far[0]), ids_of(accepted) if is_listed else None, accepted.sum(1), whole,
+        _tokens(tiles, places), _tokens(levels[0], places), sizes.float(),
+        tuple(torch.cat(part) for part in zip(*(row.far for row in rows), strict=True)) if keeps_far else (),
+        _joined([row.near for row in rows]), _tile_of_cell(levels[0], tiles, spec), parents,
+        _joined([row.exact for row in rows]),
+        _joined([row.means for row in rows]) if spec.levels > 1 and not spec.top else None,
+        torch.cat([row.standing for row in rows] or [torch.empty(0).long()]), whole,
     )  # fmt: skip
     return CellTable(*(_on(getattr(table, name), device) for name in CellTable.__slots__))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """What some tiles see for their distance; see `CellTable`."""
+
+    far: tuple[Tensor, ...]
+    near: Tensor
+    exact: Tensor
+    means: Tensor
+    standing: Tensor
+
+    @classmethod
+    def of(cls, spec: FoveatedSpec, part: Cells, grid: Grid, tiles: list[Cells], levels: list[list[Cells]],
+           places: tuple[tuple[int, Grid], ...], parents: tuple[Tensor, ...]) -> "_Rows":  # fmt: skip
+        """Return the rows of some tiles of a grid."""
+
+        def far(level: int, cells: list[Cells]) -> Tensor:
+            around = zip(cells, places, strict=True)
+            return torch.cat([is_far(spec, level, part, grid, each, other) for each, (_, other) in around], 1)
+
+        fit = tuple(far(level, cells) for level, cells in enumerate(levels))
+        accepted = torch.cat(accepted_cells(fit, parents), 1)
+        is_listed = spec.levels > 1 and not spec.top
+        means = ids_of(accepted) if is_listed else torch.empty(len(accepted), 0, dtype=torch.int64)
+        near = ids_of(~(fit[0] if spec.levels == 1 else far(0, tiles)))
+        kept = fit if spec.levels > 1 and spec.top else ()
+        return cls(kept, near, ids_of(~fit[0]), means, accepted.sum(1))
 
 
 def accepted_cells(fit: Sequence[Tensor], parents: Sequence[Tensor]) -> list[Tensor]:
@@ -181,21 +236,20 @@ def accepted_cells(fit: Sequence[Tensor], parents: Sequence[Tensor]) -> list[Ten
 
 def ids_of(mask: Tensor) -> Tensor:
     """Return where each row of a mask is true, in order: (..., C) bool to (..., most of a row) int64, -1 behind."""
-    most = int(mask.sum(-1).amax()) if mask.numel() else 0
-    numbers = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
-    ids = numbers.masked_fill(~mask, mask.shape[-1]).sort(-1).values[..., :most]
-    return ids.masked_fill(ids == mask.shape[-1], -1)
+    flat = mask.reshape(-1, mask.shape[-1])
+    counts = flat.sum(1)
+    rows, columns = flat.nonzero(as_tuple=True)
+    places = torch.arange(len(rows), device=mask.device) - (counts.cumsum(0) - counts)[rows]
+    ids = torch.full((len(flat), int(counts.amax()) if len(flat) else 0), -1, device=mask.device)
+    ids[rows, places] = columns
+    return ids.unflatten(0, mask.shape[:-1]) if mask.ndim > 2 else ids
 
 
-def _all_far(
-    spec: FoveatedSpec, level: int, tiles: list[Cells], cells: list[Cells], places: tuple[tuple[int, Grid], ...]
-) -> Tensor:
-    rows = [
-        torch.cat([is_far(spec, level, own, grid, other, around)
-                   for other, (_, around) in zip(cells, places, strict=True)], 1)
-        for own, (_, grid) in zip(tiles, places, strict=True)
-    ]  # fmt: skip
-    return torch.cat(rows) if rows else torch.empty(0, 0, dtype=torch.bool)
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Return lists one below another, filled up to the longest with -1."""
+    most = max((part.shape[1] for part in parts), default=0)
+    filled = [F.pad(part, (0, most - part.shape[1]), value=-1) for part in parts]
+    return torch.cat(filled) if filled else torch.empty(0, 0, dtype=torch.int64)
 
 
 def _tokens(cells: list[Cells], places: tuple[tuple[int, Grid], ...]) -> Tensor:

@@ -37,10 +37,12 @@ def choose_tiles(
         variances = (_tile_sums(key, layout, spec, squared=True) / sizes - keys**2).clamp_min(0)
         parts = []
         rows = max(1, CHUNK_SCORES // max(1, batch * heads * len(table.tiles)))
-        for part, near in zip(queries.split(rows, 2), table.near_tiles.split(rows), strict=True):
+        for part, near in zip(queries.split(rows, 2), table.near.split(rows), strict=True):
             scores = part @ keys.transpose(-1, -2) * scale
             scores += ((part * scale) ** 2 @ variances.transpose(-1, -2)).sqrt()
-            parts.append(_best(scores.masked_fill(near, -math.inf), count))
+            is_near = torch.zeros(len(near), scores.shape[-1] + 1, dtype=torch.bool, device=near.device)
+            is_near.scatter_(1, torch.where(near < 0, scores.shape[-1], near), True)
+            parts.append(_best(scores.masked_fill(is_near[:, :-1], -math.inf), count))
         return torch.cat(parts, 2)
 
 

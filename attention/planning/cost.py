@@ -118,7 +118,7 @@ def foveated_pairs(spec: FoveatedSpec, layout: TokenLayout) -> int:
     queries = (table.tiles >= 0).sum(1)
     near = (table.cells >= 0).sum(1)[table.exact.clamp_min(0)].masked_fill(table.exact < 0, 0).sum(1)
     means = table.standing.clone()
-    chosen = torch.minimum((~table.near_tiles).sum(1), torch.tensor(chosen_tiles(spec, len(queries))))
+    chosen = torch.minimum(len(queries) - (table.near >= 0).sum(1), torch.tensor(chosen_tiles(spec, len(queries))))
     seen = near + means + chosen * (queries.sum() / len(queries) - 1)
     if spec.levels > 1:
         seen += chosen * 3 * (spec.levels - 2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linearize.attention import Segment, TokenLayout, grid_segment
-from linearize.attention.kinds import foveated
+from linearize.attention.kinds import foveated, foveated_cells
 from linearize.attention.kinds.foveated import foveated_attention, tiles_of
 from linearize.attention.kinds.foveated_reference import boxes_of, distance, foveated_reference, tokens_of
 from linearize.attention.layout import reference_segment
@@ -60,19 +60,27 @@ def choice_of(query, key, layout, spec):
     return tiles_of(query, key, layout, spec)
 
 
-@pytest.fixture(params=[2**21, 1], ids=["one chunk", "a tile each"])
-def chunks(request, monkeypatch):
-    monkeypatch.setitem(foveated.CHUNK_VALUES, "cpu", request.param)
+@pytest.fixture
+def a_tile_each(monkeypatch):
+    monkeypatch.setitem(foveated.CHUNK_VALUES, "cpu", 1)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_it_is_the_oracle(layout, spec, relative_error, tolerance, chunks):
-    query, key, value = random_qkv(layout)
+def test_it_is_the_oracle(layout, spec, relative_error, tolerance):
+    query, key, value = random_qkv(layout, batch=1)
     choice = choice_of(query, key, layout, spec)
     truth = foveated_reference(query, key, value, layout, spec, None, choice)
     output = foveated_attention(query, key, value, layout, spec)
     assert relative_error(output, truth) < tolerance[torch.float32]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_batch_in_many_chunks_is_the_oracle(name, a_tile_each, relative_error, tolerance):
+    layout, spec = LAYOUTS["text between"], SPECS[name]
+    query, key, value = random_qkv(layout)
+    truth = foveated_reference(query, key, value, layout, spec, None, choice_of(query, key, layout, spec))
+    assert relative_error(foveated_attention(query, key, value, layout, spec), truth) < tolerance[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -87,8 +95,8 @@ def test_it_follows_the_dtype(name, dtype, relative_error, tolerance):
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("place", ["primes", "clip", "text between"])
-def test_gradients_are_the_oracles(name, place, chunks, relative_error):
+@pytest.mark.parametrize("place", ["clip", "text between"])
+def test_gradients_are_the_oracles(name, place, a_tile_each, relative_error):
     layout, spec = LAYOUTS[place], SPECS[name]
     inputs = random_qkv(layout, batch=1, head_dim=4, dtype=torch.float64)
     choice = choice_of(*inputs[:2], layout, spec)
@@ -200,3 +208,24 @@ def test_a_wrong_length_is_a_sentence():
     inputs = random_qkv(LAYOUTS["picture"])
     with pytest.raises(ValueError, match="tokens"):
         foveated_attention(*inputs, LAYOUTS["primes"], FoveatedSpec())
+
+
+def test_tiles_that_are_too_many_are_refused_before_memory_is_taken():
+    layout = layout_of((1, 512, 512), text=0)
+    inputs = [torch.zeros(1, 1, 1, 4).expand(1, 1, layout.num_tokens, 4)] * 3
+    with pytest.raises(ValueError, match="tile 1 cuts 262144 tokens into too many tiles; choose a larger one"):
+        foveated_attention(*inputs, layout, FoveatedSpec(tile=1, top=0.1))
+    with pytest.raises(ValueError, match="tile 4 cuts 262144 tokens"):
+        foveated_attention(*inputs, layout, FoveatedSpec(tile=4, top=0.1, levels=4))
+
+
+def test_a_table_is_the_same_in_one_piece_and_in_many(monkeypatch):
+    layout = LAYOUTS["text between"].with_all_grids
+    for spec in SPECS.values():
+        whole = foveated_cells.cell_table(layout, spec, torch.device("cpu"))
+        with monkeypatch.context() as patch:
+            patch.setattr(foveated_cells, "CHUNK_PAIRS", 1)
+            parts = foveated_cells.cell_table(layout, spec, torch.device("cpu"))
+        for name in ("exact", "near", "means", "standing"):
+            one, other = getattr(whole, name), getattr(parts, name)
+            assert one is other is None or torch.equal(one, other), name
