@@ -31,7 +31,7 @@ def spec_of_keep(
         tile = small if keep >= 1.5 / (small**2 * (frames if is_clip else 1)) else large
     means = 1 / (tile**2 * (frames if is_clip else 1))
     if top < 0:
-        top = min(1.0, max((keep - means) / (1 - means), 0.0)) if means < 1 else 1.0
+        top = round(min(1.0, max((keep - means) / (1 - means), 0.0)), 4) if means < 1 else 1.0
     return FoveatedSpec(radius, top, tile, frames, levels)
 
 
