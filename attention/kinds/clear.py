@@ -140,7 +140,7 @@ class _Recompute(torch.autograd.Function):
         query, key, value = inputs = ctx.saved_tensors
         request: _Request = ctx.request
         # keys are shared between chunks, so their gradients add up; fp32 keeps many small terms
-        totals = [torch.zeros(t.shape, dtype=_accumulator(t.dtype), device=t.device) for t in inputs]
+        totals = [torch.zeros(t.shape, dtype=accumulator(t.dtype), device=t.device) for t in inputs]
         for chunk in _chunks(query, request):
             with torch.enable_grad():
                 q, k, v = (part.detach().requires_grad_() for part in _gather(query, key, value, chunk))
@@ -154,7 +154,8 @@ class _Recompute(torch.autograd.Function):
         return *(total.to(t.dtype) for total, t in zip(totals, inputs, strict=True)), None
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which values of `dtype` are added up: fp32 for narrower ones."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -236,17 +237,17 @@ def pool_tokens(tokens: Tensor, grid: Grid, down_factor: int, weight: Tensor | N
     batch, heads = tokens.shape[:2]
     frames, height, width = grid
     d = down_factor
-    accumulator = _accumulator(tokens.dtype)
+    wide = accumulator(tokens.dtype)
     if weight is not None and tuple(weight.shape) != (d, d):
         raise ValueError(f"pooling weights are ({d}, {d}) for down_factor {d}, got {tuple(weight.shape)}")
     if weight is None:
-        weight = torch.full((d, d), 1 / d**2, dtype=accumulator)
-    planes = rearrange(tokens.to(accumulator), "b h (t y x) d -> (b h t) y x d", t=frames, y=height, x=width)
+        weight = torch.full((d, d), 1 / d**2, dtype=wide)
+    planes = rearrange(tokens.to(wide), "b h (t y x) d -> (b h t) y x d", t=frames, y=height, x=width)
     planes = F.pad(planes, (0, 0, 0, -width % d, 0, -height % d))
     squares = rearrange(planes, "n (y i) (x j) d -> n y i x j d", i=d, j=d)
-    pooled = torch.einsum("nyixjd,ij->nyxd", squares, weight.to(tokens.device, accumulator))
+    pooled = torch.einsum("nyixjd,ij->nyxd", squares, weight.to(tokens.device, wide))
     present = [
-        torch.tensor([min(d, size - first) / d for first in range(0, size, d)], dtype=accumulator, device=tokens.device)
+        torch.tensor([min(d, size - first) / d for first in range(0, size, d)], dtype=wide, device=tokens.device)
         for size in (height, width)
     ]
     pooled = pooled / (present[0][:, None, None] * present[1][:, None])

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from ..layout import TokenLayout
 from ..memory import LongLived
 from ..specs import FoveatedSpec
-from .foveated_cells import CellTable, accepted_cells, cell_table, ids_of
+from .clear import accumulator
+from .foveated_cells import CellTable, accepted_cells, cell_table, ids_of, mask_of
 from .foveated_choice import choose_tiles, means_of
 
 CHUNK_VALUES = {"cpu": 2**21}  # values of gathered keys and of scores that are held at once
@@ -70,7 +71,7 @@ def foveated_attention(
     ]
     slope = _slope(key, means[0], value, table) * factor if spec.order else None
     inputs = _Inputs(query, key, value, shared[0], shared[1], means[0], means[1], slope)
-    plan = _Plan(spec, table, choice, table.sizes.to(_accumulator(query.dtype)).log(), factor)
+    plan = _Plan(spec, table, choice, table.sizes.to(accumulator(query.dtype)).log(), factor)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Recompute.apply(*inputs, plan)  # type: ignore[no-any-return]
     return _forward(inputs, plan)
@@ -129,14 +130,12 @@ class _Chunk:
         tokens: (b, h, T, K) exact tokens, b and h the batch and heads or 1.
         means: (b, h, T, L) means that are listed, None where all tiles share them.
         bias: (b, h, T, 1, S) added to the scores of shared keys.
-        num_global: how many of the shared keys are no means.
     """
 
     queries: Tensor
     tokens: Tensor
     means: Tensor | None
     bias: Tensor
-    num_global: int
 
 
 def _slope(key: Tensor, key_means: Tensor, value: Tensor, table: CellTable) -> Tensor:
@@ -146,7 +145,7 @@ def _slope(key: Tensor, key_means: Tensor, value: Tensor, table: CellTable) -> T
     """
     cells, places = (table.cells >= 0).nonzero().unbind(1)
     tokens = table.cells[cells, places]
-    exact = _accumulator(key.dtype)
+    exact = accumulator(key.dtype)
     spread = key.index_select(2, tokens).to(exact) - key_means.index_select(2, cells).to(exact)
     return spread.transpose(-1, -2) @ value.index_select(2, tokens).to(exact) / max(1, len(tokens))
 
@@ -181,7 +180,6 @@ def _chunks(query: Tensor, plan: _Plan) -> Iterator[_Chunk]:
 def _chunk(rows: slice, plan: _Plan) -> _Chunk:
     table, spec = plan.table, plan.spec
     near, chosen, means = table.exact[None, None, rows], plan.choice[:, :, rows], None
-    queries, num_global = table.tiles[rows], len(table.globals)
     cells = near
     if spec.levels == 1 and chosen.shape[-1]:
         cells = torch.cat([near.expand(*chosen.shape[:3], -1), chosen], -1)
@@ -190,22 +188,18 @@ def _chunk(rows: slice, plan: _Plan) -> _Chunk:
         means = table.means[None, None, rows]
     elif spec.levels > 1:
         cells, means = _lists_beside(chosen, rows, table)
-    bias = plan.log_sizes.new_zeros(*cells.shape[:3], num_global)
+    bias = plan.log_sizes.new_zeros(*cells.shape[:3], len(table.globals))
     if spec.levels == 1:
-        standing = plan.log_sizes.expand(*cells.shape[:3], -1)
-        padded = F.pad(standing, (0, 1))  # a column for what only fills a list
-        padded = padded.scatter(-1, torch.where(cells < 0, standing.shape[-1], cells), -torch.inf)
-        bias = torch.cat([bias, padded[..., :-1]], -1)
+        is_exact = mask_of(cells, len(plan.log_sizes))
+        bias = torch.cat([bias, plan.log_sizes.expand(is_exact.shape).masked_fill(is_exact, -torch.inf)], -1)
     tokens = F.pad(table.cells, (0, 0, 0, 1), value=-1)[cells].flatten(-2)
-    return _Chunk(queries, tokens, means, bias.unsqueeze(-2), num_global)
+    return _Chunk(table.tiles[rows], tokens, means, bias.unsqueeze(-2))
 
 
 def _lists_beside(chosen: Tensor, rows: slice, table: CellTable) -> tuple[Tensor, Tensor]:
     """Return exact cells and means where means of several levels stand beside chosen tiles: none holds a chosen one."""
-    tiles = len(table.tiles)
-    marks = torch.zeros(*chosen.shape[:3], tiles + 1, dtype=torch.bool, device=chosen.device)
-    held = marks.scatter(-1, torch.where(chosen < 0, tiles, chosen), True)[..., :-1]
-    fit = [table.far[0][rows] & ~held[..., table.tile_of_cell]]
+    held = mask_of(chosen, len(table.tiles))
+    fit = [table.far[0][rows] & ~held[..., table.parents[0]]]
     for level, far in enumerate(table.far[1:]):
         if level:  # the cells of level 1 are the tiles
             up = table.parents[level].expand(held.shape)
@@ -246,7 +240,7 @@ def _attend(
     plan: _Plan,
 ) -> Tensor:
     """Return (B, H, T, n, D) in fp32 or better."""
-    exact = _accumulator(query.dtype)
+    exact = accumulator(query.dtype)
     query, shared_key, shared_value, own_key, own_value = (
         tensor.to(exact) for tensor in (query, shared_key, shared_value, own_key, own_value)
     )
@@ -257,9 +251,8 @@ def _attend(
     shared, own = weights.split([shared.shape[-1], own.shape[-1]], -1)
     output = (shared.flatten(2, 3) @ shared_value).unflatten(2, scaled.shape[2:4]) + own @ own_value
     if slope is not None:
-        far = shared[..., chunk.num_global :].sum(-1, keepdim=True) + own[..., chunk.tokens.shape[-1] :].sum(
-            -1, keepdim=True
-        )
+        means = shared[..., len(plan.table.globals) :], own[..., chunk.tokens.shape[-1] :]
+        far = sum(part.sum(-1, keepdim=True) for part in means)
         output = output + far * (query.flatten(2, 3) @ slope).unflatten(2, scaled.shape[2:4])
     return output
 
@@ -289,7 +282,7 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # noqa: D102
         inputs, plan = _Inputs(*ctx.saved_tensors), ctx.plan
         totals = [
-            None if t is None else torch.zeros(t.shape, dtype=_accumulator(t.dtype), device=t.device) for t in inputs
+            None if t is None else torch.zeros(t.shape, dtype=accumulator(t.dtype), device=t.device) for t in inputs
         ]
         _add_globals(totals, inputs, plan, grad)
         for chunk in _chunks(inputs.query, plan):
@@ -320,7 +313,7 @@ def _add_globals(totals: list[Tensor | None], inputs: _Inputs, plan: _Plan, grad
 
 def _add(totals: list[Tensor | None], found: list[Tensor], chunk: _Chunk, real: Tensor) -> None:
     query, key, value, shared_key, shared_value, mean_key, mean_value, slope = totals
-    assert query is not None and slope is totals[-1]
+    assert query is not None
     query.index_add_(2, chunk.queries[real], found[0][:, :, real].to(query.dtype))
     for total, part in zip((shared_key, shared_value, slope), (found[1], found[2], *found[5:]), strict=False):
         if total is not None:
@@ -339,7 +332,3 @@ def _add_rows(total: Tensor | None, ids: Tensor, part: Tensor) -> None:
     first = torch.arange(batch * heads, device=ids.device).reshape(batch, heads, 1, 1) * tokens
     flat = (first + ids.clamp_min(0)).flatten()
     total.view(-1, head_dim).index_add_(0, flat, part.reshape(-1, head_dim).to(total.dtype))
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import Grid, TokenLayout
+from ..layout import Grid, TokenLayout, token_indices
 from ..specs import FoveatedSpec
 
 CHUNK_PAIRS = 2**22  # distances that are held at once
@@ -135,7 +135,6 @@ class CellTable:
         sizes: (M,) float32, tokens of the cells of all levels, smallest first.
         far: for each level (U, cells of it) bool: far enough for the mean. Empty where lists say all.
         near: (U, J) int64, tiles that are no candidates, since they are near.
-        tile_of_cell: (C,) int64.
         parents: for each level but the last, the cell of the next level that holds each cell.
         exact: (U, K) int64, smallest cells that are exact for their distance.
         means: (U, L) int64, means that each tile sees, where no content is asked and there are several levels.
@@ -148,7 +147,6 @@ class CellTable:
     sizes: Tensor
     far: tuple[Tensor, ...]
     near: Tensor
-    tile_of_cell: Tensor
     parents: tuple[Tensor, ...]
     exact: Tensor
     means: Tensor | None
@@ -184,14 +182,14 @@ def cell_table(layout: TokenLayout, spec: FoveatedSpec, device: torch.device) ->
         raise ValueError(f"tile {spec.tile} cuts {layout.num_tokens} tokens into too many tiles; choose a larger one")
     rows = [_Rows.of(spec, part, grid, tiles, levels, places, parents)
             for own, (_, grid) in zip(tiles, places, strict=True) for part in own.parts(len(sizes))]  # fmt: skip
-    whole = torch.cat([torch.arange(start, stop) for start, stop in layout.global_ranges] or [torch.empty(0).long()])
     table = CellTable(
         _tokens(tiles, places), _tokens(levels[0], places), sizes.float(),
         tuple(torch.cat(part) for part in zip(*(row.far for row in rows), strict=True)) if keeps_far else (),
-        _joined([row.near for row in rows]), _tile_of_cell(levels[0], tiles, spec), parents,
+        _joined([row.near for row in rows]), parents,
         _joined([row.exact for row in rows]),
         _joined([row.means for row in rows]) if spec.levels > 1 and not spec.top else None,
-        torch.cat([row.standing for row in rows] or [torch.empty(0).long()]), whole,
+        torch.cat([row.standing for row in rows] or [torch.empty(0).long()]),
+        token_indices(layout.global_ranges),
     )  # fmt: skip
     return CellTable(*(_on(getattr(table, name), device) for name in CellTable.__slots__))
 
@@ -245,6 +243,12 @@ def ids_of(mask: Tensor) -> Tensor:
     return ids.unflatten(0, mask.shape[:-1]) if mask.ndim > 2 else ids
 
 
+def mask_of(ids: Tensor, count: int) -> Tensor:
+    """Return the mask that `ids_of` was given, whatever the order of its ids: (..., K) int64 to (..., count) bool."""
+    mask = torch.zeros(*ids.shape[:-1], count + 1, dtype=torch.bool, device=ids.device)  # the last is for -1
+    return mask.scatter_(-1, torch.where(ids < 0, count, ids), True)[..., :-1]
+
+
 def _joined(parts: list[Tensor]) -> Tensor:
     """Return lists one below another, filled up to the longest with -1."""
     most = max((part.shape[1] for part in parts), default=0)
@@ -270,10 +274,6 @@ def _parents(fine: list[Cells], coarse: list[Cells]) -> Tensor:
         parts.append(base + (frame * large.counts[1] + row // 2) * large.counts[2] + column // 2)
         base += len(large.first)
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-
-
-def _tile_of_cell(cells: list[Cells], tiles: list[Cells], spec: FoveatedSpec) -> Tensor:
-    return torch.arange(sum(len(each.first) for each in tiles)) if spec.levels == 1 else _parents(cells, tiles)
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..layout import Grid, TokenLayout
 from ..specs import FoveatedSpec
-from .foveated_cells import CellTable, chosen_tiles, shape_of, tile_shape
+from .clear import accumulator
+from .foveated_cells import CellTable, chosen_tiles, mask_of, shape_of, tile_shape
 
 CHUNK_SCORES = 2**24  # scores of tiles that are held at once
 
@@ -40,9 +41,7 @@ def choose_tiles(
         for part, near in zip(queries.split(rows, 2), table.near.split(rows), strict=True):
             scores = part @ keys.transpose(-1, -2) * scale
             scores += ((part * scale) ** 2 @ variances.transpose(-1, -2)).sqrt()
-            is_near = torch.zeros(len(near), scores.shape[-1] + 1, dtype=torch.bool, device=near.device)
-            is_near.scatter_(1, torch.where(near < 0, scores.shape[-1], near), True)
-            parts.append(_best(scores.masked_fill(is_near[:, :-1], -math.inf), count))
+            parts.append(_best(scores.masked_fill(mask_of(near, scores.shape[-1]), -math.inf), count))
         return torch.cat(parts, 2)
 
 
@@ -87,4 +86,4 @@ def _cell_sums(tokens: Tensor, shape: Grid) -> Tensor:
     if any(short):
         tokens = F.pad(tokens, (0, 0, 0, short[2], 0, short[1], 0, short[0]))
     boxes = tokens.unflatten(4, (-1, shape[2])).unflatten(3, (-1, shape[1])).unflatten(2, (-1, shape[0]))
-    return boxes.sum((3, 5, 7), dtype=torch.float64 if tokens.dtype == torch.float64 else torch.float32)
+    return boxes.sum((3, 5, 7), dtype=accumulator(tokens.dtype))
