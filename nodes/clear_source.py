@@ -21,6 +21,10 @@ from ..attention.students.tensor_file import MAX_NAME, FileProblem, open_tensor_
 from . import model_files
 
 AUTO, NONE = "auto", "none"
+POOLED_UNTRAINED = (
+    "pooled keys count near tokens twice, and a far square as one token; weights distilled for them mend that, and there "
+    "are none here: Foveated Attention counts every token once, so put that node in this one's place"
+)
 PUBLISHED_HOST, PUBLISHED_WIDTH, PUBLISHED_DEPTH = "flux", 3072, (19, 38)  # FLUX.1-dev, double and single blocks
 
 
@@ -59,7 +63,7 @@ def clear_source(
         ValueError: a chosen file is not there, cannot be read, or does not fit the model or the spec.
     """
     if choice == NONE:
-        return ClearSource(spec, None, ("untrained: the model's own weights",))
+        return _untrained(spec, "the model's own weights")
     if choice == AUTO:
         return _automatic(spec, host, module, read)
     if choice in model_files.published_files() and model_files.find(choice) is None:
@@ -110,7 +114,11 @@ def _automatic(spec: ClearSpec, host: Host, module: Any, read: Callable[[str], T
                 return source
         except (FileProblem, ValueError) as problem:
             reason = str(problem)
-    return ClearSource(spec, None, (f"untrained: {reason}",))
+    return _untrained(spec, reason)
+
+
+def _untrained(spec: ClearSpec, reason: str) -> ClearSource:
+    return ClearSource(spec, None, (f"untrained: {reason}", *[POOLED_UNTRAINED] * (spec.down_factor > 1)))
 
 
 def _why_not_offered(name: str, spec: ClearSpec, host: Host, module: Any) -> str:
