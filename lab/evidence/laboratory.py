@@ -186,19 +186,22 @@ class Laboratory:
             sample.sample_custom(model, noise, 1.0, Questioner(), levels, positive, positive, latent, disable_pbar=True)
         return answers[0]
 
-    def conditionings(self) -> list[Any]:
-        """Return the test captions as KSampler takes them."""
+    def conditionings(self, captions: list[str] | None = None) -> list[Any]:
+        """Return captions, by default the test's, as KSampler takes them."""
         guidance = {"guidance": self.teacher.guidance} if self.teacher.guidance else {}
+        captions = self.test.captions() if captions is None else captions
         return [[[text, {**more, **guidance}] for text, more in self._encoded(caption)]
-                for caption in self.test.captions()]  # fmt: skip
+                for caption in captions]  # fmt: skip
 
-    def latents(self, model: Any, tokens: int) -> Tensor:
-        """Return test latents (B, 16, ...) that a model samples, each from noise of its own."""
+    def latents(
+        self, model: Any, tokens: int, captions: list[str] | None = None, noise_seed: int = NOISE_SEED
+    ) -> Tensor:
+        """Return latents (B, 16, ...) that a model samples for captions, by default the test's, each from its noise."""
         found, negative = [], self._encoded("")
-        for number, positive in enumerate(self.conditionings()):
+        for number, positive in enumerate(self.conditionings(captions)):
             with torch.inference_mode():
                 found.append(self.nodes.KSampler().sample(
-                    model, NOISE_SEED + number, self.teacher.test_steps, self.teacher.cfg, "euler", "simple", positive,
+                    model, noise_seed + number, self.teacher.test_steps, self.teacher.cfg, "euler", "simple", positive,
                     negative, self.teacher.empty(tokens, 1),
                 )[0]["samples"])  # fmt: skip
         return torch.cat(found)

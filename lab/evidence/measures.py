@@ -9,12 +9,16 @@ LEVELS = (0.95, 0.8, 0.6, 0.4, 0.2, 0.05)  # noise levels (sigma) at which veloc
 VELOCITY_PICTURES = 4
 
 
-def velocities(laboratory: Any, model: Any, clean: Tensor) -> Tensor:
+def velocities(
+    laboratory: Any, model: Any, clean: Tensor, captions: list[str] | None = None, noise_seed: int = 0
+) -> Tensor:
     """Return the velocities that a model predicts from noised pictures, (picture, level, 16, ...), fp32 on the CPU.
 
     Args:
         model: a model patcher, the teacher's or a student's.
-        clean: (B, 16, ...) latents as ComfyUI's nodes pass them on, of the first test captions.
+        clean: (B, 16, ...) latents as ComfyUI's nodes pass them on.
+        captions: of these latents; None are the first of the test.
+        noise_seed: of the first picture; each further one has the next.
     """
 
     def ask(call: Any, noise: Tensor, latent: Tensor) -> Tensor:
@@ -25,9 +29,9 @@ def velocities(laboratory: Any, model: Any, clean: Tensor) -> Tensor:
         return torch.stack(seen, dim=1).float().cpu()
 
     found = []
-    for number, positive in enumerate(laboratory.conditionings()[: len(clean)]):
+    for number, positive in enumerate(laboratory.conditionings(captions)[: len(clean)]):
         latent = clean[number : number + 1]
-        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(number))
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(noise_seed + number))
         found.append(laboratory.ask(model, positive, noise, latent, ask))
     return torch.cat(found)
 

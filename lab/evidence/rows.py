@@ -19,12 +19,12 @@ SHOWN_SUITES = {"curve": ("recipes", "curve"), "levels": ("methods",)}  # by fig
 
 def stored() -> list[dict[str, str]]:
     """Return the rows of results.csv."""
-    return _rows_of(RESULTS)
+    return rows_of(RESULTS)
 
 
 def costs() -> list[dict[str, str]]:
     """Return the rows of costs.csv."""
-    return _rows_of(COSTS)
+    return rows_of(COSTS)
 
 
 def digest(figure: str) -> str:
@@ -34,7 +34,8 @@ def digest(figure: str) -> str:
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
-def _rows_of(path: Path) -> list[dict[str, str]]:
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a file, none where there is no file."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
