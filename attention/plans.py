@@ -10,7 +10,8 @@ from typing import Any
 
 from .checks import parse_json
 from .shown import one_line, quote, quote_some
-from .specs import DenseSpec, SiteSpec, spec_from_json, spec_to_json
+from .spec_json import spec_from_json, spec_to_json
+from .specs import DenseSpec, SiteSpec
 
 PLAN_FORMAT = "linearize/plan/1"
 PART = re.compile(r"(?P<group>[a-z][a-z0-9_]*)(?:\.(?P<first>[0-9]{1,6})(?:-(?P<last>[0-9]{1,6}))?)?")

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..attention.hosts import HOSTS
 from ..attention.plans import Plan
-from ..attention.specs import spec_from_json
+from ..attention.spec_json import spec_from_json
 from ..attention.students.candidates import Candidates
 from .apply import apply_plan, apply_student
 from .kind_inputs import chunked_inputs, clear_inputs, feature_map_inputs, foveated_inputs, hybrid_inputs

@@ -112,7 +112,7 @@ class Laboratory:
         Raises:
             ValueError: the nodes refuse it, or another process works on one of its jobs.
         """
-        specs = [self.module("attention.specs").spec_from_json(spec) for spec in experiment.method.specs]
+        specs = [self.module("attention.spec_json").spec_from_json(spec) for spec in experiment.method.specs]
         if experiment.method.planner == "heads":
             plans = [plan_by_mass(self, specs[0].radius)]
         else:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from linearize.attention.spec_json import spec_from_json, spec_to_json
 from linearize.attention.specs import (
     SPECS,
     ChunkedSpec,
@@ -17,8 +18,6 @@ from linearize.attention.specs import (
     LinearSpec,
     groups_of,
     radius_per_head,
-    spec_from_json,
-    spec_to_json,
 )
 
 EXAMPLES = (

@@ -45,7 +45,7 @@ def candidates(comfy, nodes):
     for inputs in inputs_of(nodes, "LinearizeUniformPlan"):
         kind = {name.removeprefix("kind."): value for name, value in inputs.items() if name.startswith("kind")}
         assert inputs["sites"] == "all"
-        found.append(comfy.module("attention.specs").spec_from_json(kind))
+        found.append(comfy.module("attention.spec_json").spec_from_json(kind))
     return found
 
 

@@ -15,7 +15,8 @@ from linearize.attention.hub.transfer import HubFile
 from linearize.attention.plans import Plan, select_sites
 from linearize.attention.runtime.record import Once
 from linearize.attention.shown import LONGEST, one_line, printable, quote, quote_some
-from linearize.attention.specs import ClearSpec, spec_from_json
+from linearize.attention.spec_json import spec_from_json
+from linearize.attention.specs import ClearSpec
 from linearize.attention.students.file import StudentFile, load_student, save_student
 from linearize.attention.students.fit import check_student
 from linearize.attention.students.tensor_file import open_tensor_file, problem, write_tensor_file

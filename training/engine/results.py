@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...attention.plans import describe_sites
-from ...attention.specs import spec_from_json, spec_to_json
+from ...attention.spec_json import spec_from_json, spec_to_json
 from ...attention.students.candidates import Candidate, Candidates
 from ...attention.students.file import is_drawn
 from ...attention.students.tensor_values import below, content_sha256

@@ -13,7 +13,8 @@ from linearize.attention.kinds.feature_maps import register as register_map
 from linearize.attention.kinds.kind import KINDS, Kind, register
 from linearize.attention.planning.report import describe_spec
 from linearize.attention.runtime.backends import CallShape, choose_backend
-from linearize.attention.specs import SPECS, HeadGroup, HeadSplit, LinearSpec, Spec, spec_from_json, spec_to_json
+from linearize.attention.spec_json import spec_from_json, spec_to_json
+from linearize.attention.specs import SPECS, HeadGroup, HeadSplit, LinearSpec, Spec
 
 LAYOUT = TokenLayout.of((Segment("text", 2), grid_segment("main", 1, 3, 4)))
 

@@ -216,8 +216,8 @@ def test_settings_and_noise_levels_change_one_thing():
 
 def test_maps_of_other_degrees(monkeypatch):
     """Degree 2 is the pack's own map; part n of another is its part of degree 1 raised to the power n."""
-    from linearize.attention import specs
     from linearize.attention.kinds import feature_maps
+    from linearize.attention.spec_json import spec_from_json
 
     for degree in degrees.DEGREES:
         monkeypatch.setitem(feature_maps.MAPS, degrees.name_of(degree), None)  # forgotten after the test
@@ -227,7 +227,7 @@ def test_maps_of_other_degrees(monkeypatch):
     found = {}
     for degree in degrees.DEGREES:
         name = degrees.name_of(degree)
-        assert specs.spec_from_json({"kind": "hybrid", "rate": 4, "feature_map": name}).feature_map == name
+        assert spec_from_json({"kind": "hybrid", "rate": 4, "feature_map": name}).feature_map == name
         each = feature_maps.MAPS[name](3, 16)
         each.load_state_dict(own.state_dict())
         found[degree] = each(x)
@@ -273,7 +273,8 @@ def test_budgets_can_be_reached_and_the_planners_differ(suite):
     """With errors that fall as costs rise, and sites that differ in how much they need."""
     from linearize.attention import Segment, TokenLayout, attention_cost, grid_segment
     from linearize.attention.planning.knapsack import Option, SiteOptions, plan_under_budget
-    from linearize.attention.specs import DenseSpec, spec_from_json
+    from linearize.attention.spec_json import spec_from_json
+    from linearize.attention.specs import DenseSpec
 
     grids = {"budgets": (Segment("text", 12), grid_segment("main", 1, 32, 32)),
              "video budgets": (grid_segment("main", 5, 12, 16),)}  # fmt: skip
@@ -297,7 +298,8 @@ def test_budgets_can_be_reached_and_the_planners_differ(suite):
 
 
 def test_stage_1_runs_where_there_is_something_to_learn():
-    from linearize.attention.specs import ClearSpec, spec_from_json
+    from linearize.attention.spec_json import spec_from_json
+    from linearize.attention.specs import ClearSpec
     from linearize.attention.students.learned import new_maps
 
     for method in experiments.METHODS + experiments.VIDEO_METHODS:
