@@ -4,7 +4,7 @@ Nothing here computes attention. `attention/runtime/registry.py` says what does,
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .checks import MOST_TOKENS, check_boolean, check_choice, check_number, check_whole
@@ -44,10 +44,9 @@ class Spec:
         """Whether a site has feature maps."""
         return bool(self.feature_map)
 
-    @property
-    def pool_side(self) -> int:
-        """Side of the square of pooling weights that a site learns; 0 is none."""
-        return 0
+    def learned_shapes(self, num_heads: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what a site learns beside feature maps and matrices, by the names `Learned` has."""
+        return {}
 
     @property
     def parts(self) -> "tuple[Spec, ...]":
@@ -103,10 +102,9 @@ class ClearSpec(Spec):
         check_whole("down_factor", self.down_factor, 1, MOST_DOWN_FACTOR, "1 means no pooled tokens")
         check_boolean("proportional", self.proportional)
 
-    @property
-    def pool_side(self) -> int:
-        """`down_factor` where there are pooled tokens."""
-        return self.down_factor if self.down_factor > 1 else 0
+    def learned_shapes(self, num_heads: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of the pooling weights, which all heads share, where there are pooled tokens."""
+        return {"pool": (self.down_factor, self.down_factor)} if self.down_factor > 1 else {}
 
     def scale(self, head_dim: int, num_tokens: int) -> float:
         """Return the factor on q . k for `num_tokens` keys (global and grid tokens, pooled ones not counted)."""
@@ -239,6 +237,16 @@ class FoveatedSpec(Spec):
         if not self.radius and not self.top:
             raise ValueError("radius or top is above 0; with neither there is no exact key on the grid")
 
+    @property
+    def cell_side(self) -> int:
+        """Side of the smallest cells in tokens."""
+        return self.tile if self.levels == 1 else self.tile // 2
+
+    def learned_shapes(self, num_heads: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a bias per head and level, and of pooling logits where a cell has several places."""
+        shapes: dict[str, tuple[int, ...]] = {"bias": (num_heads, self.levels)}
+        return shapes if self.cell_side == 1 else shapes | {"pool_logits": (num_heads, self.cell_side, self.cell_side)}
+
 
 MappedSpec = LinearSpec | HybridSpec | ChunkedSpec  # the kinds that have feature maps
 SPECS: dict[str, type[Spec]] = {}  # by kind; `runtime/registry.py` enters them
@@ -264,7 +272,6 @@ class HeadSplit:
     feature_map: ClassVar[str] = ""  # kinds with feature maps run on all heads of a site
     feature_dim: ClassVar[int] = 0
     has_maps: ClassVar[bool] = False
-    pool_side: ClassVar[int] = 0  # pooled tokens of some heads are plain means
     groups: tuple[HeadGroup, ...]
 
     def __post_init__(self) -> None:
@@ -288,6 +295,12 @@ class HeadSplit:
         """The kind all groups share, else the distinct kinds joined by "+"."""
         return "+".join(sorted({part.kind for part in self.parts}))
 
+    def learned_shapes(self, num_heads: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what its kinds learn, where they agree; heads of other kinds use none."""
+        shapes = {pair for part in self.parts for pair in part.learned_shapes(num_heads).items()}
+        names = [name for name, _ in shapes]
+        return {name: shape for name, shape in sorted(shapes) if names.count(name) == 1}
+
 
 SiteSpec = Spec | HeadSplit
 
@@ -305,11 +318,11 @@ def groups_of(spec: SiteSpec, num_heads: int) -> tuple[HeadGroup, ...]:
     return spec.groups
 
 
-def radius_per_head(radii: tuple[int, ...], spec: ClearSpec | None = None) -> SiteSpec:
+def radius_per_head(radii: tuple[int, ...], spec: ClearSpec | FoveatedSpec | None = None) -> SiteSpec:
     """Return `spec` (default: plain CLEAR) with radius `radii[h]` for head h, heads of equal radius in one group."""
-    base = asdict(spec or ClearSpec())
+    base = spec or ClearSpec()
     groups = tuple(
-        HeadGroup(tuple(h for h, r in enumerate(radii) if r == radius), ClearSpec(**{**base, "radius": radius}))
+        HeadGroup(tuple(h for h, r in enumerate(radii) if r == radius), replace(base, radius=radius))
         for radius in sorted(set(radii))
     )
     return groups[0].spec if len(groups) == 1 else HeadSplit(groups)

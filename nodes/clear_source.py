@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..attention.hosts import Host
+from ..attention.kinds.kind import Learned
 from ..attention.runtime.record import once
 from ..attention.shown import one_line
 from ..attention.specs import ClearSpec
@@ -91,7 +92,7 @@ def read_weights(weights: ClearWeights | None, sites: Sequence[str]) -> tuple[di
     def read(_: Path) -> dict[str, Any]:
         return {
             "projections": weights.projections(sites),
-            "parameters": StudentParameters(weights.pool_weights(sites)),
+            "parameters": StudentParameters({s: Learned(pool) for s, pool in weights.pool_weights(sites).items()}),
         }
 
     return model_files.read_identified(weights.file.path, read)

@@ -14,7 +14,7 @@ import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
-from ..attention.kinds.feature_maps import Maps
+from ..attention.kinds.kind import Learned
 from ..attention.memory import LongLived
 from ..attention.planning.high_res import with_proportional_scale
 from ..attention.plans import describe_sites
@@ -77,7 +77,7 @@ def patch_model(
     """
     host, module = host_of(model)
     parameters = parameters or StudentParameters()
-    trained, untrained = parameters.maps(), {}
+    learned, untrained = parameters.by_site(), {}
     for site in host.sites(module):
         if site.id not in sites:
             continue
@@ -85,10 +85,11 @@ def patch_model(
         reason = refused(spec, site.num_heads, site.head_dim)
         if reason is not None:
             raise ValueError(f"{site.id}: {reason.text}")
-        if spec.has_maps and site.id not in trained:
-            untrained[site.id] = new_maps(spec, site.num_heads, site.head_dim)
+        own = learned.get(site.id, Learned())
+        if spec.has_maps and own.maps is None:
+            untrained[site.id] = replace(own, maps=new_maps(spec, site.num_heads, site.head_dim))
     if untrained:
-        parameters = StudentParameters(parameters.pools(), trained | untrained, parameters.outputs())
+        parameters = StudentParameters(learned | untrained)
     runtime = Runtime(host, dict(sites), LongLived(pause_recording), parameters, status)
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
@@ -162,15 +163,12 @@ def parameter_patcher(parameters: StudentParameters) -> Any:
         offload_device=comfy.model_management.unet_offload_device(),
     )
     # deep clones for several GPUs are made from this
-    parts = (parameters.pools(), parameters.maps(), parameters.outputs())
-    patcher.cached_patcher_init = (_new_parameter_patcher, parts)
+    patcher.cached_patcher_init = (_new_parameter_patcher, (parameters.by_site(),))
     return patcher
 
 
-def _new_parameter_patcher(
-    pools: Mapping[str, Tensor], maps: Mapping[str, Maps], outputs: Mapping[str, Tensor], disable_dynamic: bool = False
-) -> Any:
-    return parameter_patcher(StudentParameters(pools, maps, outputs))
+def _new_parameter_patcher(learned: Mapping[str, Learned], disable_dynamic: bool = False) -> Any:
+    return parameter_patcher(StudentParameters(learned))
 
 
 def _on_pre_run(patcher: Any) -> None:

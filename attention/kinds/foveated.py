@@ -5,9 +5,7 @@ their size as a bias, and one softmax does the rest, a bounded number of tiles a
 number of tokens, forward and backward, and nothing is compiled per size.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +16,9 @@ from ..layout import TokenLayout
 from ..memory import LongLived
 from ..specs import FoveatedSpec
 from .clear import accumulator
-from .foveated_cells import CellTable, accepted_cells, cell_table, ids_of, mask_of
-from .foveated_choice import choose_tiles, means_of
+from .foveated_cells import CellTable, cell_table
+from .foveated_choice import choose_tiles, mean_bias, means_of
+from .foveated_chunks import Chunk, Inputs, Plan, add_rows, chunk_of, gather, own_bias, shared_bias
 
 CHUNK_VALUES = {"cpu": 2**21}  # values of gathered keys and of scores that are held at once
 CHUNK_VALUES_GPU = 2**26
@@ -34,6 +33,8 @@ def foveated_attention(
     *,
     scale: float | None = None,
     choice: Tensor | None = None,
+    bias: Tensor | None = None,
+    pool_logits: Tensor | None = None,
     memory: LongLived | None = None,
 ) -> Tensor:
     """Return foveated attention: every key counts once, itself or as a part of a mean.
@@ -46,35 +47,47 @@ def foveated_attention(
         spec: what is exact and which means stand for the rest.
         scale: factor on q . k; None is 1 / sqrt(D).
         choice: what `tiles_of` returned for this call or an earlier step; None chooses now.
+        bias: (H, levels) added to the scores of means by head and level, beside the log of their size; None is 0.
+        pool_logits: (H, s, s) of the weights of tokens in the means of the smallest cells, of side s; see `means_of`.
         memory: keeps tables of cells between calls.
 
     Returns:
         The output in the dtype of `query`.
 
     Raises:
-        ValueError: the layout has another number of tokens than the tensors.
+        ValueError: the layout has another number of tokens than the tensors, or what was learned has another shape.
 
     Notes:
-        Gradients for query, key and value with the choice held fixed, once differentiable. Softmax and means are
-        computed in fp32 (float64 for float64).
+        Gradients for query, key, value, bias and pool_logits with the choice held fixed, once differentiable.
+        Softmax and means are computed in fp32 (float64 for float64). What content chooses is chosen by plain means.
     """
     layout.check(query, key, value)
+    _check_learned(spec, query.shape[1], {"bias": bias, "pool_logits": pool_logits})
     layout = layout.with_all_grids
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     table = table_of(layout, spec, query.device, memory or LongLived())
     if choice is None:
         choice = choose_tiles(query, key, layout, spec, table, factor)
-    means = [means_of(tensor, layout, spec, table) for tensor in (key, value)]
+    means = [means_of(tensor, layout, spec, table, pool_logits) for tensor in (key, value)]
     shared = [
         torch.cat([tensor.index_select(2, table.globals), *([mean] if spec.levels == 1 else [])], 2)
         for tensor, mean in zip((key, value), means, strict=True)
     ]
     slope = _slope(key, means[0], value, table) * factor if spec.order else None
-    inputs = _Inputs(query, key, value, shared[0], shared[1], means[0], means[1], slope)
-    plan = _Plan(spec, table, choice, table.sizes.to(accumulator(query.dtype)).log(), factor)
+    biases = mean_bias(table, bias, accumulator(query.dtype))
+    inputs = Inputs(query, key, value, shared[0], shared[1], means[0], means[1], biases, slope)
+    plan = Plan(spec, table, choice, factor)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Recompute.apply(*inputs, plan)  # type: ignore[no-any-return]
     return _forward(inputs, plan)
+
+
+def _check_learned(spec: FoveatedSpec, num_heads: int, learned: Mapping[str, Tensor | None]) -> None:
+    shapes = spec.learned_shapes(num_heads)
+    for name, tensor in learned.items():
+        if tensor is not None and tuple(tensor.shape) != shapes.get(name):
+            needed = f"has {shapes[name]}" if name in shapes else "has none"
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, this spec with {num_heads} heads {needed}")
 
 
 def tiles_of(
@@ -99,45 +112,6 @@ def table_of(layout: TokenLayout, spec: FoveatedSpec, device: torch.device, memo
     )
 
 
-class _Inputs(NamedTuple):
-    """What gradients flow to: q, k, v, keys and values that all tiles share, means, and the first-order matrix."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    shared_key: Tensor
-    shared_value: Tensor
-    mean_key: Tensor
-    mean_value: Tensor
-    slope: Tensor | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Plan:
-    spec: FoveatedSpec
-    table: CellTable
-    choice: Tensor
-    log_sizes: Tensor
-    scale: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Chunk:
-    """What some tiles of queries see; -1 fills lists that are short.
-
-    Args:
-        queries: (T, n) tokens.
-        tokens: (b, h, T, K) exact tokens, b and h the batch and heads or 1.
-        means: (b, h, T, L) means that are listed, None where all tiles share them.
-        bias: (b, h, T, 1, S) added to the scores of shared keys.
-    """
-
-    queries: Tensor
-    tokens: Tensor
-    means: Tensor | None
-    bias: Tensor
-
-
 def _slope(key: Tensor, key_means: Tensor, value: Tensor, table: CellTable) -> Tensor:
     """Return the (B, H, D, D) mean over grid tokens of (k - mean of its smallest cell) v^T.
 
@@ -150,7 +124,7 @@ def _slope(key: Tensor, key_means: Tensor, value: Tensor, table: CellTable) -> T
     return spread.transpose(-1, -2) @ value.index_select(2, tokens).to(exact) / max(1, len(tokens))
 
 
-def _forward(inputs: _Inputs, plan: _Plan) -> Tensor:
+def _forward(inputs: Inputs, plan: Plan) -> Tensor:
     query, key, value = inputs[:3]
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     rows = plan.table.globals
@@ -160,73 +134,21 @@ def _forward(inputs: _Inputs, plan: _Plan) -> Tensor:
     for chunk in _chunks(query, plan):
         real = chunk.queries >= 0
         output.index_copy_(
-            2, chunk.queries[real], _attend(*_gather(inputs, chunk), chunk, plan)[:, :, real].to(query.dtype)
+            2, chunk.queries[real], _attend(*gather(inputs, chunk), chunk, plan)[:, :, real].to(query.dtype)
         )
     return output
 
 
-def _chunks(query: Tensor, plan: _Plan) -> Iterator[_Chunk]:
-    table, spec = plan.table, plan.spec
+def _chunks(query: Tensor, plan: Plan) -> Iterator[Chunk]:
+    table = plan.table
     copies, head_dim = query.shape[0] * query.shape[1], query.shape[-1]
     most_cells = table.exact.shape[1] + plan.choice.shape[-1]
     listed = most_cells * table.cells.shape[1] + (0 if table.means is None else table.means.shape[1])
-    shared = len(table.globals) + (len(plan.log_sizes) if spec.levels == 1 else 0)
+    shared = len(table.globals) + plan.num_shared
     per_tile = copies * (2 * listed * head_dim + table.tiles.shape[1] * (listed + shared))
     tiles = max(1, CHUNK_VALUES.get(query.device.type, CHUNK_VALUES_GPU) // max(1, per_tile))
     for first in range(0, len(table.tiles), tiles):
-        yield _chunk(slice(first, first + tiles), plan)
-
-
-def _chunk(rows: slice, plan: _Plan) -> _Chunk:
-    table, spec = plan.table, plan.spec
-    near, chosen, means = table.exact[None, None, rows], plan.choice[:, :, rows], None
-    cells = near
-    if spec.levels == 1 and chosen.shape[-1]:
-        cells = torch.cat([near.expand(*chosen.shape[:3], -1), chosen], -1)
-    elif spec.levels > 1 and not chosen.shape[-1]:
-        assert table.means is not None
-        means = table.means[None, None, rows]
-    elif spec.levels > 1:
-        cells, means = _lists_beside(chosen, rows, table)
-    bias = plan.log_sizes.new_zeros(*cells.shape[:3], len(table.globals))
-    if spec.levels == 1:
-        is_exact = mask_of(cells, len(plan.log_sizes))
-        bias = torch.cat([bias, plan.log_sizes.expand(is_exact.shape).masked_fill(is_exact, -torch.inf)], -1)
-    tokens = F.pad(table.cells, (0, 0, 0, 1), value=-1)[cells].flatten(-2)
-    return _Chunk(table.tiles[rows], tokens, means, bias.unsqueeze(-2))
-
-
-def _lists_beside(chosen: Tensor, rows: slice, table: CellTable) -> tuple[Tensor, Tensor]:
-    """Return exact cells and means where means of several levels stand beside chosen tiles: none holds a chosen one."""
-    held = mask_of(chosen, len(table.tiles))
-    fit = [table.far[0][rows] & ~held[..., table.parents[0]]]
-    for level, far in enumerate(table.far[1:]):
-        if level:  # the cells of level 1 are the tiles
-            up = table.parents[level].expand(held.shape)
-            held = torch.zeros(*held.shape[:3], far.shape[-1], device=held.device).scatter_add(-1, up, held.float()) > 0
-        fit.append(far[rows] & ~held)
-    return ids_of(~fit[0]), ids_of(torch.cat(accepted_cells(fit, table.parents), -1))
-
-
-def _gather(inputs: _Inputs, chunk: _Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the queries (B, H, T, n, D), shared keys and values, own ones (B, H, T, K, D), and the slope."""
-    query = inputs.query.index_select(2, chunk.queries.clamp_min(0).flatten()).unflatten(2, chunk.queries.shape)
-    own = [
-        torch.cat([_rows(tensor, chunk.tokens), *([] if chunk.means is None else [_rows(mean, chunk.means)])], 3)
-        for tensor, mean in ((inputs.key, inputs.mean_key), (inputs.value, inputs.mean_value))
-    ]
-    return query, inputs.shared_key, inputs.shared_value, own[0], own[1], inputs.slope
-
-
-def _rows(tensor: Tensor, ids: Tensor) -> Tensor:
-    """Return tensor[b, h, ids[b, h]] for (B, H, N, D) and (B or 1, H or 1, T, K); -1 gives any row."""
-    batch, heads, tokens, head_dim = tensor.shape
-    ids = ids.clamp_min(0)
-    if ids.shape[:2] == (1, 1):
-        return tensor.index_select(2, ids.flatten()).reshape(batch, heads, *ids.shape[2:], head_dim)
-    first = torch.arange(batch * heads, device=ids.device).reshape(batch, heads, 1, 1) * tokens
-    flat = tensor.reshape(-1, head_dim).index_select(0, (first + ids).flatten())
-    return flat.reshape(batch, heads, *ids.shape[2:], head_dim)
+        yield chunk_of(slice(first, first + tiles), plan)
 
 
 def _attend(
@@ -235,9 +157,10 @@ def _attend(
     shared_value: Tensor,
     own_key: Tensor,
     own_value: Tensor,
+    bias: Tensor,
     slope: Tensor | None,
-    chunk: _Chunk,
-    plan: _Plan,
+    chunk: Chunk,
+    plan: Plan,
 ) -> Tensor:
     """Return (B, H, T, n, D) in fp32 or better."""
     exact = accumulator(query.dtype)
@@ -245,8 +168,9 @@ def _attend(
         tensor.to(exact) for tensor in (query, shared_key, shared_value, own_key, own_value)
     )
     scaled = query * plan.scale
-    shared = (scaled.flatten(2, 3) @ shared_key.transpose(-1, -2)).unflatten(2, scaled.shape[2:4]) + chunk.bias
-    own = scaled @ own_key.transpose(-1, -2) + _own_bias(chunk, plan).unsqueeze(-2)
+    shared = (scaled.flatten(2, 3) @ shared_key.transpose(-1, -2)).unflatten(2, scaled.shape[2:4])
+    shared = shared + shared_bias(bias, chunk, len(plan.table.globals)).unsqueeze(-2)
+    own = scaled @ own_key.transpose(-1, -2) + own_bias(bias, chunk).unsqueeze(-2)
     weights = torch.cat([shared, own], -1).softmax(-1)
     shared, own = weights.split([shared.shape[-1], own.shape[-1]], -1)
     output = (shared.flatten(2, 3) @ shared_value).unflatten(2, scaled.shape[2:4]) + own @ own_value
@@ -257,22 +181,12 @@ def _attend(
     return output
 
 
-def _own_bias(chunk: _Chunk, plan: _Plan) -> Tensor:
-    """Return (b, h, T, K + L): the log of the size of each listed key, -inf for what only fills a list."""
-    bias = torch.where(chunk.tokens < 0, -torch.inf, 0.0)
-    if chunk.means is None:
-        return bias
-    sizes = plan.log_sizes[chunk.means.clamp_min(0)]
-    sizes = sizes.masked_fill(chunk.means < 0, -torch.inf)
-    return torch.cat([bias.expand(*sizes.shape[:3], -1), sizes], -1)
-
-
 class _Recompute(torch.autograd.Function):
-    """Forward without a graph; backward chunk by chunk, adding into one gradient per input."""
+    """Forward without a graph; backward chunk by chunk, adding into one gradient per input that needs one."""
 
     @staticmethod
     def forward(ctx, *arguments) -> Tensor:  # noqa: D102
-        inputs, plan = _Inputs(*arguments[:-1]), arguments[-1]
+        inputs, plan = Inputs(*arguments[:-1]), arguments[-1]
         ctx.save_for_backward(*inputs)
         ctx.plan = plan
         return _forward(inputs, plan)
@@ -280,55 +194,61 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # noqa: D102
-        inputs, plan = _Inputs(*ctx.saved_tensors), ctx.plan
+        inputs, plan = Inputs(*ctx.saved_tensors), ctx.plan
         totals = [
-            None if t is None else torch.zeros(t.shape, dtype=accumulator(t.dtype), device=t.device) for t in inputs
+            torch.zeros(t.shape, dtype=accumulator(t.dtype), device=t.device) if t is not None and is_needed else None
+            for t, is_needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         _add_globals(totals, inputs, plan, grad)
         for chunk in _chunks(inputs.query, plan):
             real = chunk.queries >= 0
             with torch.enable_grad():
-                parts = [None if part is None else part.detach().requires_grad_() for part in _gather(inputs, chunk)]
+                parts = [
+                    None if part is None else part.detach().requires_grad_(is_needed)
+                    for part, is_needed in zip(gather(inputs, chunk), _needed(totals, chunk), strict=True)
+                ]
                 output = _attend(*parts, chunk, plan)[:, :, real]  # type: ignore[arg-type]
-            leaves = [part for part in parts if part is not None]
-            found = list(
-                torch.autograd.grad(output, leaves, grad.index_select(2, chunk.queries[real]).to(output.dtype))
-            )
-            _add(totals, found, chunk, real)
+            leaves = [part for part in parts if part is not None and part.requires_grad]
+            grads = torch.autograd.grad(output, leaves, grad.index_select(2, chunk.queries[real]).to(output.dtype))
+            rest = iter(grads)
+            _add(totals, [next(rest) if part is not None and part.requires_grad else None for part in parts], chunk)
         return *(None if s is None else s.to(t.dtype) for s, t in zip(totals, inputs, strict=True)), None  # type: ignore
 
 
-def _add_globals(totals: list[Tensor | None], inputs: _Inputs, plan: _Plan, grad: Tensor) -> None:
+def _needed(totals: Sequence[Tensor | None], chunk: Chunk) -> list[bool]:
+    """Return which of the tensors that `gather` returns need a gradient."""
+    query, key, value, shared_key, shared_value, mean_key, mean_value, bias, slope = (t is not None for t in totals)
+    has_means = chunk.means is not None
+    own_key, own_value = key or (has_means and mean_key), value or (has_means and mean_value)
+    return [query, shared_key, shared_value, own_key, own_value, bias, slope]
+
+
+def _add_globals(totals: Sequence[Tensor | None], inputs: Inputs, plan: Plan, grad: Tensor) -> None:
     rows = plan.table.globals
-    if not len(rows):
+    if not len(rows) or all(total is None for total in totals[:3]):
         return
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in (inputs.query.index_select(2, rows), *inputs[1:3])]
         output = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], scale=plan.scale)
     found = torch.autograd.grad(output, leaves, grad.index_select(2, rows))
     for total, part, at in zip(totals[:3], found, (rows, None, None), strict=True):
-        assert total is not None
-        total += part if at is None else torch.zeros_like(total).index_copy_(2, at, part.to(total.dtype))
-
-
-def _add(totals: list[Tensor | None], found: list[Tensor], chunk: _Chunk, real: Tensor) -> None:
-    query, key, value, shared_key, shared_value, mean_key, mean_value, slope = totals
-    assert query is not None
-    query.index_add_(2, chunk.queries[real], found[0][:, :, real].to(query.dtype))
-    for total, part in zip((shared_key, shared_value, slope), (found[1], found[2], *found[5:]), strict=False):
         if total is not None:
+            total += part if at is None else torch.zeros_like(total).index_copy_(2, at, part.to(total.dtype))
+
+
+def _add(totals: Sequence[Tensor | None], grads: Sequence[Tensor | None], chunk: Chunk) -> None:
+    """Add the gradients of what `gather` returned into those of the inputs."""
+    query, key, value, shared_key, shared_value, mean_key, mean_value, bias, slope = totals
+    of_query, of_shared_key, of_shared_value, of_own_key, of_own_value, of_bias, of_slope = grads
+    real, count = chunk.queries >= 0, chunk.tokens.shape[-1]
+    if query is not None and of_query is not None:
+        query.index_add_(2, chunk.queries[real], of_query[:, :, real].to(query.dtype))
+    whole = ((shared_key, of_shared_key), (shared_value, of_shared_value), (bias, of_bias), (slope, of_slope))
+    for total, part in whole:
+        if total is not None and part is not None:
             total += part
-    count = chunk.tokens.shape[-1]
-    for tokens, means, part in ((key, mean_key, found[3]), (value, mean_value, found[4])):
-        _add_rows(tokens, chunk.tokens, part[..., :count, :])
-        if chunk.means is not None:
-            _add_rows(means, chunk.means, part[..., count:, :])
-
-
-def _add_rows(total: Tensor | None, ids: Tensor, part: Tensor) -> None:
-    """Add (B, H, T, K, D) into total[b, h, ids[b, h]]; what -1 marks has no gradient."""
-    assert total is not None
-    batch, heads, tokens, head_dim = total.shape
-    first = torch.arange(batch * heads, device=ids.device).reshape(batch, heads, 1, 1) * tokens
-    flat = (first + ids.clamp_min(0)).flatten()
-    total.view(-1, head_dim).index_add_(0, flat, part.reshape(-1, head_dim).to(total.dtype))
+    for tokens, means, part in ((key, mean_key, of_own_key), (value, mean_value, of_own_value)):
+        if tokens is not None and part is not None:
+            add_rows(tokens, chunk.tokens, part[..., :count, :])
+        if means is not None and part is not None and chunk.means is not None:
+            add_rows(means, chunk.means, part[..., count:, :])

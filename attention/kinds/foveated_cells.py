@@ -73,7 +73,7 @@ def shape_of(spec: FoveatedSpec, level: int, frames: int) -> Grid:
     Args:
         frames: of the grid.
     """
-    side = spec.tile if spec.levels == 1 else spec.tile // 2 * 2**level
+    side = spec.cell_side * 2**level
     return min(spec.frames or frames, frames), side, side
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..layout import Grid, TokenLayout
@@ -35,7 +36,7 @@ def choose_tiles(
         sizes = (table.tiles >= 0).sum(1, keepdim=True)
         queries = _tile_sums(query, layout, spec) / sizes
         keys = _tile_sums(key, layout, spec) / sizes
-        variances = (_tile_sums(key, layout, spec, squared=True) / sizes - keys**2).clamp_min(0)
+        variances = (_tile_sums(key.float() ** 2, layout, spec) / sizes - keys**2).clamp_min(0)
         parts = []
         rows = max(1, CHUNK_SCORES // max(1, batch * heads * len(table.tiles)))
         for part, near in zip(queries.split(rows, 2), table.near.split(rows), strict=True):
@@ -55,10 +56,20 @@ def _best(scores: Tensor, count: int) -> Tensor:
     return ids.masked_fill(scores.gather(-1, ids) == -math.inf, -1)
 
 
-def means_of(tensor: Tensor, layout: TokenLayout, spec: FoveatedSpec, table: CellTable) -> Tensor:
-    """Return the mean of each cell, levels one after another: (B, H, N, D) to (B, H, M, D), differentiable."""
+def means_of(
+    tensor: Tensor, layout: TokenLayout, spec: FoveatedSpec, table: CellTable, pool_logits: Tensor | None = None
+) -> Tensor:
+    """Return the mean of each cell, levels one after another; differentiable.
+
+    The tokens of a smallest cell count softmax(pool_logits) over the places that the cell has, in all frames alike. The
+    mean of a larger cell is that of its parts, each counted by its tokens.
+
+    Shapes:
+        tensor: (B, H, N, D). pool_logits: (H, s, s), s the side of the smallest cells; None and equal ones make plain
+        means. Output: (B, H, M, D).
+    """
     sums: list[Tensor] = []
-    current = list(_sums(tensor, layout, [shape_of(spec, 0, grid[0]) for _, grid in layout.grids]))
+    current = list(_sums(tensor, layout, [shape_of(spec, 0, grid[0]) for _, grid in layout.grids], pool_logits))
     for level in range(spec.levels):
         if level:
             current = [_cell_sums(each, (1, 2, 2)) for each in current]
@@ -68,16 +79,52 @@ def means_of(tensor: Tensor, layout: TokenLayout, spec: FoveatedSpec, table: Cel
     return (torch.cat(sums, 2) / table.sizes[:, None]).to(tensor.dtype)
 
 
-def _tile_sums(tensor: Tensor, layout: TokenLayout, spec: FoveatedSpec, squared: bool = False) -> Tensor:
+def mean_bias(table: CellTable, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores of means: the log of their size, and what heads learned for their level.
+
+    Shapes:
+        bias: (H, levels), None for 0. Output: (H, M), or (1, M) where nothing was learned; differentiable.
+    """
+    log_sizes = table.sizes.to(dtype).log()[None]
+    if bias is None:
+        return log_sizes
+    counts = [len(parents) for parents in table.parents]
+    counts.append(len(table.sizes) - sum(counts))
+    levels = zip(bias.to(table.sizes.device, dtype).unbind(1), counts, strict=True)
+    return log_sizes + torch.cat([level[:, None].expand(-1, count) for level, count in levels], 1)
+
+
+def _tile_sums(tensor: Tensor, layout: TokenLayout, spec: FoveatedSpec) -> Tensor:
     shapes = [tile_shape(spec, grid[0]) for _, grid in layout.grids]
-    return torch.cat([each.flatten(2, 4) for each in _sums(tensor, layout, shapes, squared)], 2)
+    return torch.cat([each.flatten(2, 4) for each in _sums(tensor, layout, shapes)], 2)
 
 
-def _sums(tensor: Tensor, layout: TokenLayout, shapes: list[Grid], squared: bool = False) -> Iterator[Tensor]:
+def _sums(
+    tensor: Tensor, layout: TokenLayout, shapes: list[Grid], pool_logits: Tensor | None = None
+) -> Iterator[Tensor]:
     """Yield for each grid the sums of its cells, (B, H, frames, rows, columns, D) of cells, in fp32 or better."""
     for (start, grid), shape in zip(layout.grids, shapes, strict=True):
         tokens = tensor[:, :, start : start + math.prod(grid)].unflatten(2, grid)
-        yield _cell_sums(tokens.float() ** 2 if squared else tokens, shape)
+        if pool_logits is not None:
+            logits = pool_logits.to(tensor.device, accumulator(tensor.dtype))
+            tokens = tokens * pool_weights(logits, grid)[:, None, :, :, None]
+        yield _cell_sums(tokens, shape)
+
+
+def pool_weights(logits: Tensor, grid: Grid) -> Tensor:
+    """Return how often each token of a frame counts in the sum of its cell, 1 on average over a cell.
+
+    Shapes:
+        logits: (H, s, s); equal ones give exactly 1. Output: (H, rows, columns).
+    """
+    heads, side, _ = logits.shape
+    rows, columns = (-(-size // side) for size in grid[1:])
+    places = logits.repeat(1, rows, columns)[:, : grid[1], : grid[2]]
+    places = F.pad(places, (0, columns * side - grid[2], 0, rows * side - grid[1]), value=-math.inf)
+    cells = rearrange(places, "h (r y) (c x) -> h r c (y x)", y=side, x=side)
+    weights = (cells - cells.detach().amax(-1, keepdim=True)).exp()
+    weights = weights * ((cells > -math.inf).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True))
+    return rearrange(weights, "h r c (y x) -> h (r y) (c x)", y=side)[:, : grid[1], : grid[2]]
 
 
 def _cell_sums(tokens: Tensor, shape: Grid) -> Tensor:

@@ -24,11 +24,15 @@ def foveated_reference(
     spec: FoveatedSpec,
     scale: float | None,
     choice: Tensor,
+    bias: Tensor | None = None,
+    pool_logits: Tensor | None = None,
 ) -> Tensor:
     """Return foveated attention in float64 for an explicit choice of tiles.
 
     Shapes:
         query, key, value: (B, H, N, D). choice: (B, H, U, K), indices of tiles over all grids, -1 for none.
+        bias: (H, levels), added to the scores of means; None is 0.
+        pool_logits: (H, s, s) of the weights of tokens in a smallest cell of side s; None makes plain means.
     """
     layout = layout.with_all_grids
     query, key, value = (tensor.double() for tensor in (query, key, value))
@@ -37,39 +41,51 @@ def foveated_reference(
     loose = [token for start, stop in layout.global_ranges for token in range(start, stop)]
     output[:, :, loose] = torch.softmax(query[:, :, loose] @ key.transpose(-1, -2) * factor, -1) @ value
     tiles = boxes_of(layout, spec, spec.tile)
+    counts = _counts(layout, spec, query.shape[1], pool_logits)
     for number, tile in enumerate(tiles):
         rows = tokens_of(tile)
         for b, h in itertools.product(range(query.shape[0]), range(query.shape[1])):
             chosen = {token for each in choice[b, h, number].tolist() if each >= 0 for token in tokens_of(tiles[each])}
-            exact, cells = what_a_tile_sees(tile, layout, spec, chosen)
+            exact, leveled = what_a_tile_sees(tile, layout, spec, chosen)
+            cells = [members for _, members in leveled]
             sets = [[token] for token in (*loose, *exact)] + cells
-            keys, values = (torch.stack([t[b, h, members].mean(0) for members in sets]) for t in (key, value))
             sizes = torch.tensor([len(members) for members in sets], dtype=torch.float64)
-            weights = torch.softmax(query[b, h, rows] @ keys.T * factor + sizes.log(), -1)
+            keys, values = (
+                torch.stack(
+                    [t[b, h, token] for token in (*loose, *exact)]
+                    + [(t[b, h, members] * counts[h, members, None]).sum(0) / len(members) for members in cells]
+                )
+                for t in (key, value)
+            )
+            scores = query[b, h, rows] @ keys.T * factor + sizes.log()
+            if bias is not None and cells:
+                added = torch.stack([bias[h, level].double() for level, _ in leveled])
+                scores = torch.cat([scores[:, : -len(cells)], scores[:, -len(cells) :] + added], 1)
+            weights = torch.softmax(scores, -1)
             output[b, h, rows] = weights @ values
             if spec.order and cells:
                 far = weights[:, -len(cells) :].sum(-1, keepdim=True)
-                slope = _slope(key[b, h], value[b, h], layout, spec)
+                slope = _slope(key[b, h], value[b, h], layout, spec, counts[h])
                 output[b, h, rows] += far * factor * (query[b, h, rows] @ slope)
     return output
 
 
 def what_a_tile_sees(
     tile: Placed, layout: TokenLayout, spec: FoveatedSpec, chosen: set[int]
-) -> tuple[list[int], list[list[int]]]:
-    """Return the exact grid tokens of a tile of queries, and the sets of tokens whose means stand for the others.
+) -> tuple[list[int], list[tuple[int, list[int]]]]:
+    """Return the exact grid tokens of a tile of queries, and the level and tokens of each mean that stands for others.
 
     A cell stands as a mean where it is far enough and holds no chosen token; the largest are tried first.
     """
     covered: set[int] = set()
-    cells: list[list[int]] = []
+    cells: list[tuple[int, list[int]]] = []
     smallest = spec.tile if spec.levels == 1 else spec.tile // 2
     for level in reversed(range(spec.levels)):
         for cell in boxes_of(layout, spec, smallest * 2**level):
             members = tokens_of(cell)
             if distance(tile, cell) >= spec.radius * 2**level and not {*members} & (covered | chosen):
                 covered |= {*members}
-                cells.append(members)
+                cells.append((level, members))
     everything = [token for start, grid in layout.grids for token in range(start, start + math.prod(grid))]
     return [token for token in everything if token not in covered], cells
 
@@ -109,9 +125,24 @@ def tokens_of(placed: Placed) -> list[int]:
     return [start + (t * grid[1] + y) * grid[2] + x for t, y, x in itertools.product(*box)]
 
 
-def _slope(key: Tensor, value: Tensor, layout: TokenLayout, spec: FoveatedSpec) -> Tensor:
+def _counts(layout: TokenLayout, spec: FoveatedSpec, num_heads: int, pool_logits: Tensor | None) -> Tensor:
+    """Return how often each token counts in the sum of its smallest cell, (H, N), the cell's size in all."""
+    counts = torch.ones(num_heads, layout.num_tokens, dtype=torch.float64)
+    if pool_logits is None:
+        return counts
+    side = spec.tile if spec.levels == 1 else spec.tile // 2
+    for head, cell in itertools.product(range(num_heads), boxes_of(layout, spec, side)):
+        _, _, (frames, rows, columns) = cell
+        places = [(y - rows[0], x - columns[0]) for _, y, x in itertools.product(frames, rows, columns)]
+        logits = torch.stack([pool_logits[head, y, x].double() for y, x in places])
+        counts[head, tokens_of(cell)] = torch.softmax(logits, 0) * len(places)
+    return counts
+
+
+def _slope(key: Tensor, value: Tensor, layout: TokenLayout, spec: FoveatedSpec, counts: Tensor) -> Tensor:
     """Return the (D, D) mean over grid tokens of (k - mean of its smallest cell) v^T."""
     side = spec.tile if spec.levels == 1 else spec.tile // 2
     cells = [tokens_of(box) for box in boxes_of(layout, spec, side)]
-    parts = [(key[cell] - key[cell].mean(0)).T @ value[cell] for cell in cells]
+    means = [(key[cell] * counts[cell, None]).sum(0) / len(cell) for cell in cells]
+    parts = [(key[cell] - mean).T @ value[cell] for cell, mean in zip(cells, means, strict=True)]
     return torch.stack(parts).sum(0) / sum(map(len, cells))

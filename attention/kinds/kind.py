@@ -1,14 +1,14 @@
 """What the pack knows of a kind of attention beyond its spec; `runtime/registry.py` has an entry for each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..layout import Reason, TokenLayout
 from ..memory import LongLived
-from ..specs import SPECS, Spec
+from ..specs import SPECS, HeadGroup, Spec
 from .feature_maps import Maps
 
 Shape = tuple[int, int, int, int]  # (B, H, N, D)
@@ -19,14 +19,33 @@ class Learned:
     """What was learned for a site.
 
     Args:
-        pool: (d, d) weights of pooled tokens; None means 1 / d^2.
+        pool: (d, d) pooling weights of `clear`, the same for all heads: what a token counts in its pooled token; None
+            means 1 / d^2.
         maps: phi_q and phi_k; None where the kind has none.
         output: (H, D, D) matrices behind the attention, see `output_map.py`; None means none.
+        bias: (H, levels) of `foveated`, added to the scores of means; None means 0.
+        pool_logits: (H, s, s) of `foveated`, logits of the pooling weights per head: their softmax over the tokens of a
+            cell is what a token counts in the mean; None means plain means.
     """
 
     pool: Tensor | None = None
     maps: Maps | None = None
     output: Tensor | None = None
+    bias: Tensor | None = None
+    pool_logits: Tensor | None = None
+
+    @property
+    def is_nothing(self) -> bool:
+        return all(getattr(self, name) is None for name in self.__slots__)
+
+    def of_group(self, group: HeadGroup) -> "Learned":
+        """Return what some heads have of what their site has; what belongs to no head in particular stays whole."""
+        names, heads = group.spec.learned_shapes(len(group.heads)), list(group.heads)
+        bias, logits = (
+            tensor[heads] if tensor is not None and name in names else None
+            for name, tensor in (("bias", self.bias), ("pool_logits", self.pool_logits))
+        )
+        return replace(self, bias=bias, pool_logits=logits)
 
 
 class Compute(Protocol):

@@ -25,6 +25,8 @@ def reference_attention(
     scale: float | None = None,
     pool_weight: Tensor | None = None,
     maps: Maps | None = None,
+    bias: Tensor | None = None,
+    pool_logits: Tensor | None = None,
 ) -> Tensor:
     """Return the attention that `spec` describes, computed in float64 over explicit masks.
 
@@ -35,14 +37,16 @@ def reference_attention(
         scale: factor on q . k; None takes the spec's own.
         pool_weight: (d, d) weights of pooled tokens; None means 1 / d^2.
         maps: phi_q and phi_k of the site, for kinds that have them.
+        bias, pool_logits: of the means of `foveated`, all heads of the site.
     """
     query, key, value = (tensor.double() for tensor in (query, key, value))
-    output, learned = torch.empty_like(query), Learned(pool_weight, maps)
+    output, learned = torch.empty_like(query), Learned(pool_weight, maps, bias=bias, pool_logits=pool_logits)
     for group in groups_of(spec, query.shape[1]):
         heads = list(group.heads)
         assert not group.spec.has_maps or (maps is not None and len(heads) == query.shape[1]), "maps are of all heads"
         parts = (query[:, heads], key[:, heads], value[:, heads])
-        output[:, heads] = kind_of(group.spec).reference(*parts, layout, group.spec, learned, scale)
+        own = learned if heads == list(range(query.shape[1])) else learned.of_group(group)
+        output[:, heads] = kind_of(group.spec).reference(*parts, layout, group.spec, own, scale)
     return output
 
 

@@ -83,8 +83,8 @@ class TorchBackend:
         for group in groups_of(call.spec, query.shape[1]):
             every_head = len(group.heads) == query.shape[1]
             q, k, v = (query, key, value) if every_head else (_heads(t, group.heads) for t in (query, key, value))
-            run = kind_of(group.spec).run
-            parts.append(run(q, k, v, call.layout, group.spec, learned, scale=scale, memory=memory))
+            run, own = kind_of(group.spec).run, learned if every_head else learned.of_group(group)
+            parts.append(run(q, k, v, call.layout, group.spec, own, scale=scale, memory=memory))
             order += group.heads
         if len(parts) == 1:
             return parts[0]
@@ -143,8 +143,9 @@ class ReferenceBackend:
 
     def run(self, query, key, value, call, *, scale, learned, memory):  # noqa: ANN001, ANN201, D102
         learned = _with_maps(learned, call)
-        options = {"scale": scale, "pool_weight": learned.pool, "maps": learned.maps}
-        return reference_attention(query, key, value, call.layout, call.spec, **options).to(query.dtype)
+        names = {"pool_weight": "pool", "maps": "maps", "bias": "bias", "pool_logits": "pool_logits"}
+        options = {option: getattr(learned, name) for option, name in names.items()}
+        return reference_attention(query, key, value, call.layout, call.spec, scale=scale, **options).to(query.dtype)
 
 
 def _with_maps(learned: Learned, call: CallShape) -> Learned:
@@ -215,6 +216,8 @@ def attention(
     scale: float | None = None,
     pool_weight: Tensor | None = None,
     maps: Maps | None = None,
+    bias: Tensor | None = None,
+    pool_logits: Tensor | None = None,
     backend: str = AUTO,
     memory: LongLived | None = None,
 ) -> Tensor:
@@ -229,6 +232,7 @@ def attention(
         scale: factor on q . k; None takes the spec's own, usually 1 / sqrt(D).
         pool_weight: (d, d) weights of pooled tokens; None means 1 / d^2.
         maps: phi_q and phi_k for kinds that have them; None takes untrained ones.
+        bias, pool_logits: of the means of `foveated`, as in `foveated_attention`.
         backend: `auto`, `triton`, `torch` or `reference`.
         memory: keeps tables between calls.
 
@@ -244,7 +248,8 @@ def attention(
     chosen, reasons = choose_backend(call, backend)
     if chosen is None:
         raise ValueError("; ".join(map(str, reasons)))
-    return chosen.run(query, key, value, call, scale=scale, learned=Learned(pool_weight, maps), memory=memory)
+    learned = Learned(pool_weight, maps, bias=bias, pool_logits=pool_logits)
+    return chosen.run(query, key, value, call, scale=scale, learned=learned, memory=memory)
 
 
 def _wrong_input(call: CallShape) -> Reason | None:

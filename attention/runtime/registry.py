@@ -62,7 +62,8 @@ def _foveated(
     query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, spec: FoveatedSpec, learned: Learned,
     *, scale: float | None, memory: LongLived | None,
 ) -> Tensor:  # fmt: skip
-    return foveated_attention(query, key, value, layout, spec, scale=scale, memory=memory)
+    options = {"scale": scale, "bias": learned.bias, "pool_logits": learned.pool_logits, "memory": memory}
+    return foveated_attention(query, key, value, layout, spec, **options)
 
 
 def _foveated_reference(
@@ -70,7 +71,7 @@ def _foveated_reference(
     scale: float | None,
 ) -> Tensor:  # fmt: skip
     choice = tiles_of(query, key, layout, spec, scale=scale)
-    return foveated_reference(query, key, value, layout, spec, scale, choice)
+    return foveated_reference(query, key, value, layout, spec, scale, choice, learned.bias, learned.pool_logits)
 
 
 ON_TORCH = partial(_mapped, engine=TORCH)

@@ -35,7 +35,14 @@ LONGEST_REASON = 220
 MOST_TEXT = 2**16  # characters of what is told about a student; a licence may be quoted whole
 MOST_ERROR = 1e300  # a thousand of them can be summed
 
-PARAMETER = re.compile(r"(?P<site>\w+(?:\.\w+)*?)\.(?P<part>pool|output\.weight|phi_[qk](?:\.\w+)+)", re.ASCII)
+PARAMETER = re.compile(
+    r"(?P<site>\w+(?:\.\w+)*?)\.(?P<part>pool|bias|pool_logits|output\.weight|phi_[qk](?:\.\w+)+)", re.ASCII
+)
+SHAPES = {  # dimensions of what has a name of its own, and the rule
+    "pool": (2, "a pooling weight has as many rows as columns"),
+    "pool_logits": (3, "pooling logits have as many rows as columns for each head"),
+    "bias": (2, "a bias has a number for each head and level"),
+}
 DELTA = re.compile(
     r"(?P<target>diffusion_model(?:\.\w+)+)\.(?P<part>lora_(?:up|down|A|B)\.weight|alpha|diff|diff_b|set_weight)",
     re.ASCII,
@@ -64,7 +71,8 @@ class StudentFile:
         site_errors: relative error of each site on held-out samples, 0 or more.
         licence: of the weights, or empty.
         fingerprint: (256,) fp32 of the base model, see `attention/students/fingerprint.py`; None if it is not known.
-        parameters: `<site>.pool` (d, d), `<site>.phi_q.*` and `<site>.phi_k.*`, `<site>.output.weight` (H, D, D).
+        parameters: `<site>.pool` (d, d), `<site>.phi_q.*` and `<site>.phi_k.*`, `<site>.output.weight` (H, D, D),
+            `<site>.bias` (H, levels) and `<site>.pool_logits` (H, s, s) of kind foveated.
         origin: the file it was read from, for records; not stored.
         draw: which fixed draw feature map `favor` has, see `Favor.take_draw`.
         deltas: changes to weights under LoRA keys, `diffusion_model.<path>.lora_up.weight` and its like.
@@ -126,11 +134,14 @@ def _check_parameter(name: str, tensor: Tensor) -> None:
     found = PARAMETER.fullmatch(name)
     if found is None or _is_delta(name):
         raise ValueError(
-            f"a learned parameter is called <site>.pool, .output.weight, .phi_q.* or .phi_k.*, got {quote(name)}"
+            "a learned parameter is called <site>.pool, .bias, .pool_logits, .output.weight, .phi_q.* or .phi_k.*, got"
+            f" {quote(name)}"
         )
     _check_values(name, tensor)
-    if found["part"] == "pool" and (tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1]):
-        raise ValueError(f"a pooling weight has as many rows as columns, {quote(name)} has {tuple(tensor.shape)}")
+    dimensions, rule = SHAPES.get(found["part"], (tensor.ndim, ""))
+    is_square = found["part"] not in ("pool", "pool_logits") or tensor.shape[-2:-1] == tensor.shape[-1:]
+    if tensor.ndim != dimensions or not is_square:
+        raise ValueError(f"{rule}, {quote(name)} has {tuple(tensor.shape)}")
 
 
 def _check_delta(name: str, tensor: Tensor, deltas: Mapping[str, Tensor]) -> None:

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from ..hosts.base import Site
 from ..kinds.feature_maps import Favor, FeatureMap, Maps
+from ..kinds.kind import Learned
 from ..plans import describe_sites
 from ..shown import quote
 from ..specs import DenseSpec, SiteSpec, groups_of
-from .file import PARAMETER, StudentFile
+from .file import PARAMETER, SHAPES, StudentFile
 from .learned import StudentParameters, empty_maps, map_shapes
 from .tensor_values import below
 
@@ -17,7 +18,8 @@ from .tensor_values import below
 def check_student(student: StudentFile, host_name: str, sites: Sequence[Site]) -> dict[str, SiteSpec]:
     """Return the spec of each site of a model, after checking that the student fits it.
 
-    A site with pooled tokens and no `<site>.pool` averages uniformly.
+    A site with pooled tokens and no `<site>.pool` averages uniformly; one of kind foveated without `<site>.bias` or
+    `<site>.pool_logits` runs without.
 
     Args:
         student: as loaded.
@@ -26,7 +28,7 @@ def check_student(student: StudentFile, host_name: str, sites: Sequence[Site]) -
 
     Raises:
         ValueError: the student is for another host, its plan names a site or a number of heads that the model does
-            not have, or a parameter belongs to no site, to a kind without such parameters, or to another down_factor.
+            not have, or a parameter belongs to no site, to a kind without such parameters, or has another shape.
     """
     if student.host != host_name:
         raise ValueError(f"the student is for host {quote(student.host)}, this model is {quote(host_name)}")
@@ -56,11 +58,14 @@ def student_parameters(student: StudentFile, specs: Mapping[str, SiteSpec], site
         specs: as `check_student` returned them.
         sites: of the model.
     """
-    pools, outputs = (
-        {name.removesuffix(end): tensor for name, tensor in student.parameters.items() if name.endswith(end)}
-        for end in (".pool", ".output.weight")
+    maps, given = student_maps(student, specs, sites), student.parameters
+    names = {"pool": "pool", "output": "output.weight", "bias": "bias", "pool_logits": "pool_logits"}
+    return StudentParameters(
+        {
+            site: Learned(maps=maps.get(site), **{field: given.get(f"{site}.{name}") for field, name in names.items()})
+            for site in specs
+        }
     )
-    return StudentParameters(pools, student_maps(student, specs, sites), outputs)
 
 
 def student_maps(student: StudentFile, specs: Mapping[str, SiteSpec], sites: Sequence[Site]) -> dict[str, Maps]:
@@ -126,14 +131,14 @@ def _check_part(name: str, part: str, tensor: Tensor, spec: SiteSpec, site: Site
                 f"{quote(name)} has shape {quote(tuple(tensor.shape))}, the site takes {needed} if it is not dense"
             )
         return
-    if part == "pool":
-        factors = {each.pool_side for each in spec.parts} - {0}
-        if not factors:
-            raise ValueError(f"the student has {quote(name)}, its plan pools no tokens at that site")
-        if any(tuple(tensor.shape) != (factor, factor) for factor in factors):
-            needed = " and ".join(str(factor) for factor in sorted(factors))
+    if part in SHAPES:
+        shapes = [each.learned_shapes(site.num_heads) for each in spec.parts]
+        taken = sorted({each[part] for each in shapes if part in each})
+        if not taken:
+            raise ValueError(f"the student has {quote(name)}, its plan takes no {part} at that site")
+        if taken != [tuple(tensor.shape)]:
             raise ValueError(
-                f"{quote(name)} has shape {quote(tuple(tensor.shape))}, the plan's down_factor is {needed}"
+                f"{quote(name)} has shape {quote(tuple(tensor.shape))}, the plan takes {' and '.join(map(str, taken))}"
             )
     elif not any(each.has_maps for each in spec.parts):
         raise ValueError(f"the student has {quote(name)}, its plan has no feature map at that site")

@@ -1,10 +1,11 @@
 """The learned parameters of all sites as one module, which the host application can place and count.
 
-A site has pooling weights, or a pair of feature maps, and matrices behind its attention, or nothing. They are read with
-a cast at each use, so that they may lie on any device.
+A site has pooling weights, a pair of feature maps, or what means learn, and matrices behind its attention, or nothing.
+They are read with a cast at each use, so that they may lie on any device.
 """
 
 import copy
+import math
 from collections.abc import Mapping
 
 import torch
@@ -24,7 +25,7 @@ class PoolParameters(nn.Module):
 
     def __init__(self, pool: Tensor) -> None:
         super().__init__()
-        self.pool = nn.Parameter(pool.detach().clone(), requires_grad=False)
+        self.pool = _parameter(pool)
 
 
 class OutputParameters(nn.Module):
@@ -36,63 +37,83 @@ class OutputParameters(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.weight = _parameter(weight)
+
+
+class MeanParameters(nn.Module):
+    """What one site learned for the means of `foveated`, a leaf.
+
+    Args:
+        bias: (H, levels), added to the scores of means.
+        pool_logits: (H, s, s), logits of pooling weights.
+    """
+
+    def __init__(self, bias: Tensor | None, pool_logits: Tensor | None) -> None:
+        super().__init__()
+        self.bias = None if bias is None else _parameter(bias)
+        self.pool_logits = None if pool_logits is None else _parameter(pool_logits)
 
 
 class SiteParameters(nn.Module):
     """What one site has, copies of what was given, without gradients."""
 
-    def __init__(self, pool: Tensor | None, maps: Maps | None, output: Tensor | None) -> None:
+    def __init__(self, learned: Learned) -> None:
         super().__init__()
+        pool, maps, output = learned.pool, learned.maps, learned.output
         self.pool = None if pool is None else PoolParameters(pool)
         self.phi_q, self.phi_k = (copy.deepcopy(each).requires_grad_(False) for each in maps) if maps else (None, None)
         self.output = None if output is None else OutputParameters(output)
+        has_means = learned.bias is not None or learned.pool_logits is not None
+        self.means = MeanParameters(learned.bias, learned.pool_logits) if has_means else None
 
-    @property
-    def maps(self) -> Maps | None:
-        """phi_q and phi_k."""
-        return None if self.phi_q is None or self.phi_k is None else (self.phi_q, self.phi_k)
+    def learned(self) -> Learned:
+        """Return the parameters as backends take them."""
+        return Learned(
+            None if self.pool is None else self.pool.pool,
+            None if self.phi_q is None or self.phi_k is None else (self.phi_q, self.phi_k),
+            None if self.output is None else self.output.weight,
+            None if self.means is None else self.means.bias,
+            None if self.means is None else self.means.pool_logits,
+        )
 
     def stored(self) -> dict[str, Tensor]:
         """Return the parameters by the names that files give them, counted from the site."""
-        return {name.removeprefix("pool."): value.detach() for name, value in self.named_parameters()}
+        named = self.named_parameters()
+        return {name.removeprefix("pool.").removeprefix("means."): value.detach() for name, value in named}
 
 
 class StudentParameters(nn.Module):
     """The parameters of all sites that have some.
 
     Args:
-        pools: (d, d) pooling weights by site id.
-        maps: phi_q and phi_k by site id.
-        outputs: (H, D, D) matrices behind the attention, by site id.
+        learned: what each site has, by its id.
     """
 
-    def __init__(
-        self,
-        pools: Mapping[str, Tensor] | None = None,
-        maps: Mapping[str, Maps] | None = None,
-        outputs: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    def __init__(self, learned: Mapping[str, Learned] | None = None) -> None:
         super().__init__()
-        pools, maps, outputs = pools or {}, maps or {}, outputs or {}
-        self.sites = nn.ModuleDict(
-            {
-                _key(site): SiteParameters(pools.get(site), maps.get(site), outputs.get(site))
-                for site in dict.fromkeys((*pools, *maps, *outputs))
-            }
-        )
+        given = {site: each for site, each in (learned or {}).items() if not each.is_nothing}
+        # the states of optimisers on disk number parameters in this order
+        sites = sorted(given, key=lambda site: (given[site].pool is None, given[site].maps is None))
+        self.sites = nn.ModuleDict({_key(site): SiteParameters(given[site]) for site in sites})
 
-    def by_site(self) -> dict[str, SiteParameters]:
-        """Return the parameters of each site that has some."""
-        return {_site(key): found for key, found in self.sites.items() if isinstance(found, SiteParameters)}
+    def parameters_by_site(self) -> dict[str, SiteParameters]:
+        """Return the module of each site that has some."""
+        return {_site(key): module for key, module in self.sites.items() if isinstance(module, SiteParameters)}
+
+    def by_site(self) -> dict[str, Learned]:
+        """Return what each site has, by its id."""
+        return {site: module.learned() for site, module in self.parameters_by_site().items()}
 
     def learned(self, site: str, device: torch.device) -> Learned:
-        """Return what a site has; pooling weights lie on `device`, the rest is cast at each use."""
-        found = dict(self.sites.items()).get(_key(site))
-        if not isinstance(found, SiteParameters):
+        """Return what a site has; maps and matrices are cast at each use, the rest lies on `device`."""
+        module = dict(self.sites.items()).get(_key(site))
+        if not isinstance(module, SiteParameters):
             return Learned()
-        pool = None if found.pool is None else found.pool.pool.to(device)
-        return Learned(pool, found.maps, None if found.output is None else found.output.weight)
+        found = module.learned()
+        pool, bias, logits = (
+            None if tensor is None else tensor.to(device) for tensor in (found.pool, found.bias, found.pool_logits)
+        )
+        return Learned(pool, found.maps, found.output, bias, logits)
 
     def let_autograd_save(self) -> None:
         """Replace what inference mode made or moved, which autograd refuses to save, by equal tensors."""
@@ -106,36 +127,24 @@ class StudentParameters(nn.Module):
 
     def without(self, sites: frozenset[str] | set[str]) -> "StudentParameters":
         """Return the parameters of the other sites."""
-        return StudentParameters(
-            {site: pool for site, pool in self.pools().items() if site not in sites},
-            {site: pair for site, pair in self.maps().items() if site not in sites},
-            {site: output for site, output in self.outputs().items() if site not in sites},
-        )
+        return StudentParameters({site: learned for site, learned in self.by_site().items() if site not in sites})
 
     def joined(self, other: "StudentParameters") -> "StudentParameters":
         """Return the parameters of both; where both name a site, those of `other`."""
-        mine = self.without(set(other.by_site()))
-        return StudentParameters(
-            mine.pools() | other.pools(), mine.maps() | other.maps(), mine.outputs() | other.outputs()
-        )
-
-    def pools(self) -> dict[str, Tensor]:
-        """Return the pooling weights by site id."""
-        found = self.by_site().items()
-        return {site: each.pool.pool.detach() for site, each in found if each.pool is not None}
-
-    def maps(self) -> dict[str, Maps]:
-        """Return the feature maps by site id."""
-        return {site: each.maps for site, each in self.by_site().items() if each.maps is not None}
+        return StudentParameters(self.by_site() | other.by_site())
 
     def outputs(self) -> dict[str, Tensor]:
         """Return the matrices behind the attention by site id."""
-        return {site: each.output.weight.detach() for site, each in self.by_site().items() if each.output is not None}
+        found = self.by_site().items()
+        return {site: learned.output.detach() for site, learned in found if learned.output is not None}
 
 
-def new_pool(side: int) -> Tensor:
-    """Return pooling weights that average."""
-    return torch.full((side, side), 1 / side**2)
+def new_parameters(spec: SiteSpec, num_heads: int) -> dict[str, Tensor]:
+    """Return what a site learns beside maps and matrices, at its start, where it changes nothing."""
+    return {
+        name: torch.full(shape, 1 / math.prod(shape)) if name == "pool" else torch.zeros(shape)
+        for name, shape in spec.learned_shapes(num_heads).items()
+    }
 
 
 def new_maps(spec: SiteSpec, num_heads: int, head_dim: int) -> Maps:
@@ -169,6 +178,10 @@ def map_shapes(spec: SiteSpec, num_heads: int, head_dim: int) -> dict[str, tuple
     with torch.device("meta"):
         feature_map = kind(num_heads, head_dim, spec.feature_dim)
     return {name: tuple(parameter.shape) for name, parameter in feature_map.named_parameters()}
+
+
+def _parameter(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.detach().clone(), requires_grad=False)
 
 
 def _key(site: str) -> str:

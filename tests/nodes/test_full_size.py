@@ -74,7 +74,7 @@ def test_half_of_wan_runs_hybrid(comfy, wan):
         (site.id, *(("hybrid", "torch") if site.id in hybrid else ("dense", "host"))): 1 for site in sites
     }
     assert runtime.record.non_finite == () and not runtime.record.declined
-    maps = runtime.parameters.maps()
+    maps = {site: learned.maps for site, learned in runtime.parameters.by_site().items()}
     assert list(maps) == hybrid
     for pair in maps.values():
         assert [sum(parameter.numel() for parameter in each.parameters()) for each in pair] == [1_185_792] * 2

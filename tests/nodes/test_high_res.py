@@ -188,7 +188,7 @@ def test_its_costs_are_those_of_attention_report_matrices_included(comfy, studio
     (site,) = (each for each in host.sites(module) if each.id == "single.0")
     matrices = torch.eye(site.head_dim).expand(site.num_heads, -1, -1)
     settings = {site.id: studio.runtime.SiteSettings(specs.ClearSpec(2))}
-    parameters = student.StudentParameters(outputs={site.id: matrices})
+    parameters = student.StudentParameters({site.id: student.Learned(output=matrices)})
     model, _ = studio.patching.patch_model(studio.model, settings, parameters=parameters)
     patched, _ = high_res(model, width=512, height=512)
     report = comfy.node("LinearizeReport")(model=patched, width=512, height=512).args[0]

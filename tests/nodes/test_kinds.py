@@ -66,7 +66,7 @@ def test_two_nodes_in_a_row_work_as_one(comfy, studio):
     assert studio.ran(model) == {
         "double.0": ("hybrid", "torch"), "double.1": ("clear", "torch"), "single.1": ("clear", "torch"),
     }  # fmt: skip
-    assert set(studio.patching.runtime_of(model).parameters.maps()) == {"double.0"}
+    assert set(studio.patching.runtime_of(model).parameters.by_site()) == {"double.0"}
 
 
 def test_maps_are_counted_and_survive_a_deep_clone(comfy, studio):

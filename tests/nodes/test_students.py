@@ -113,8 +113,8 @@ def test_a_student_brings_its_feature_maps(comfy, studio, make, files):
         latents.append(studio.sample(patched))
         runtime = studio.patching.runtime_of(patched)
         assert studio.ran(patched)["single.1"] == ("hybrid", "torch")
-        assert runtime.sites["single.1"].trained and set(runtime.parameters.maps()) == {"single.1"}
-        stored = runtime.parameters.maps()["single.1"][1].weight_2
+        assert runtime.sites["single.1"].trained and set(runtime.parameters.by_site()) == {"single.1"}
+        stored = runtime.parameters.by_site()["single.1"].maps[1].weight_2
         assert torch.equal(stored.cpu(), maps(seed)["single.1.phi_k.weight_2"])
     assert torch.equal(latents[0], latents[1]) and (latents[0] - latents[2]).abs().max() > 1e-5
 

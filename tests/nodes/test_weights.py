@@ -247,7 +247,7 @@ def test_clones_and_sites_that_are_left_out(comfy, studio, place, base_tensors):
     name = place("linearize", "clear_local_3_down_4.safetensors", tensors)
     patched = studio.clear(studio.model, radius=3, weights=name, sites="single")
     runtime = studio.patching.runtime_of(patched.clone())
-    assert set(runtime.sites) == {"single.0", "single.1"} == set(runtime.parameters.pools())
+    assert set(runtime.sites) == {"single.0", "single.1"} == set(runtime.parameters.by_site())
     assert torch.equal(effective(patched, "double_blocks.0.img_attn.qkv.weight"), base_tensors[
         "double_blocks.0.img_attn.qkv.weight"
     ])  # fmt: skip
@@ -273,7 +273,7 @@ def test_a_later_node_takes_the_weights_of_its_sites_away(comfy, studio, place, 
     ):
         assert torch.equal(effective(patched, f"{parameter}.weight")[rows], expected), parameter
     runtime = studio.patching.runtime_of(patched)
-    assert set(runtime.parameters.pools()) == {"single.0"}
+    assert set(runtime.parameters.by_site()) == {"single.0"}
     assert [settings.trained for settings in runtime.sites.values()] == [True, True, True, False]
 
 
@@ -304,9 +304,9 @@ def test_pooling_weights_are_counted_and_travel_with_the_model(comfy, studio, pl
     assert cloned.model is parameters and studio.patching.runtime_of(patched.clone()).parameters is parameters
     (deep,) = patched.deepclone_multigpu().get_additional_models_with_key("linearize")
     assert deep.model is not parameters
-    assert {k: v.tolist() for k, v in deep.model.pools().items()} == {
-        k: v.tolist() for k, v in parameters.pools().items()
-    }
+    assert [each.pool.tolist() for each in deep.model.by_site().values()] == [
+        each.pool.tolist() for each in parameters.by_site().values()
+    ]
 
 
 def test_trained_sites_belong_to_their_kind(studio, place):

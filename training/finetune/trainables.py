@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.hosts.base import Host, Site
+from ...attention.kinds.kind import Learned
 from ...attention.specs import SiteSpec
 from ...attention.students.candidates import Candidate, Candidates
 from ...attention.students.fit import check_student, student_parameters
-from ...attention.students.learned import StudentParameters, new_pool
+from ...attention.students.learned import StudentParameters, new_parameters
 from ..engine.recipe import FinetuneRecipe
 from .deltas import Delta, as_deltas, made_whole, new_deltas, projections, read_deltas
 
@@ -48,9 +49,12 @@ class Trainables(nn.Module):
         specs = check_student(file, host.name, sites)
         self.student = student
         self.specs: dict[str, SiteSpec] = {s: spec for s, spec in specs.items() if not spec.is_dense}
-        given = student_parameters(file, specs, sites)
-        pools = {site: new_pool(spec.pool_side) for site, spec in self.specs.items() if spec.pool_side} | given.pools()
-        self.learned = StudentParameters(pools, given.maps(), given.outputs()).float().requires_grad_(True)
+        given, learned = student_parameters(file, specs, sites).by_site(), {}
+        for site in sites:
+            start, own = new_parameters(specs[site.id], site.num_heads), given.get(site.id, Learned())
+            missing = {name: value for name, value in start.items() if getattr(own, name) is None}
+            learned[site.id] = replace(own, **missing)
+        self.learned = StudentParameters(learned).float().requires_grad_(True)
         weights = host.site_weights(module)
         sizes = projections(module, (path for site in self.specs for path in weights[site]))
         found: dict[str, Delta] = {**new_deltas(sizes, recipe.trainables, recipe.rank, recipe.seed)}
@@ -90,7 +94,7 @@ class Trainables(nn.Module):
             errors: by site, where they were measured.
             recipe: facts about how it was trained.
         """
-        learned, sites = self.learned.by_site(), {}
+        learned, sites = self.learned.parameters_by_site(), {}
         for site, (candidate,) in self.student.sites.items():
             parameters: Mapping[str, Tensor] = candidate.parameters
             if site in learned:

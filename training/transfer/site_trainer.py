@@ -15,7 +15,7 @@ from ...attention.layout import Reason, TokenLayout
 from ...attention.runtime.backends import Backend, CallShape, choose_backend
 from ...attention.site_call import SiteCall
 from ...attention.specs import HybridSpec, LinearSpec, MappedSpec, SiteSpec
-from ...attention.students.learned import new_maps, new_pool
+from ...attention.students.learned import new_maps, new_parameters
 from ..engine.losses import energies, score_loss, squared_loss, value_loss
 from ..engine.optimizers import make_optimizer, optimizer_state, restore_optimizer
 from ..engine.recipe import TransferRecipe
@@ -40,12 +40,12 @@ class SiteTrainer(nn.Module):
     def __init__(self, site: Site, spec: SiteSpec, recipe: TransferRecipe, device: torch.device) -> None:
         super().__init__()
         self.site, self.spec, self.recipe = site, spec, recipe
-        self.pool: nn.Parameter | None = None
         self.matrices: Tensor | None = None
         if spec.has_maps:
             self.phi_q, self.phi_k = new_maps(spec, site.num_heads, site.head_dim)
-        if spec.pool_side:
-            self.pool = nn.Parameter(new_pool(spec.pool_side))
+        self._names = tuple(spec.learned_shapes(site.num_heads))
+        for name, start in new_parameters(spec, site.num_heads).items():
+            self.register_parameter(name, nn.Parameter(start))
         self.to(device)
         parameters = list(self.parameters())
         self.optimizer = None
@@ -56,7 +56,7 @@ class SiteTrainer(nn.Module):
     def learned(self) -> Learned:
         """Return the parameters as backends take them."""
         maps = (self.phi_q, self.phi_k) if self.spec.has_maps else None
-        return Learned(self.pool, maps)
+        return Learned(maps=maps, **{name: self.get_parameter(name) for name in self._names})
 
     def output(self, call: SiteCall) -> Tensor:
         """Return the candidate's output, `matrices` included, on the teacher's query, key and value, (B, H, N, D).

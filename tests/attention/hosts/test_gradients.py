@@ -8,6 +8,7 @@ import torch
 from families import collect, seeded
 
 from linearize.attention.hosts import HOSTS
+from linearize.attention.kinds.kind import Learned
 from linearize.attention.memory import LongLived
 from linearize.attention.runtime.override import OVERRIDE_KEY, AttentionOverride, model_call_wrapper
 from linearize.attention.runtime.runtime import RUNTIME_KEY, Runtime
@@ -33,7 +34,7 @@ class Training:
         self.runtime = Runtime(self.host, {}, LongLived())
         self.roles = Roles(self.model, self.runtime)
         sites, weights = self.host.sites(self.model), self.host.site_weights(self.model)
-        maps = StudentParameters({}, {s.id: new_maps(SPEC, s.num_heads, s.head_dim) for s in sites})
+        maps = StudentParameters({s.id: Learned(maps=new_maps(SPEC, s.num_heads, s.head_dim)) for s in sites})
         maps.requires_grad_(True)
         sizes = projections(self.model, (path for site in sites for path in weights[site.id]))
         deltas = new_deltas(sizes, "lora", 2, 0)

@@ -8,6 +8,7 @@ import torch
 from linearize.attention import Segment, TokenLayout, grid_segment
 from linearize.attention.kinds import foveated, foveated_cells
 from linearize.attention.kinds.foveated import foveated_attention, tiles_of
+from linearize.attention.kinds.foveated_choice import choose_tiles, pool_weights
 from linearize.attention.kinds.foveated_reference import boxes_of, distance, foveated_reference, tokens_of
 from linearize.attention.layout import reference_segment
 from linearize.attention.specs import FoveatedSpec
@@ -229,3 +230,96 @@ def test_a_table_is_the_same_in_one_piece_and_in_many(monkeypatch):
         for name in ("exact", "near", "means", "standing"):
             one, other = getattr(whole, name), getattr(parts, name)
             assert one is other is None or torch.equal(one, other), name
+
+
+SMALL = {"clip": layout_of((2, 5, 9), text=2), "text between": LAYOUTS["text between"]}
+
+
+def random_learned(spec, heads=2, seed=7):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = spec.learned_shapes(heads)
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("place", SMALL)
+def test_what_is_learned_is_the_oracles_and_so_are_gradients(name, place, a_tile_each, relative_error):
+    layout, spec = SMALL[place], SPECS[name]
+    inputs = random_qkv(layout, batch=1, head_dim=4, dtype=torch.float64)
+    choice, weight = choice_of(*inputs[:2], layout, spec), torch.randn_like(inputs[0])
+    ours, theirs = ({each: t.requires_grad_() for each, t in random_learned(spec).items()} for _ in range(2))
+    output = foveated_attention(*inputs, layout, spec, choice=choice, **ours)
+    truth = foveated_reference(*inputs, layout, spec, None, choice, **theirs)
+    assert relative_error(output, truth) < 1e-12
+    (output * weight).sum().backward()
+    if spec.top == 1.0:  # no mean is left
+        assert all(not tensor.grad.any() for tensor in ours.values())
+        return
+    (truth * weight).sum().backward()
+    for each, tensor in ours.items():
+        assert tensor.grad.norm() > 1e-3
+        torch.testing.assert_close(tensor.grad, theirs[each].grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["near and chosen", "levels", "levels and chosen"])
+def test_gradients_of_everything_together_are_the_oracles(name, relative_error):
+    layout, spec = SMALL["clip"], SPECS[name]
+    inputs = random_qkv(layout, batch=2, head_dim=4, dtype=torch.float64)
+    choice, weight = choice_of(*inputs[:2], layout, spec), torch.randn_like(inputs[0])
+    grads = []
+    for run in (
+        lambda q, k, v, **learned: foveated_attention(q, k, v, layout, spec, choice=choice, **learned),
+        lambda q, k, v, **learned: foveated_reference(q, k, v, layout, spec, None, choice, **learned),
+    ):
+        leaves = [tensor.clone().requires_grad_() for tensor in (*inputs, *random_learned(spec).values())]
+        learned = dict(zip(spec.learned_shapes(2), leaves[3:], strict=True))
+        (run(*leaves[:3], **learned) * weight).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for one, other in zip(*grads, strict=True):
+        assert relative_error(one, other) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_what_was_learned_starts_where_nothing_changes(layout, dtype):
+    for spec in SPECS.values():
+        inputs = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in random_qkv(layout, dtype=dtype)]
+        start = {name: torch.zeros(shape) for name, shape in spec.learned_shapes(2).items()}
+        untrained = foveated_attention(*inputs, layout, spec)
+        assert torch.equal(foveated_attention(*inputs, layout, spec, **start), untrained)
+
+
+def test_content_is_chosen_by_plain_means(monkeypatch):
+    layout, spec = LAYOUTS["primes"], SPECS["near and chosen"]
+    inputs, chosen = random_qkv(layout), []
+    monkeypatch.setattr(foveated, "choose_tiles", lambda *given: chosen.append(choose_tiles(*given)) or chosen[-1])
+    foveated_attention(*inputs, layout, spec)
+    foveated_attention(*inputs, layout, spec, **{name: t.float() for name, t in random_learned(spec).items()})
+    assert torch.equal(*chosen)
+
+
+def test_weights_of_a_ragged_cell_are_a_softmax_over_what_it_has():
+    logits = torch.tensor([[[1.0, 2.0], [80.0, -3.0]]], requires_grad=True)
+    weights = pool_weights(logits, (1, 3, 3))
+    assert weights.shape == (1, 3, 3)
+    torch.testing.assert_close(weights[0, :2, :2].flatten(), 4 * logits[0].flatten().softmax(0))
+    torch.testing.assert_close(weights[0, :2, 2], 2 * logits[0, :, 0].softmax(0))
+    torch.testing.assert_close(weights[0, 2, :2], 2 * logits[0, 0].softmax(0))
+    assert weights[0, 2, 2].item() == 1.0
+    weights.square().sum().backward()
+    assert bool(logits.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("learned", "words"),
+    [
+        ({"bias": torch.zeros(3, 1)}, r"bias has shape \(3, 1\), this spec with 2 heads has \(2, 1\)"),
+        ({"pool_logits": torch.zeros(2, 2, 2)}, r"pool_logits has shape \(2, 2, 2\), .* has \(2, 4, 4\)"),
+    ],
+)
+def test_a_wrong_shape_of_what_was_learned_is_a_sentence(learned, words):
+    with pytest.raises(ValueError, match=words):
+        foveated_attention(*random_qkv(LAYOUTS["primes"]), LAYOUTS["primes"], FoveatedSpec(), **learned)
+    with pytest.raises(ValueError, match="has none"):
+        spec = FoveatedSpec(tile=1)
+        foveated_attention(*random_qkv(LAYOUTS["primes"]), LAYOUTS["primes"], spec, pool_logits=torch.zeros(2, 1, 1))

@@ -13,6 +13,7 @@ from host_calls import HEAD_DIM, HEADS, HOST, LAYOUT, TOKENS, call, flat, host_a
 
 from linearize.attention import ClearSpec, DenseSpec, reference_attention
 from linearize.attention.hosts import ModelCall
+from linearize.attention.kinds.kind import Learned
 from linearize.attention.kinds.reference import clear_mask
 from linearize.attention.layout import Reason
 from linearize.attention.memory import LongLived
@@ -379,7 +380,7 @@ def test_what_runs_counts_the_pairs_that_it_computes():
     pairs = HEADS * int(clear_mask(LAYOUT, spec).sum())
     for state, more in ((runtime(spec), 0), (runtime(spec), HEADS * 30 * HEAD_DIM // 2)):
         if more:
-            state.parameters = StudentParameters(outputs={"a": matrices})
+            state.parameters = StudentParameters({"a": Learned(output=matrices)})
         call(state, *qkv(batch=3), skip_reshape=True)
         assert (state.record.pairs, state.record.dense_pairs) == (pairs + more, HEADS * TOKENS**2)
 
