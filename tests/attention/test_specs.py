@@ -32,6 +32,28 @@ EXAMPLES = (
 )
 
 
+def test_what_heads_of_a_site_learn_is_what_their_specs_agree_on():
+    assert ClearSpec(2, down_factor=3).learned_shapes(5) == {"pool": (3, 3)} and not ClearSpec(2).learned_shapes(5)
+    assert FoveatedSpec(tile=6).learned_shapes(5) == {"bias": (5, 1), "pool_logits": (5, 6, 6)}
+    assert FoveatedSpec(tile=6, levels=2).learned_shapes(5) == {"bias": (5, 2), "pool_logits": (5, 3, 3)}
+    assert FoveatedSpec(tile=2, levels=2).learned_shapes(5) == {"bias": (5, 2)}
+
+    def split(*specs):
+        return HeadSplit(tuple(HeadGroup((head,), spec) for head, spec in enumerate(specs))).learned_shapes(len(specs))
+
+    assert split(FoveatedSpec(0), FoveatedSpec(3)) == {"bias": (2, 1), "pool_logits": (2, 4, 4)}
+    assert split(FoveatedSpec(0), FoveatedSpec(tile=3), DenseSpec()) == {"bias": (3, 1)}
+    assert split(FoveatedSpec(tile=2, levels=2), FoveatedSpec(tile=1)) == {}
+
+
+def test_a_radius_per_head_keeps_the_other_parameters():
+    base = FoveatedSpec(1, 0.2, 2, levels=2)
+    assert radius_per_head((0, 3, 0), base) == HeadSplit(
+        (HeadGroup((0, 2), FoveatedSpec(0, 0.2, 2, levels=2)), HeadGroup((1,), FoveatedSpec(3, 0.2, 2, levels=2)))
+    )
+    assert radius_per_head((4, 4), base) == FoveatedSpec(4, 0.2, 2, levels=2)
+
+
 def test_every_kind_of_the_design_is_there():
     assert tuple(SPECS) == ("dense", "clear", "foveated", "linear", "hybrid", "chunked")
 

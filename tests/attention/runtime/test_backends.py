@@ -1,5 +1,7 @@
 """Backends: who can run what, what `auto` takes, what an explicit wish does."""
 
+import json
+
 import pytest
 import torch
 
@@ -19,7 +21,8 @@ from linearize.attention import (
 from linearize.attention.gpu import self_test
 from linearize.attention.layout import Reason
 from linearize.attention.runtime.backends import BACKENDS, CallShape, choose_backend
-from linearize.attention.specs import ChunkedSpec, LinearSpec, MappedSpec
+from linearize.attention.spec_json import spec_from_json, spec_to_json
+from linearize.attention.specs import ChunkedSpec, FoveatedSpec, LinearSpec, MappedSpec
 from linearize.attention.students.learned import new_maps
 from linearize.kernels import capability
 
@@ -50,6 +53,38 @@ def test_a_radius_per_head_runs_each_head_with_its_own(relative_error):
         assert relative_error(output[:, head : head + 1], alone) < 1e-12
     output.sum().backward()
     assert all(tensor.grad is not None for tensor in inputs)
+
+
+SPLITS = {
+    "a radius per head": radius_per_head((1, 4, 0), FoveatedSpec(top=0.2)),
+    "levels, last heads first": HeadSplit(
+        (HeadGroup((2, 0), FoveatedSpec(2, 0.0, levels=2)), HeadGroup((1,), FoveatedSpec(1, 0.0, levels=2)))
+    ),
+    "tiles and orders": HeadSplit(
+        (HeadGroup((1,), FoveatedSpec(tile=3, order=1)), HeadGroup((0, 2), FoveatedSpec(1, 0.3, tile=3)))
+    ),
+    "tiles of one token": HeadSplit((HeadGroup((0,), FoveatedSpec(tile=1)), HeadGroup((1, 2), FoveatedSpec()))),
+    "beside dense heads": HeadSplit((HeadGroup((0,), DenseSpec()), HeadGroup((2, 1), FoveatedSpec(top=0.2)))),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("spec", SPLITS.values(), ids=SPLITS)
+def test_foveated_heads_run_each_with_its_own(spec, backend, relative_error):
+    """Each head is the reference of its spec, alone and with its own row of what the site learned; plans keep it so."""
+    spec = spec_from_json(json.loads(json.dumps(spec_to_json(spec))))
+    inputs = [torch.randn(SHAPE, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    learned = {name: torch.randn(shape, requires_grad=True) for name, shape in spec.learned_shapes(3).items()}
+    output = attention(*inputs, LAYOUT, spec, backend=backend, **learned)
+    for group in spec.groups:
+        for head in group.heads:
+            own = {n: t[head : head + 1] for n, t in learned.items() if n in group.spec.learned_shapes(1)}
+            alone = reference_attention(*(t[:, head : head + 1] for t in inputs), LAYOUT, group.spec, **own)
+            assert relative_error(output[:, head : head + 1], alone) < 1e-6
+    (output * torch.randn_like(output)).sum().backward()
+    for name, tensor in learned.items():
+        learning = {head for group in spec.groups if name in group.spec.learned_shapes(1) for head in group.heads}
+        assert {head for head in range(3) if tensor.grad[head].abs().sum() > 0} == learning, name
 
 
 def test_auto_takes_torch_on_a_cpu_and_tells_why(monkeypatch):

@@ -12,6 +12,7 @@ from linearize.attention.plans import Plan
 from linearize.attention.specs import (
     ClearSpec,
     DenseSpec,
+    FoveatedSpec,
     HeadGroup,
     HeadSplit,
     HybridSpec,
@@ -99,6 +100,10 @@ def path(tmp_path):
         {"role": "all", "pair_id": "", "base_model": "", "licence": "", "recipe": {}, "site_errors": {}},
         {"fingerprint": None, "parameters": {}, "deltas": {}},
         {"plan": Plan("flux", DenseSpec(), (("double.1", radius_per_head((4, 8, 8, 4))),)), "parameters": {}},
+        {
+            "plan": Plan("flux", FoveatedSpec(levels=3)),
+            "parameters": {"double.1.bias": torch.rand(4, 3), "double.1.pool_logits": torch.rand(4, 2, 2).half()},
+        },
     ],
 )
 def test_round_trip(path, changes):
@@ -278,6 +283,12 @@ def test_a_student_with_a_wrong_fingerprint(path):
         ({"parameters": {"fingerprint": torch.zeros(1)}}, "got 'fingerprint'"),
         ({"parameters": {"double.0.pool": torch.zeros(4)}}, "as many rows as columns, 'double.0.pool' has (4,)"),
         ({"parameters": {"double.0.pool": torch.zeros(4, 3)}}, "'double.0.pool' has (4, 3)"),
+        ({"parameters": {"double.0.bias": torch.zeros(4)}}, "for each head and level, 'double.0.bias' has (4,)"),
+        (
+            {"parameters": {"double.0.pool_logits": torch.zeros(4, 4)}},
+            "each head, 'double.0.pool_logits' has (4, 4)",
+        ),
+        ({"parameters": {"double.0.pool_logits": torch.zeros(4, 2, 3)}}, "'double.0.pool_logits' has (4, 2, 3)"),
         ({"parameters": {"double.0.pool": torch.ones(2, 2).long()}}, "'double.0.pool' holds torch.int64"),
         ({"deltas": {"double_blocks.0.diff": torch.zeros(1)}}, "with a LoRA ending (lora_up.weight, lora_down.weight"),
         ({"deltas": {f"{KEY}.lora_mid.weight": torch.zeros(1)}}, f"got '{KEY}.lora_mid.weight'"),
@@ -352,6 +363,26 @@ def test_the_sites_of_a_model_get_what_the_file_holds():
     assert parameters.learned("double.1", cpu).pool is None
 
 
+def test_what_a_foveated_site_learned_runs_at_it():
+    given = {"double.0.bias": torch.rand(4, 3), "double.0.pool_logits": torch.rand(4, 2, 2)}
+    given["single.1.bias"] = torch.rand(4, 3)
+    file = student(plan=Plan("flux", FoveatedSpec(levels=3)), parameters=given, deltas={})
+    parameters = student_parameters(file, check_student(file, "flux", SITES), SITES)
+    assert set(parameters.by_site()) == {"double.0", "single.1"}
+    learned = parameters.learned("double.0", torch.device("cpu"))
+    assert torch.equal(learned.bias, given["double.0.bias"])
+    assert torch.equal(learned.pool_logits, given["double.0.pool_logits"])
+    assert parameters.learned("single.1", torch.device("cpu")).pool_logits is None
+    stored = {
+        f"{site}.{name}": tensor
+        for site, module in parameters.parameters_by_site().items()
+        for name, tensor in module.stored().items()
+    }
+    assert stored.keys() == given.keys() and all(torch.equal(stored[name], given[name]) for name in given)
+    joined = parameters.without({"double.0"}).joined(parameters)
+    assert set(joined.by_site()) == {"double.0", "single.1"}
+
+
 def test_a_split_site_has_one_pooling_weight():
     split = radius_per_head((4, 8, 8, 4), ClearSpec(down_factor=4))
     found = check_student(student(plan=plan(double=split)), "flux", SITES)
@@ -377,6 +408,19 @@ def test_a_split_site_has_one_pooling_weight():
         ({"parameters": {"double.0.pool": torch.ones(2, 2)}}, "has shape (2, 2), the plan takes (4, 4)"),
         ({"parameters": {"single.0.pool": torch.ones(4, 4)}}, "'single.0.pool', its plan takes no pool at that site"),
         ({"parameters": {"single.2.pool": torch.ones(4, 4)}}, "'single.2.pool', its plan takes no pool"),
+        ({"parameters": {"single.0.bias": torch.ones(4, 1)}}, "'single.0.bias', its plan takes no bias at that site"),
+        (
+            {"plan": Plan("flux", FoveatedSpec(levels=2)), "parameters": {"double.0.bias": torch.ones(4, 3)}},
+            "'double.0.bias' has shape (4, 3), the plan takes (4, 2)",
+        ),
+        (
+            {"plan": Plan("flux", FoveatedSpec()), "parameters": {"double.0.pool_logits": torch.ones(2, 4, 4)}},
+            "'double.0.pool_logits' has shape (2, 4, 4), the plan takes (4, 4, 4)",
+        ),
+        (
+            {"plan": Plan("flux", FoveatedSpec(tile=1)), "parameters": {"double.0.pool_logits": torch.ones(4, 1, 1)}},
+            "its plan takes no pool_logits at that site",
+        ),
         ({"parameters": {"double.0.phi_q.weight": torch.ones(4)}}, "its plan has no feature map at that site"),
         (
             {"parameters": {"single.0.output.weight": torch.ones(4, 8, 7)}},

@@ -9,7 +9,7 @@ import torch
 from toy_trainee import ToyTrainee
 
 from linearize.attention.hosts.wan import WanHost
-from linearize.attention.specs import ClearSpec, DenseSpec, HybridSpec, LinearSpec, MappedSpec
+from linearize.attention.specs import ClearSpec, DenseSpec, FoveatedSpec, HybridSpec, LinearSpec, MappedSpec
 from linearize.attention.students.candidates import Candidate, Candidates, decided
 from linearize.attention.students.file import load_student, save_student
 from linearize.attention.students.learned import new_maps
@@ -26,8 +26,9 @@ from linearize.training.finetune.deltas import FullRank, LowRank
 from linearize.training.finetune.finetune import Errors, Finetune
 
 CPU = torch.device("cpu")
-LINEAR, HYBRID, POOLED, WINDOW = (
+LINEAR, HYBRID, POOLED, WINDOW, FOVEATED = (
     LinearSpec("hedgehog"), HybridSpec(3, "polynomial"), ClearSpec(radius=2, down_factor=2), ClearSpec(radius=2),
+    FoveatedSpec(1, 0.1, tile=2),
 )  # fmt: skip
 QUICK = FinetuneRecipe(
     block_updates=3, updates=3, rank=2, map_rate=1e-2, delta_rate=3e-3, accumulation=1, warmup=1, held_out=2, ema=0.9,
@@ -79,7 +80,7 @@ class Precise(ToyTrainee):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("spec", [LINEAR, HYBRID, POOLED], ids=lambda spec: spec.kind)
+@pytest.mark.parametrize("spec", [LINEAR, HYBRID, POOLED, FOVEATED], ids=lambda spec: spec.kind)
 def test_gradients_reach_everything_that_learns(spec, checkpointing):
     """Of the velocity and of observed attention outputs, by finite differences along a random direction."""
     trainee = Precise()
@@ -109,7 +110,7 @@ def test_gradients_reach_everything_that_learns(spec, checkpointing):
     assert slope == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-6)
 
 
-@pytest.mark.parametrize("spec", [LINEAR, HYBRID, POOLED, WINDOW], ids=lambda spec: f"{spec.kind}")
+@pytest.mark.parametrize("spec", [LINEAR, HYBRID, POOLED, WINDOW, FOVEATED], ids=lambda spec: f"{spec.kind}")
 def test_updates_lower_the_held_out_error_and_the_base_stays(spec):
     recipe = replace(QUICK, block_updates=15, updates=25, rank=4, held_out=4, accumulation=2)
     trainee = ToyTrainee()
@@ -131,9 +132,10 @@ def test_updates_lower_the_held_out_error_and_the_base_stays(spec):
     assert all(0 < each.error < 1 for (each,) in kept.sites.values())
 
 
-def test_what_comes_out_is_what_was_measured():
+@pytest.mark.parametrize("spec", [HYBRID, FOVEATED], ids=lambda spec: spec.kind)
+def test_what_comes_out_is_what_was_measured(spec):
     """A student made of the result misses as much as the result says."""
-    found = stage(HYBRID, replace(QUICK, block_updates=8, updates=8))
+    found = stage(spec, replace(QUICK, block_updates=8, updates=8))
     train(found, 16)
     kept, _ = found.result(Progress(16, {}, []))
     again = Finetune(ToyTrainee(), kept, QUICK, CPU)
@@ -146,6 +148,7 @@ def test_what_comes_out_is_what_was_measured():
     assert unpack(tensors, {k: v for k, v in values.items() if k != "draw"}).candidates.draw == 1
     assert same(dict(back.deltas), dict(kept.deltas)) and back.recipe == kept.recipe
     assert same(dict(back.sites["single.0"][0].parameters), dict(kept.sites["single.0"][0].parameters))
+    assert all(tensor.any() for tensor in kept.sites["single.0"][0].parameters.values())
 
 
 @pytest.mark.parametrize("feature_map", ["hedgehog", "favor"])

@@ -15,7 +15,8 @@ from toy import Overflowing, ToyTeacher
 
 from linearize.attention.layout import Reason, Segment, TokenLayout
 from linearize.attention.planning.report import describe_spec
-from linearize.attention.specs import ClearSpec, DenseSpec, HybridSpec, LinearSpec
+from linearize.attention.runtime.backends import attention
+from linearize.attention.specs import ClearSpec, DenseSpec, FoveatedSpec, HybridSpec, LinearSpec, radius_per_head
 from linearize.training.engine.job_folder import JobFolder, JobProblem
 from linearize.training.engine.loop import OutOfMemory, Stopped, progress_of, run_stage
 from linearize.training.engine.protocols import Draw
@@ -64,8 +65,42 @@ def test_pooling_weights_learn_and_windows_without_any_are_measured_only():
     assert list(found["double.0"][0].parameters) == ["pool"] and not found["double.0"][1].parameters
 
 
+FOVEATED = (
+    FoveatedSpec(1, 0.1, tile=2), FoveatedSpec(1, 0.0, tile=4, levels=2), FoveatedSpec(1, 0.2, tile=3, order=1),
+    radius_per_head((1, 3), FoveatedSpec(top=0.0, tile=2)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", FOVEATED, ids=describe_spec)
+def test_biases_and_pooling_weights_of_means_learn(spec):
+    recipe = TransferRecipe(updates=60, learning_rate=0.05, queries=0, held_out=4, warmup=2)
+    runs = [stage(recipe, [spec]) for _ in range(2)]
+    before = runs[0].measure()
+    for run in runs:
+        for number in range(60):
+            run.update(number)
+    after = runs[0].measure()
+    assert sum(after[site][0] for site in SITES) < 0.97 * sum(before[site][0] for site in SITES)
+    assert same(runs[0].state(), runs[1].state()), "equal seeds train equally"
+    learned = runs[0].candidates(after)["single.0"][0].parameters
+    assert {name: tuple(tensor.shape) for name, tensor in learned.items()} == spec.learned_shapes(2)
+    assert all(tensor.abs().max() > 1e-3 for tensor in learned.values())
+
+
+@pytest.mark.parametrize("spec", FOVEATED, ids=describe_spec)
+def test_what_means_learn_starts_where_nothing_changes(spec):
+    untrained, calls = stage(TransferRecipe(updates=0, held_out=2), [spec]), []
+    untrained.teacher.watch(Draw(1, 0.4, 7), calls.append)
+    for call in calls:
+        plain = attention(call.query, call.key, call.value, call.layout, spec, backend="torch")
+        trainer = untrained.trainers[call.site][0]
+        assert torch.equal(trainer.output(call), plain) and set(trainer.result()) == set(spec.learned_shapes(2))
+
+
 @pytest.mark.parametrize(
-    "spec", [LINEAR, HYBRID, HybridSpec(1), HybridSpec(2, "hedgehog", stabilizer="common"), POOLED], ids=describe_spec
+    "spec",
+    [LINEAR, HYBRID, HybridSpec(1), HybridSpec(2, "hedgehog", stabilizer="common"), POOLED, FOVEATED[0]],
+    ids=describe_spec,
 )
 def test_few_queries_are_rows_of_all_of_them(spec):
     trained, calls = stage(plans=[spec]), []
