@@ -10,12 +10,23 @@ from .layout import Reason, Segment, TokenLayout, grid_segment
 from .planning.cost import attention_cost
 from .plans import Plan, select_sites
 from .runtime.backends import attention
-from .specs import ChunkedSpec, ClearSpec, DenseSpec, HeadGroup, HeadSplit, HybridSpec, LinearSpec, radius_per_head
+from .specs import (
+    ChunkedSpec,
+    ClearSpec,
+    DenseSpec,
+    FoveatedSpec,
+    HeadGroup,
+    HeadSplit,
+    HybridSpec,
+    LinearSpec,
+    radius_per_head,
+)
 
 __all__ = [
     "ChunkedSpec",
     "ClearSpec",
     "DenseSpec",
+    "FoveatedSpec",
     "HeadGroup",
     "HeadSplit",
     "HybridSpec",

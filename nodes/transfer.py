@@ -27,8 +27,8 @@ class LinearizeTransfer(io.ComfyNode):
             node_id="LinearizeTransfer",
             display_name="Distill Attention",
             category=CATEGORY_DISTILL,
-            description="Teaches feature maps and pooling weights the model's own attention, site by site. The model "
-            "is not changed and needs no gradient. Stopped, it goes on when it is run again.",
+            description="Teaches feature maps, pooling weights and biases of averages the model's own attention, site "
+            "by site. The model is not changed and needs no gradient. Stopped, it goes on when it is run again.",
             search_aliases=["distill attention", "attention transfer", "train linear attention"],
             inputs=[
                 io.Model.Input("model", tooltip="The teacher: the model from before any Linearize node."),

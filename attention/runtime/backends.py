@@ -242,7 +242,8 @@ def attention(
     Raises:
         ValueError: no backend, or not the wanted one, can run the call; the sentence gives its reason.
     """
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    tensors = (query, key, value, pool_weight, bias, pool_logits)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     batch, heads, tokens, head_dim = query.shape
     call = CallShape(spec, layout, (batch, heads, tokens, head_dim), query.dtype, query.device, needs_grad)
     chosen, reasons = choose_backend(call, backend)

@@ -21,7 +21,7 @@ MOST_WEIGHT = 1e6  # of a loss, a rate or a norm
 
 @dataclass(frozen=True, slots=True)
 class TransferRecipe:
-    """Stage 1: feature maps and pooling weights learn the teacher's attention, site by site.
+    """Stage 1: feature maps, pooling weights and biases of means learn the teacher's attention, site by site.
 
     Args:
         updates: of every candidate.

@@ -1,4 +1,4 @@
-"""What of a student learns: feature maps, pooling weights and changes of projections, as one module of fp32 parameters.
+"""What of a student learns: maps, pooling weights, biases of means, changes of projections, as one module in fp32.
 
 The runtime reads the maps where they lie, the hooks of `deltas.py` the changes; nothing is copied between updates.
 """
