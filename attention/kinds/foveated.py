@@ -67,7 +67,7 @@ def foveated_attention(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     table = table_of(layout, spec, query.device, memory or LongLived())
     if choice is None:
-        choice = choose_tiles(query, key, layout, spec, table, factor)
+        choice = choose_tiles(query, key, value, layout, spec, table, factor)
     means = [means_of(tensor, layout, spec, table, pool_logits) for tensor in (key, value)]
     shared = [
         torch.cat([tensor.index_select(2, table.globals), *([mean] if spec.levels == 1 else [])], 2)
@@ -93,6 +93,7 @@ def _check_learned(spec: FoveatedSpec, num_heads: int, learned: Mapping[str, Ten
 def tiles_of(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     layout: TokenLayout,
     spec: FoveatedSpec,
     *,
@@ -102,7 +103,8 @@ def tiles_of(
     """Return the tiles that content chooses, as `foveated_attention` takes them: (B, H, U, K) int64."""
     layout = layout.with_all_grids
     table = table_of(layout, spec, query.device, memory or LongLived())
-    return choose_tiles(query, key, layout, spec, table, query.shape[-1] ** -0.5 if scale is None else scale)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    return choose_tiles(query, key, value, layout, spec, table, factor)
 
 
 def table_of(layout: TokenLayout, spec: FoveatedSpec, device: torch.device, memory: LongLived) -> CellTable:

@@ -14,19 +14,23 @@ from .clear import accumulator
 from .foveated_cells import CellTable, chosen_tiles, mask_of, shape_of, tile_shape
 
 CHUNK_SCORES = 2**24  # scores of tiles that are held at once
+TINY = 1e-30
 
 
 def choose_tiles(
-    query: Tensor, key: Tensor, layout: TokenLayout, spec: FoveatedSpec, table: CellTable, scale: float
+    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, spec: FoveatedSpec, table: CellTable, scale: float
 ) -> Tensor:
     """Return the tiles of keys that each tile of queries sees exactly for what they hold, besides those near to it.
 
-    A tile scores mean(q) . mean(k) plus the spread of mean(q) . k inside it, taken along the axes: the root of
-    sum_d mean(q)_d^2 var(k)_d. The best `top` of all tiles are chosen; of equal scores the first in the sequence.
+    The best `top` of all tiles are those whose means would err most: by the deviation of the weights exp(q . k) in a
+    tile, times that of its values. The scores q . k have mean m = mean(q) . mean(k) and, taken along the axes, variance
+    v = sum_d mean(q)_d^2 var(k)_d, where a tile of several frames takes the square of each frame's mean. Were they
+    normal, their exponents would deviate by exp(m + v) sqrt(1 - exp(-v)). With values of variance w, all axes together,
+    a tile scores m + v + log(1 - exp(-v)) / 2 + log(w) / 2. Of equal scores the first in the sequence is taken.
 
     Shapes:
-        query, key: (B, H, N, D). Output: (B, H, U, K) int64, U tiles of all grids in order; -1 where no candidate was
-        left.
+        query, key, value: (B, H, N, D). Output: (B, H, U, K) int64, U tiles of all grids in order; -1 where no
+        candidate was left.
     """
     count = chosen_tiles(spec, len(table.tiles))
     batch, heads = query.shape[:2]
@@ -34,14 +38,21 @@ def choose_tiles(
         return torch.empty(batch, heads, len(table.tiles), 0, dtype=torch.int64, device=query.device)
     with torch.no_grad():
         sizes = (table.tiles >= 0).sum(1, keepdim=True)
-        queries = _tile_sums(query, layout, spec) / sizes
+        queries, squares = _frame_moments(query * scale, layout, spec)
         keys = _tile_sums(key, layout, spec) / sizes
         variances = (_tile_sums(key.float() ** 2, layout, spec) / sizes - keys**2).clamp_min(0)
+        values = _tile_sums(value, layout, spec) / sizes
+        lengths = _tile_sums(value.float().square().sum(-1, keepdim=True), layout, spec) / sizes
+        spread = (lengths.squeeze(-1) - values.square().sum(-1)).clamp_min(TINY)
+        gains = spread.log().unsqueeze(2) / 2
         parts = []
         rows = max(1, CHUNK_SCORES // max(1, batch * heads * len(table.tiles)))
-        for part, near in zip(queries.split(rows, 2), table.near.split(rows), strict=True):
-            scores = part @ keys.transpose(-1, -2) * scale
-            scores += ((part * scale) ** 2 @ variances.transpose(-1, -2)).sqrt()
+        for mean, square, near in zip(
+            queries.split(rows, 2), squares.split(rows, 2), table.near.split(rows), strict=True
+        ):
+            variance = square @ variances.transpose(-1, -2)
+            scores = mean @ keys.transpose(-1, -2) + variance + gains
+            scores += variance.neg().expm1().neg().clamp_min(TINY).log() / 2
             parts.append(_best(scores.masked_fill(mask_of(near, scores.shape[-1]), -math.inf), count))
         return torch.cat(parts, 2)
 
@@ -97,6 +108,20 @@ def mean_bias(table: CellTable, bias: Tensor | None, dtype: torch.dtype) -> Tens
 def _tile_sums(tensor: Tensor, layout: TokenLayout, spec: FoveatedSpec) -> Tensor:
     shapes = [tile_shape(spec, grid[0]) for _, grid in layout.grids]
     return torch.cat([each.flatten(2, 4) for each in _sums(tensor, layout, shapes)], 2)
+
+
+def _frame_moments(tensor: Tensor, layout: TokenLayout, spec: FoveatedSpec) -> tuple[Tensor, Tensor]:
+    """Return the mean of each tile, and the mean over its frames of the squared mean of a frame, (B, H, U, D) each."""
+    means, squares = [], []
+    for start, grid in layout.grids:
+        frames, rows, columns = tile_shape(spec, grid[0])
+        tokens = tensor[:, :, start : start + math.prod(grid)].unflatten(2, grid)
+        ones = tokens.new_ones(1, 1, *grid, 1, dtype=accumulator(tensor.dtype))
+        flat = _cell_sums(tokens, (1, rows, columns)) / _cell_sums(ones, (1, rows, columns))
+        count = _cell_sums(ones[:, :, :, :1, :1], (frames, 1, 1))
+        means.append((_cell_sums(flat, (frames, 1, 1)) / count).flatten(2, 4))
+        squares.append((_cell_sums(flat.square(), (frames, 1, 1)) / count).flatten(2, 4))
+    return torch.cat(means, 2), torch.cat(squares, 2)
 
 
 def _sums(

@@ -70,7 +70,7 @@ def _foveated_reference(
     query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, spec: FoveatedSpec, learned: Learned,
     scale: float | None,
 ) -> Tensor:  # fmt: skip
-    choice = tiles_of(query, key, layout, spec, scale=scale)
+    choice = tiles_of(query, key, value, layout, spec, scale=scale)
     return foveated_reference(query, key, value, layout, spec, scale, choice, learned.bias, learned.pool_logits)
 
 

@@ -19,84 +19,69 @@ EPSILON = 1e-6  # of Sol-Attn's variance
 TALLY: list[float] = []  # shares of the image keys that image queries saw, a number per call
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A rule.
-
-    Args:
-        cells: (C, n), the grid tokens of each cell of queries and keys; -1 fills short ones.
-        top: share of the cells that each cell of queries sees exactly, beside its band; used where `tau` is None.
-        tau: deviations above the mean score of a cell of queries from which a cell is exact.
-        band: cells before and after a cell's own that are exact with it.
-        spread: add the spread of the scores inside a cell to its score.
-        rest: DROPPED, MEANS or FIRST_ORDER.
-    """
-
-    cells: Tensor
-    top: float = 0.0
-    tau: float | None = None
-    band: int = 0
-    spread: bool = False
-    rest: str = MEANS
+def means_of(tensor: Tensor, cells: Tensor) -> Tensor:
+    """Return the means of cells, (B, H, N, D) and (C, n) to (B, H, C, D); -1 fills short cells."""
+    real = cells >= 0
+    return (tensor[:, :, cells.clamp_min(0)] * real[..., None]).sum(3) / real.sum(1)[:, None]
 
 
-def rule_attention(query: Tensor, key: Tensor, value: Tensor, loose: Tensor, rule: Rule, scale: float) -> Tensor:
-    """Return attention under a rule, and note in TALLY what share of the image keys a query saw.
+def rule_attention(
+    query: Tensor, key: Tensor, value: Tensor, loose: Tensor, cells: Tensor, exact: Tensor, rest: str, scale: float
+) -> Tensor:
+    """Return attention in which cells see some cells exactly, and note in TALLY what share of the keys a query saw.
 
     Shapes:
-        query, key, value: (B, H, N, D). loose: (G,), tokens that see and are seen by everything. Output: (B, H, N, D).
+        query, key, value: (B, H, N, D) float32. loose: (G,), tokens that see and are seen by everything. cells: (C, n).
+        exact: (B, H, C, C) bool. Output: (B, H, N, D).
+
+    Args:
+        rest: what stands for the other cells: DROPPED, MEANS or FIRST_ORDER.
     """
-    real = rule.cells >= 0
-    tokens, of_token = rule.cells[real], real.nonzero()[:, 0]
-    counts = real.sum(1)
-
-    def means(tensor: Tensor) -> Tensor:
-        held = tensor[:, :, rule.cells.clamp_min(0)] * real[..., None]
-        return held.sum(3) / counts[:, None]
-
-    q, k, v = (tensor.float() for tensor in (query, key, value))
-    q_means, k_means, v_means = means(q), means(k), means(v)
-    exact = chosen(q_means, k_means, means(k.square()) - k_means.square(), rule, scale)
-    output = torch.empty_like(q)
-    output[:, :, loose] = torch.softmax(q[:, :, loose] @ k.transpose(-1, -2) * scale, -1) @ v
-    mine, order = q[:, :, tokens] * scale, torch.cat([loose, tokens])
+    real = cells >= 0
+    tokens, of_token, counts = cells[real], real.nonzero()[:, 0], real.sum(1)
+    output = torch.empty_like(query)
+    output[:, :, loose] = torch.softmax(query[:, :, loose] @ key.transpose(-1, -2) * scale, -1) @ value
+    mine, order = query[:, :, tokens] * scale, torch.cat([loose, tokens])
     penalty = torch.where(exact, 0.0, -math.inf)[:, :, of_token]
-    scores = mine @ k[:, :, order].transpose(-1, -2)
+    scores = mine @ key[:, :, order].transpose(-1, -2)
     scores[..., len(loose) :] += penalty[..., of_token]
-    values = v[:, :, order]
+    values = value[:, :, order]
     seen = exact[:, :, of_token].float() @ counts.float()  # exact keys of each query
-    if rule.rest != DROPPED:
+    if rest != DROPPED:
+        k_means = means_of(key, cells)
         far = mine @ k_means.transpose(-1, -2) + torch.where(exact, -math.inf, counts.log())[:, :, of_token]
-        scores, values = torch.cat([scores, far], -1), torch.cat([values, v_means], 2)
+        scores, values = torch.cat([scores, far], -1), torch.cat([values, means_of(value, cells)], 2)
         seen = seen + (~exact[:, :, of_token]).float().sum(-1)
     weights = scores.softmax(-1)
     found = weights @ values
-    if rule.rest == FIRST_ORDER:
-        slope = (k[:, :, tokens] - k_means[:, :, of_token]).transpose(-1, -2) @ v[:, :, tokens] / len(tokens)
+    if rest == FIRST_ORDER:
+        spread = key[:, :, tokens] - means_of(key, cells)[:, :, of_token]
+        slope = spread.transpose(-1, -2) @ value[:, :, tokens] / len(tokens)
         found += weights[..., len(order) :].sum(-1, keepdim=True) * (mine @ slope)
     output[:, :, tokens] = found
     TALLY.append(float(seen.mean()) / len(tokens))
-    return output.to(query.dtype)
+    return output
 
 
-def chosen(query: Tensor, key: Tensor, variance: Tensor, rule: Rule, scale: float) -> Tensor:
-    """Return which cells of keys each cell of queries sees exactly, (B, H, C, C) bool.
+def chosen_runs(query: Tensor, key: Tensor, top: float, tau: float | None, band: int, scale: float) -> Tensor:
+    """Return which runs of keys each run of queries sees exactly, (B, H, C, C) bool.
 
-    Shapes:
-        query, key, variance: (B, H, C, D), means of cells, and the variance of keys inside them along the axes.
+    Args:
+        query, key: (B, H, C, D), means of runs.
+        top: share of the runs that is taken beside the band; used where `tau` is None.
+        tau: deviations above the mean score of a run of queries, along the axes, from which a run is taken.
+        band: runs before and after a run's own that are exact with it.
     """
     places = torch.arange(query.shape[2])
-    band = (places[:, None] - places).abs() <= rule.band
+    near = (places[:, None] - places).abs() <= band
     scores = query @ key.transpose(-1, -2) * scale
-    if rule.spread:
-        scores = scores + ((query * scale).square() @ variance.clamp_min(0).transpose(-1, -2)).sqrt()
-    if rule.tau is not None:
+    if tau is not None:
         middle = query @ key.mean(2, keepdim=True).transpose(-1, -2) * scale
         spread = (query * scale).square() @ key.var(2, unbiased=False, keepdim=True).transpose(-1, -2)
-        return band | (scores >= middle + rule.tau * (spread + EPSILON).sqrt())
-    scores = scores.masked_fill(band, -math.inf)
-    count = min(math.ceil(rule.top * len(places) - 1e-9), len(places))
-    return band | torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(count, -1).indices, True)
+        return near | (scores >= middle + tau * (spread + EPSILON).sqrt())
+    scores = scores.masked_fill(near, -math.inf)
+    count = min(math.ceil(top * len(places) - 1e-9), len(places))
+    return near | torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(count, -1).indices, True)
 
 
 def cells_of_runs(start: int, count: int, length: int) -> Tensor:
@@ -108,13 +93,14 @@ def cells_of_runs(start: int, count: int, length: int) -> Tensor:
 
 def add_rivals(laboratory: Any) -> None:
     """Let specs name these rules, as kind "rival", in this process only."""
-    specs, kinds = (laboratory.module(f"attention.{name}") for name in ("specs", "kinds.kind"))
-    boxes = laboratory.module("attention.kinds.foveated_cells").cells_of
-    layouts = laboratory.module("attention.layout")
+    specs, kinds, layouts, foveated = (
+        laboratory.module(f"attention.{name}") for name in ("specs", "kinds.kind", "layout", "kinds.foveated")
+    )
+    parts = laboratory.module("attention.kinds.foveated_cells")
 
     @dataclass(frozen=True, slots=True)
     class RivalSpec(specs.Spec):
-        """A rule: runs of `length` tokens, or tiles of a side; the others as in `Rule`, a `tau` of -1 for none."""
+        """Runs of `length` tokens as in `chosen_runs`, a `tau` of -1 for none; or the pack's tiles and its choice."""
 
         kind: ClassVar[str] = "rival"
         cut: str = RUNS
@@ -123,19 +109,23 @@ def add_rivals(laboratory: Any) -> None:
         top: float = 0.0
         tau: float = -1.0
         band: int = 0
-        spread: bool = False
         rest: str = MEANS
 
     def run(query, key, value, layout, spec, learned, *, scale, memory):  # noqa: ANN001, ANN202
-        ((start, grid),) = layout.grids
+        ((start, grid),), scale = layout.grids, query.shape[-1] ** -0.5 if scale is None else scale
+        q, k, v = (tensor.float() for tensor in (query, key, value))
         if spec.cut == RUNS:
             cells = cells_of_runs(start, math.prod(grid), spec.length)
+            tau = None if spec.tau < 0 else spec.tau
+            exact = chosen_runs(means_of(q, cells), means_of(k, cells), spec.top, tau, spec.band, scale)
         else:
-            tokens = boxes(grid, (min(spec.frames, grid[0]), spec.length, spec.length)).tokens
+            tokens = parts.cells_of(grid, (min(spec.frames, grid[0]), spec.length, spec.length)).tokens
             cells = torch.where(tokens < 0, -1, tokens + start)
-        rule = Rule(cells, spec.top, None if spec.tau < 0 else spec.tau, spec.band, spec.spread, spec.rest)
+            ours = specs.FoveatedSpec(1, spec.top, spec.length, spec.frames)
+            choice = foveated.tiles_of(q, k, v, layout, ours, scale=scale)
+            exact = torch.eye(len(cells), dtype=torch.bool) | parts.mask_of(choice, len(cells))
         loose = layouts.token_indices(layout.global_ranges)
-        return rule_attention(query, key, value, loose, rule, query.shape[-1] ** -0.5 if scale is None else scale)
+        return rule_attention(q, k, v, loose, cells, exact, spec.rest, scale).to(query.dtype)
 
     def pairs(spec: Any, layout: Any) -> int:
         return layout.num_tokens**2  # what is not counted; TALLY has the share of keys

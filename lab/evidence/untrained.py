@@ -139,7 +139,7 @@ def measure(names: list[str]) -> None:
         for method, seed in missing:
             laboratory = laboratories[question.teacher]
             trial = trials.setdefault(seed, trials.get(seed) or Trial(laboratory, question, seed))
-            spec = laboratory.module("attention.specs").spec_from_json(method.spec) if method.spec else None
+            spec = laboratory.module("attention.spec_json").spec_from_json(method.spec) if method.spec else None
             row = {"question": name, "captions": question.captions, "tokens": trial.tokens, "method": method.name,
                    "spec": json.dumps(method.spec), "seed": seed, **trial.row(spec)}  # fmt: skip
             append(ROWS, COLUMNS, [{**origin("cpu"), **row}])

@@ -49,7 +49,7 @@ def _rival(name: str, **parameters: Any) -> Method:
 def dropped(top: float, side: int = 4, frames: int = 1) -> Method:
     """Return the same tiles and choice as foveated attention, without the means."""
     name = f"tiles of {side} top={top:g}, rest dropped"
-    return _rival(name, cut=TILES, length=side, frames=frames, top=top, spread=True, rest=DROPPED)
+    return _rival(name, cut=TILES, length=side, frames=frames, top=top, rest=DROPPED)
 
 
 def pisa(top: float, length: int = 16) -> Method:

@@ -57,10 +57,6 @@ def random_qkv(layout, heads=2, head_dim=8, batch=2, dtype=torch.float32, seed=0
     return tuple(torch.randn(batch, heads, layout.num_tokens, head_dim).to(dtype) for _ in range(3))
 
 
-def choice_of(query, key, layout, spec):
-    return tiles_of(query, key, layout, spec)
-
-
 @pytest.fixture
 def a_tile_each(monkeypatch):
     monkeypatch.setitem(foveated.CHUNK_VALUES, "cpu", 1)
@@ -70,7 +66,7 @@ def a_tile_each(monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_it_is_the_oracle(layout, spec, relative_error, tolerance):
     query, key, value = random_qkv(layout, batch=1)
-    choice = choice_of(query, key, layout, spec)
+    choice = tiles_of(query, key, value, layout, spec)
     truth = foveated_reference(query, key, value, layout, spec, None, choice)
     output = foveated_attention(query, key, value, layout, spec)
     assert relative_error(output, truth) < tolerance[torch.float32]
@@ -80,7 +76,7 @@ def test_it_is_the_oracle(layout, spec, relative_error, tolerance):
 def test_a_batch_in_many_chunks_is_the_oracle(name, a_tile_each, relative_error, tolerance):
     layout, spec = LAYOUTS["text between"], SPECS[name]
     query, key, value = random_qkv(layout)
-    truth = foveated_reference(query, key, value, layout, spec, None, choice_of(query, key, layout, spec))
+    truth = foveated_reference(query, key, value, layout, spec, None, tiles_of(query, key, value, layout, spec))
     assert relative_error(foveated_attention(query, key, value, layout, spec), truth) < tolerance[torch.float32]
 
 
@@ -89,7 +85,7 @@ def test_a_batch_in_many_chunks_is_the_oracle(name, a_tile_each, relative_error,
 def test_it_follows_the_dtype(name, dtype, relative_error, tolerance):
     layout, spec = LAYOUTS["primes"], SPECS[name]
     query, key, value = random_qkv(layout, dtype=dtype)
-    choice = choice_of(query, key, layout, spec)
+    choice = tiles_of(query, key, value, layout, spec)
     output = foveated_attention(query, key, value, layout, spec, choice=choice)
     assert output.dtype == dtype
     assert relative_error(output, foveated_reference(query, key, value, layout, spec, None, choice)) < tolerance[dtype]
@@ -100,7 +96,7 @@ def test_it_follows_the_dtype(name, dtype, relative_error, tolerance):
 def test_gradients_are_the_oracles(name, place, a_tile_each, relative_error):
     layout, spec = LAYOUTS[place], SPECS[name]
     inputs = random_qkv(layout, batch=1, head_dim=4, dtype=torch.float64)
-    choice = choice_of(*inputs[:2], layout, spec)
+    choice = tiles_of(*inputs, layout, spec)
     ours = [tensor.clone().requires_grad_() for tensor in inputs]
     theirs = [tensor.clone().requires_grad_() for tensor in inputs]
     weight = torch.randn_like(inputs[0])
@@ -153,28 +149,59 @@ def test_a_reference_is_a_grid_of_its_own():
 
 def test_the_best_tiles_are_chosen_and_the_first_of_equal_ones():
     layout, spec = layout_of((1, 8, 16), text=0), FoveatedSpec(radius=1, top=0.25)
-    query = torch.ones(1, 1, 128, 4)
-    key = torch.zeros(1, 1, 128, 4)
+    query, key, value = torch.ones(1, 1, 128, 4), torch.zeros(1, 1, 128, 4), torch.zeros(1, 1, 128, 4)
     tiles = boxes_of(layout, spec, 4)
     key[0, 0, tokens_of(tiles[6])] = 1.0
-    choice = choice_of(query, key, layout, spec)
+    choice = tiles_of(query, key, value, layout, spec)
     assert choice[0, 0, 0].tolist() == [1, 6]  # itself is near, so tile 1 is the first of equal ones
     assert choice[0, 0, 6].tolist() == [0, 1]
     assert choice[0, 0, 1].tolist() == [0, 6]
 
 
-def test_spread_inside_a_tile_helps_it():
+@pytest.mark.parametrize("varied", ("keys", "values"))
+def test_a_tile_whose_mean_errs_is_chosen(varied):
     layout, spec = layout_of((1, 8, 16), text=0), FoveatedSpec(radius=1, top=0.125)
-    query, key = torch.ones(1, 1, 128, 4), torch.zeros(1, 1, 128, 4)
+    query, alternating = torch.ones(1, 1, 128, 4), torch.ones(1, 1, 128, 4)
+    alternating[0, 0, 1::2] = -1.0
+    key, value = alternating / 4, alternating / 4
     members = tokens_of(boxes_of(layout, spec, 4)[5])
-    key[0, 0, members[::2]], key[0, 0, members[1::2]] = 3.0, -3.0
-    assert choice_of(query, key, layout, spec)[0, 0, 0].tolist() == [5]
+    (key if varied == "keys" else value)[0, 0, members] *= 3
+    assert tiles_of(query, key, value, layout, spec)[0, 0, 0].tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("layout", "spec"),
+    [
+        (LAYOUTS["primes"], FoveatedSpec(radius=0, top=0.2)),
+        (LAYOUTS["clip"], FoveatedSpec(radius=0, top=0.3, tile=2, frames=3)),
+        (LAYOUTS["text between"], FoveatedSpec(radius=0, top=0.2, tile=3)),
+    ],
+    ids=("picture", "clip", "two grids"),
+)
+def test_the_choice_is_by_deviation_of_weights_times_that_of_values(layout, spec):
+    query, key, value = random_qkv(layout, heads=1, batch=1)
+    tiles, choice = boxes_of(layout, spec, spec.tile), tiles_of(query, key, value, layout, spec)[0, 0]
+    query, key, value = (tensor[0, 0].double() for tensor in (query * 8**-0.5, key, value))
+    for number, tile in enumerate(tiles):
+        start, (_, height, width), (frames, _, _) = tile
+        frame_of = [(token - start) // (height * width) for token in tokens_of(tile)]
+        means = [query[[t for t, f in zip(tokens_of(tile), frame_of, strict=True) if f == frame]].mean(0)
+                 for frame in frames]  # fmt: skip
+        scores = []
+        for other in tiles:
+            keys, values = key[tokens_of(other)], value[tokens_of(other)]
+            mean = float(torch.stack(means).mean(0) @ keys.mean(0))
+            variance = float(torch.stack(means).square().mean(0) @ keys.var(0, unbiased=False))
+            of_weights = math.sqrt(math.expm1(variance)) * math.exp(mean + variance / 2)  # of a log-normal
+            of_values = float(values.var(0, unbiased=False).sum().sqrt())
+            scores.append(of_weights * of_values)
+        best = sorted(range(len(tiles)), key=lambda place: -scores[place])[: choice.shape[1]]
+        assert choice[number].tolist() == sorted(best)
 
 
 def test_no_candidates_are_no_choice():
     layout, spec = layout_of((1, 4, 8), text=0), FoveatedSpec(radius=99, top=1.0)
-    query, key, _ = random_qkv(layout)
-    assert (choice_of(query, key, layout, spec) == -1).all()
+    assert (tiles_of(*random_qkv(layout), layout, spec) == -1).all()
 
 
 def test_an_aligned_reference_is_near_where_the_picture_is():
@@ -246,7 +273,7 @@ def random_learned(spec, heads=2, seed=7):
 def test_what_is_learned_is_the_oracles_and_so_are_gradients(name, place, a_tile_each, relative_error):
     layout, spec = SMALL[place], SPECS[name]
     inputs = random_qkv(layout, batch=1, head_dim=4, dtype=torch.float64)
-    choice, weight = choice_of(*inputs[:2], layout, spec), torch.randn_like(inputs[0])
+    choice, weight = tiles_of(*inputs, layout, spec), torch.randn_like(inputs[0])
     ours, theirs = ({each: t.requires_grad_() for each, t in random_learned(spec).items()} for _ in range(2))
     output = foveated_attention(*inputs, layout, spec, choice=choice, **ours)
     truth = foveated_reference(*inputs, layout, spec, None, choice, **theirs)
@@ -265,7 +292,7 @@ def test_what_is_learned_is_the_oracles_and_so_are_gradients(name, place, a_tile
 def test_gradients_of_everything_together_are_the_oracles(name, relative_error):
     layout, spec = SMALL["clip"], SPECS[name]
     inputs = random_qkv(layout, batch=2, head_dim=4, dtype=torch.float64)
-    choice, weight = choice_of(*inputs[:2], layout, spec), torch.randn_like(inputs[0])
+    choice, weight = tiles_of(*inputs, layout, spec), torch.randn_like(inputs[0])
     grads = []
     for run in (
         lambda q, k, v, **learned: foveated_attention(q, k, v, layout, spec, choice=choice, **learned),
