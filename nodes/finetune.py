@@ -57,8 +57,8 @@ class LinearizeFinetune(io.ComfyNode):
                     "attention_surgery: the samples alone.",
                 ),
                 io.Int.Input("rank", default=64, min=0, max=4096,
-                             tooltip="Rank of the changes of weights. 0 makes none: maps, pooling weights and matrices "
-                             "learn alone."),
+                             tooltip="Rank of the changes of weights. 0 makes none: maps, pooling weights, biases "
+                             "of averages and matrices learn alone."),
                 *_advanced_inputs(),
             ],
             outputs=[
@@ -181,7 +181,8 @@ def _advanced_inputs() -> list[Any]:
         io.Float.Input(
             "map_rate", default=default.map_rate, min=1e-7, max=1.0, step=1e-5, round=1e-7, optional=True,
             advanced=True,
-            tooltip="Learning rate of feature maps, pooling weights and matrices. Blocks alone take twice as much.",
+            tooltip="Learning rate of feature maps, pooling weights, biases of averages and matrices. Blocks alone "
+            "take twice as much.",
         ),
         io.Float.Input(
             "delta_rate", default=default.delta_rate, min=1e-7, max=1.0, step=1e-5, round=1e-7, optional=True,
