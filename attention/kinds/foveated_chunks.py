@@ -27,6 +27,8 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
+    """What all chunks of a call share: spec, table, the tiles chosen by content (B, H, U, K), the factor on q . k."""
+
     spec: FoveatedSpec
     table: CellTable
     choice: Tensor
@@ -56,6 +58,7 @@ class Chunk:
 
 
 def chunk_of(rows: slice, plan: Plan) -> Chunk:
+    """Return what some tiles see; `rows` are theirs in the table and in the choice."""
     table, spec = plan.table, plan.spec
     near, chosen, means = table.exact[None, None, rows], plan.choice[:, :, rows], None
     cells = near

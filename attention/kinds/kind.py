@@ -36,6 +36,7 @@ class Learned:
 
     @property
     def is_nothing(self) -> bool:
+        """Whether a site has learned nothing."""
         return all(getattr(self, name) is None for name in self.__slots__)
 
     def of_group(self, group: HeadGroup) -> "Learned":
