@@ -203,7 +203,8 @@ class FoveatedSpec(Spec):
 
     Args:
         radius: tokens nearer to the tile of queries than this are exact (strict: 1 is the tile itself, 0 is none).
-        top: share of the tiles of keys that each head and tile of queries chooses by content to see exactly, 0 to 1.
+        top: share of the tiles of keys that each head and tile of queries chooses by content to see exactly, 0 to 1;
+            rounded down, but one tile at least.
         tile: side of a tile in tokens.
         frames: latent frames of a tile; 0 takes all.
         levels: sizes of means. 1: one mean per tile. More: means begin at half a tile's side, and each further level

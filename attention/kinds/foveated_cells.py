@@ -121,8 +121,8 @@ def is_far(spec: FoveatedSpec, level: int, tiles: Cells, grid: Grid, cells: Cell
 
 
 def chosen_tiles(spec: FoveatedSpec, num_tiles: int) -> int:
-    """Return how many tiles of keys are chosen by content for each tile of queries."""
-    return min(num_tiles, math.ceil(spec.top * num_tiles - 1e-9))
+    """Return how many tiles of keys are chosen by content for each tile of queries: one at least where any are."""
+    return min(num_tiles, max(int(spec.top > 0), math.floor(spec.top * num_tiles + 1e-6)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

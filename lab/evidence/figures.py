@@ -26,6 +26,8 @@ from .experiments import (
 from .rows import costs, digest, stored
 from .sheets import SHOWN, write_sheet
 from .tables import BARS, by_scale, pages
+from .untrained_methods import FAMILIES
+from .untrained_tables import points_of
 
 matplotlib.use("Agg")
 FIGURES = Path(__file__).resolve().parent / "figures"
@@ -37,6 +39,9 @@ COLOURS = {
     "all stages": "#2a9d6f",
 }
 SIZES = ("#8fb3ff", "#27408b")  # of costs: the evidence's, twice the side
+FAMILY_COLOURS = dict(
+    zip(FAMILIES, ("#b2182b", "#e6a23c", "#8e6bd1", "#2a9d6f", "#5b8ff9", "#7f7f7f", "#000000"), strict=True)
+)
 SETTINGS: dict[str, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
 
 
@@ -145,6 +150,25 @@ def costs_figure() -> None:
     save(figure, "costs")
 
 
+def untrained_figure() -> None:
+    """Draw the error over the share of keys of what needs no training, a line per family, on four questions."""
+    questions = ("pictures", "clips", "large pictures", "large clips")
+    figure, panels = plt.subplots(2, 2, figsize=(9, 7.4))
+    for axes, question in zip(panels.flat, questions, strict=True):
+        for family, points in points_of(question).items():
+            is_ours = family.startswith("foveated")
+            axes.plot(
+                *zip(*points, strict=True), "o-" if is_ours else "x--", label=family, color=FAMILY_COLOURS[family]
+            )
+        axes.set(title=question, xlabel="share of the image keys that a query sees", yscale="log", xlim=(0, None))
+        axes.grid(axis="y", alpha=0.3)
+    panels[0, 0].set_ylabel("relative velocity error")
+    panels[1, 0].set_ylabel("relative velocity error")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.06))
+    save(figure, "untrained")
+
+
 def save(figure: Any, name: str) -> None:
     """Write a figure and forget it."""
     FIGURES.mkdir(exist_ok=True)
@@ -162,6 +186,7 @@ def main() -> None:
         levels_figure(rows)
         curve_figure(rows)
         costs_figure()
+        untrained_figure()
         for suite in BARS:
             notes_figure(rows, suite)
     for suite in SHOWN:

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from .. import ROOT
 
-RESULTS, COSTS = (ROOT / "lab" / "evidence" / name for name in ("results.csv", "costs.csv"))
+RESULTS, COSTS, UNTRAINED = (ROOT / "lab" / "evidence" / f"{name}.csv" for name in ("results", "costs", "untrained"))
 LOCKS = ROOT / ".comfyui" / "evidence"
 SHOWN_SUITES = {"curve": ("recipes", "curve"), "levels": ("methods",)}  # by figures that have no suite's name
 
@@ -29,8 +29,11 @@ def costs() -> list[dict[str, str]]:
 
 def digest(figure: str) -> str:
     """Return what changes with any row that a figure shows; each figure carries that of the rows it was drawn from."""
+    if figure in ("costs", "untrained"):
+        shown = rows_of(COSTS if figure == "costs" else UNTRAINED)
+        return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
     suites = SHOWN_SUITES.get(figure, (figure.replace("_", " "),))
-    shown = costs() if figure == "costs" else [row for row in stored() if row["suite"] in suites]
+    shown = [row for row in stored() if row["suite"] in suites]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 

@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 
-from .. import ROOT
 from ..origin import origin
 from .laboratory import TEST_SEED, Laboratory, unseen
 from .measures import LEVELS, picture_scores, relative_error, velocities
 from .rivals import TALLY, add_rivals
-from .rows import append, rows_of
+from .rows import UNTRAINED, append, rows_of
 from .untrained_methods import CLIPS, LARGE_CLIPS, LARGE_PICTURES, PICTURES, TUNED_CLIPS, TUNED_PICTURES, Method
 
-ROWS = ROOT / "lab" / "evidence" / "untrained.csv"
 COLUMNS = (
     "date", "commit", "machine", "torch", "question", "captions", "tokens", "method", "spec", "seed", "keys", "error",
     "errors_by_level", "psnr", "ssim", "structure",
@@ -129,7 +127,7 @@ def measure(names: list[str]) -> None:
     for name in names:
         question = QUESTIONS[name]
         every = [(method, seed) for seed in question.seeds for method in (Method("dense", {}), *question.methods)]
-        done = {(row["question"], row["method"], row["seed"]) for row in rows_of(ROWS)}
+        done = {(row["question"], row["method"], row["seed"]) for row in rows_of(UNTRAINED)}
         missing = [(method, seed) for method, seed in every if (name, method.name, str(seed)) not in done]
         print(f"{name}: {len(every)} rows, {len(missing)} to do", flush=True)
         if missing and question.teacher not in laboratories:
@@ -142,7 +140,7 @@ def measure(names: list[str]) -> None:
             spec = laboratory.module("attention.spec_json").spec_from_json(method.spec) if method.spec else None
             row = {"question": name, "captions": question.captions, "tokens": trial.tokens, "method": method.name,
                    "spec": json.dumps(method.spec), "seed": seed, **trial.row(spec)}  # fmt: skip
-            append(ROWS, COLUMNS, [{**origin("cpu"), **row}])
+            append(UNTRAINED, COLUMNS, [{**origin("cpu"), **row}])
             shown = f", PSNR {row['psnr']:.1f}" if "psnr" in row else ""
             print(f"  {method.name}, seed {seed}: keys {row['keys']:.1%}, error {row['error']:.4f}{shown}", flush=True)
 

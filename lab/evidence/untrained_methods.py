@@ -65,11 +65,11 @@ def sol(tau: float, length: int = 16) -> Method:
 TUNED_PICTURES = (
     *(pisa(top, length) for length in (8, 16, 32) for top in (0.09, 0.19)),
     *(sol(tau, length) for length in (8, 16, 32) for tau in (1.2, 1.6, 2.0)),
-    *(foveated(top=top, tile=4) for top in (0.05, 0.09, 0.19)), foveated(top=0.09, tile=4, order=1),
-    foveated(top=0.19, tile=4, order=1), foveated(top=0.03, tile=3), foveated(top=0.15, tile=3),
-    foveated(top=0.05, tile=4, radius=2), foveated(top=0.12, tile=8),
+    *(foveated(top=top, tile=4) for top in (0.06, 0.1, 0.21)), foveated(top=0.1, tile=4, order=1),
+    foveated(top=0.21, tile=4, order=1), foveated(top=0.04, tile=3), foveated(top=0.16, tile=3),
+    foveated(top=0.06, tile=4, radius=2), foveated(top=0.12, tile=8),
     *(foveated(top=0, tile=4, radius=radius, levels=levels) for radius in (2, 3) for levels in (2, 3, 4)),
-    foveated(top=0.05, tile=4, radius=1, levels=2), foveated(top=0.05, tile=4, radius=1, levels=3),
+    foveated(top=0.06, tile=4, radius=1, levels=2), foveated(top=0.06, tile=4, radius=1, levels=3),
 )  # fmt: skip
 TUNED_CLIPS = (
     *(pisa(0.19, length) for length in (8, 16, 32)),
@@ -81,12 +81,12 @@ TUNED_CLIPS = (
     foveated(top=0.25, tile=2, frames=3), foveated(top=0.05, tile=2, frames=1),
 )  # fmt: skip
 PICTURES = (
-    clear(4), clear(8), clear(11), clear(7, 4), clear(4, 2), dropped(0.15), dropped(0.25),
+    clear(4), clear(8), clear(11), clear(7, 4), clear(4, 2), dropped(0.16), dropped(0.26),
     pisa(0.09), pisa(0.19), pisa(0.14, 8), sol(2.0), sol(1.15), sol(1.4, 8),
     foveated(top=0, tile=4, radius=2, levels=3), foveated(top=0, tile=4, radius=3, levels=3),
-    foveated(top=0.05, tile=4), foveated(top=0.09, tile=4), foveated(top=0.19, tile=4),
-    foveated(top=0.09, tile=4, order=1), foveated(top=0.19, tile=4, order=1),
-    foveated(top=0.03, tile=3), foveated(top=0.15, tile=3), foveated(top=0.05, tile=4, radius=1, levels=2),
+    foveated(top=0.06, tile=4), foveated(top=0.1, tile=4), foveated(top=0.21, tile=4),
+    foveated(top=0.1, tile=4, order=1), foveated(top=0.21, tile=4, order=1),
+    foveated(top=0.04, tile=3), foveated(top=0.16, tile=3), foveated(top=0.06, tile=4, radius=1, levels=2),
 )  # fmt: skip
 CLIPS = (
     clear(4, temporal_radius=3), clear(4), clear(5), dropped(0.22, 2, 5), dropped(0.33, 2, 5),
@@ -98,7 +98,7 @@ CLIPS = (
 LARGE_PICTURES = (
     clear(8), clear(16), dropped(0.05), dropped(0.15), pisa(0.02), pisa(0.09), sol(2.5), sol(1.7),
     *(foveated(top=0, tile=4, radius=radius, levels=4) for radius in (2, 3, 4, 6)),
-    foveated(top=0.02, tile=4), foveated(top=0.05, tile=4), foveated(top=0.098, tile=4),
+    foveated(top=0.02, tile=4), foveated(top=0.06, tile=4), foveated(top=0.098, tile=4),
     foveated(top=0.02, tile=4, radius=1, levels=3), foveated(top=0.06, tile=4, radius=1, levels=3),
     foveated(top=0.08, tile=8), foveated(top=0.02, tile=4, order=1), foveated(top=0.098, tile=4, order=1),
 )  # fmt: skip

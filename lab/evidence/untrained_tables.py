@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .claims import Group, Row
-from .rows import rows_of, stored
-from .untrained import QUESTIONS, ROWS
+from .rows import UNTRAINED, rows_of, stored
+from .untrained import QUESTIONS
 from .untrained_methods import FAMILIES, family_of
 
 TRAINED = {  # what is shown beside a question: students of the other tables, all stages, on captions of those
@@ -72,7 +72,7 @@ class Line:
 
 def lines_of(question: str) -> list[Line]:
     """Return a line per method of a question that has rows, in the order of its methods."""
-    rows = [row for row in rows_of(ROWS) if row["question"] == question]
+    rows = [row for row in rows_of(UNTRAINED) if row["question"] == question]
     by_method: dict[str, list[Row]] = {}
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)

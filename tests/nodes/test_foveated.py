@@ -44,7 +44,7 @@ def test_keep_is_about_the_share_that_is_seen(comfy):
             spec = spec_of(keep, is_clip)
             share = cost.attention_cost(spec, layout, 1, 64).pairs / layout.num_tokens**2
             tile = spec.tile**2 * min(spec.frames, grid[0]) / layout.num_tokens
-            assert keep <= share <= keep + 2 * tile, (keep, grid)  # the tile itself, and a share rounded up
+            assert keep - tile <= share <= keep + tile, (keep, grid)  # the tile itself, and a share rounded down
 
 
 def test_a_reference_as_large_as_the_picture_keeps_a_quarter_of_the_pairs(comfy):
@@ -56,7 +56,7 @@ def test_a_reference_as_large_as_the_picture_keeps_a_quarter_of_the_pairs(comfy)
     ))  # fmt: skip
     shares = [cost.attention_cost(spec, layout, 1, 64).pairs / layout.num_tokens**2
               for spec in (spec_of(0.15, False), specs.ClearSpec(8))]  # fmt: skip
-    assert shares[0] < 0.27 < 0.75 < shares[1]
+    assert shares[0] < 0.25 < 0.75 < shares[1]
 
 
 @pytest.mark.parametrize(("inputs", "words"), [
