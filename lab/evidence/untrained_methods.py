@@ -106,5 +106,6 @@ LARGE_PICTURES = (
 LARGE_CLIPS = (
     clear(4, temporal_radius=3), clear(8), dropped(0.1, 2, 5), pisa(0.04), pisa(0.09), sol(2.0),
     foveated(top=0.03, tile=2, frames=5), foveated(top=0.05, tile=2, frames=5), foveated(top=0.1, tile=2, frames=5),
-    foveated(top=0.07, tile=2, frames=3), foveated(top=0.05, tile=2, frames=5, order=1), foveated(top=0.05, tile=4, frames=5, levels=2),
+    foveated(top=0.07, tile=2, frames=3), foveated(top=0.05, tile=2, frames=5, order=1),
+    foveated(top=0.05, tile=4, frames=5, levels=2),
 )  # fmt: skip
