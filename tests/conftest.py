@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ("flux", "wan", "wan_low", "vace", "sd3", "hunyuan_video", "ltx")  # linearize_tiny_*.safetensors
+TINY = (  # linearize_tiny_*.safetensors
+    "flux", "flux2", "wan", "wan_low", "wan_i2v", "wan_i2v_low", "vace", "sd3", "hunyuan_video", "ltx",
+)  # fmt: skip
 
 os.environ.setdefault("LINEARIZE_STRICT", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

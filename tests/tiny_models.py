@@ -14,6 +14,14 @@ FLUX = {  # 7 M parameters; ComfyUI derives heads and depths from shapes, the he
 WAN = {  # 4 M parameters, most of them in what ComfyUI does not derive: the head dimension, T5's width
     "model_type": "t2v", "in_dim": 16, "out_dim": 16, "dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 2,
 }  # fmt: skip
+WAN_I2V = WAN | {"in_dim": 36}  # of Wan 2.2: noise, the picture's latent and its mask
+FLUX2 = {  # 4 M parameters; the head dimension is always 128
+    "image_model": "flux2", "in_channels": 128, "out_channels": 128, "vec_in_dim": None, "context_in_dim": 64,
+    "hidden_size": 256, "mlp_ratio": 3.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 2,
+    "axes_dim": [32, 32, 32, 32], "theta": 2000, "patch_size": 1, "qkv_bias": False, "guidance_embed": False,
+    "txt_ids_dims": [3], "global_modulation": True, "mlp_silu_act": True, "ops_bias": False,
+    "default_ref_method": "index", "ref_index_scale": 10.0,
+}  # fmt: skip
 SD3 = {
     "input_size": None, "patch_size": 2, "in_channels": 16, "depth": 2, "mlp_ratio": 4.0, "adm_in_channels": 2048,
     "pos_embed_max_size": 24, "num_patches": 576, "qk_norm": "rms", "x_block_self_attn_layers": [0],
@@ -68,6 +76,27 @@ def write_tiny_wan_low(path: Path) -> None:
     from comfy.ldm.wan.model import WanModel
 
     _write(path, WanModel, WAN, "WAN21_T2V", seed=1)
+
+
+def write_tiny_wan_i2v(path: Path) -> None:
+    """Write the first expert of a Wan 2.2, picture to video."""
+    from comfy.ldm.wan.model import WanModel
+
+    _write(path, WanModel, WAN_I2V, "WAN21_T2V")
+
+
+def write_tiny_wan_i2v_low(path: Path) -> None:
+    """Write its second expert."""
+    from comfy.ldm.wan.model import WanModel
+
+    _write(path, WanModel, WAN_I2V, "WAN21_T2V", seed=1)
+
+
+def write_tiny_flux2(path: Path) -> None:
+    """Write a FLUX.2 Klein."""
+    from comfy.ldm.flux.model import Flux
+
+    _write(path, Flux, FLUX2, "Flux2")
 
 
 def write_tiny_vace(path: Path) -> None:

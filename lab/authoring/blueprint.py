@@ -46,18 +46,16 @@ class Blueprint:
 BLUEPRINTS = (
     Blueprint(
         name="Linearize Wan 2.2",
-        description="CLEAR Attention on both experts of Wan 2.2: each token of the video sees only the tokens around "
-        "it. The windows are untrained and change the video. Connect the models that go into the two samplers.",
-        template="wan22_t2v_clear",
+        description="Foveated Attention on both experts of Wan 2.2: each token of the video sees what it asks for "
+        "exactly, and the rest as averages. No trained weights. Connect the models that go into the two samplers.",
+        template="wan22_t2v_foveated",
         columns=("7 8",),
         inputs=(
             "high_noise: 7.model",
-            "high_noise_radius: 7.radius",
-            "high_noise_temporal_radius: 7.temporal_radius",
+            "high_noise_keep: 7.keep",
             "high_noise_start_percent: 7.start_percent",
             "low_noise: 8.model",
-            "low_noise_radius: 8.radius",
-            "low_noise_temporal_radius: 8.temporal_radius",
+            "low_noise_keep: 8.keep",
             "low_noise_start_percent: 8.start_percent",
         ),
         outputs=("high_noise: 7.0", "low_noise: 8.0"),

@@ -5,6 +5,8 @@ Data only; `workflows.py` applies it. A workflow's note lies beside its API form
 
 HUB = "https://huggingface.co"
 ENCODERS = f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main"
+QWEN_IMAGE = f"{HUB}/Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files"
+Z_IMAGE = f"{HUB}/Comfy-Org/z_image_turbo/resolve/main/split_files"
 WAN_21 = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
 WAN_22 = f"{HUB}/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
 HUNYUAN_VIDEO = f"{HUB}/Comfy-Org/HunyuanVideo_repackaged/resolve/main/split_files"
@@ -21,7 +23,35 @@ MODELS = {  # file: (address, models folder)
         f"{HUB}/Comfy-Org/flux1-schnell/resolve/main/flux1-schnell.safetensors",
         "diffusion_models",
     ),
+    "flux1-dev-kontext_fp8_scaled.safetensors": (
+        f"{HUB}/Comfy-Org/flux1-kontext-dev_ComfyUI/resolve/main/split_files/diffusion_models/"
+        "flux1-dev-kontext_fp8_scaled.safetensors",
+        "diffusion_models",
+    ),
+    "flux-2-klein-base-4b.safetensors": (
+        f"{HUB}/Comfy-Org/flux2-klein/resolve/main/split_files/diffusion_models/flux-2-klein-base-4b.safetensors",
+        "diffusion_models",
+    ),
+    "flux2-vae.safetensors": (
+        f"{HUB}/Comfy-Org/flux2-dev/resolve/main/split_files/vae/flux2-vae.safetensors",
+        "vae",
+    ),
+    "qwen_image_fp8_e4m3fn.safetensors": (
+        f"{QWEN_IMAGE}/diffusion_models/qwen_image_fp8_e4m3fn.safetensors",
+        "diffusion_models",
+    ),
+    "qwen_2.5_vl_7b_fp8_scaled.safetensors": (
+        f"{QWEN_IMAGE}/text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors",
+        "text_encoders",
+    ),
+    "qwen_image_vae.safetensors": (f"{QWEN_IMAGE}/vae/qwen_image_vae.safetensors", "vae"),
+    "z_image_turbo_bf16.safetensors": (
+        f"{Z_IMAGE}/diffusion_models/z_image_turbo_bf16.safetensors",
+        "diffusion_models",
+    ),
+    "qwen_3_4b.safetensors": (f"{Z_IMAGE}/text_encoders/qwen_3_4b.safetensors", "text_encoders"),
     "t5xxl_fp8_e4m3fn.safetensors": (f"{ENCODERS}/t5xxl_fp8_e4m3fn.safetensors", "text_encoders"),
+    "t5xxl_fp8_e4m3fn_scaled.safetensors": (f"{ENCODERS}/t5xxl_fp8_e4m3fn_scaled.safetensors", "text_encoders"),
     "clip_l.safetensors": (f"{ENCODERS}/clip_l.safetensors", "text_encoders"),
     "ae.safetensors": (
         f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors",
@@ -37,6 +67,14 @@ MODELS = {  # file: (address, models folder)
     ),
     "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": (
         f"{WAN_22}/diffusion_models/wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors",
+        "diffusion_models",
+    ),
+    "wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors": (
+        f"{WAN_22}/diffusion_models/wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors",
+        "diffusion_models",
+    ),
+    "wan2.2_i2v_low_noise_14B_fp8_scaled.safetensors": (
+        f"{WAN_22}/diffusion_models/wan2.2_i2v_low_noise_14B_fp8_scaled.safetensors",
         "diffusion_models",
     ),
     "umt5_xxl_fp8_e4m3fn_scaled.safetensors": (
@@ -77,6 +115,9 @@ SIZES = {  # type: (width, height); no height keeps what the frontend chose
     "KSampler": (300, 500),
     "SaveVideo": (440, 340),
     "LinearizeCLEAR": (400, 380),
+    "LinearizeFoveated": (400, 380),
+    "ModelSamplingSD3": (280, 58),
+    "LoadImage": (300, 340),
     "LinearizeHighRes": (400, 420),
     "LinearizeReport": (440, 600),
     "LinearizeTeacherSamples": (280, 400),
@@ -174,10 +215,10 @@ LAYOUTS = {  # workflow: columns; `note` is the note
         "Repaint at 4096: 27 28 29 30",
         "Result: 22 23",
     ),
-    "workflows/wan21_t2v_clear": (
+    "workflows/wan21_t2v_foveated": (
         "note 1 2 3",
-        "Windows and prompts: 4 5",
-        "Windows and prompts: 6 7",
+        "Attention and prompts: 4 5",
+        "Attention and prompts: 6 7",
         "Sampling: 8 9 10",
         "Result: 11 12 13",
     ),
@@ -188,32 +229,67 @@ LAYOUTS = {  # workflow: columns; `note` is the note
         "Sampling: 10 11 12",
         "Result: 13 14 15",
     ),
-    "workflows/wan22_t2v_clear": (
+    "workflows/wan22_t2v_foveated": (
         "note 1 2 3 4",
-        "Windows, high and low noise: 5 7 6 8",
+        "Attention, high and low noise: 5 7 6 8",
         "Prompts: 9 10 11",
         "Sampling: 12 13",
         "Result: 14 15 16",
         "Result: 17 18",
     ),
-    "workflows/sd35_clear": (
+    "workflows/sd35_foveated": (
         "note 1",
-        "Windows and prompts: 2 3 4",
+        "Attention and prompts: 2 3 4",
         "Sampling: 5 6 7",
         "Result: 8 9",
     ),
-    "workflows/hunyuan_video_clear": (
+    "workflows/hunyuan_video_foveated": (
         "note 1 2 3",
-        "Windows and prompt: 4 5 6",
+        "Attention and prompt: 4 5 6",
         "Sampling: 8 7 9 10 11 12",
         "Sampling: 13 14",
         "Result: 15 16 17",
     ),
-    "workflows/ltx_video_clear": (
+    "workflows/ltx_video_foveated": (
         "note 1 2",
-        "Windows and prompts: 3 4 5",
+        "Attention and prompts: 3 4 5",
         "Sampling: 6 7 8 9",
         "Sampling: 10 11",
         "Result: 12 13 14",
+    ),
+    "workflows/qwen_image_foveated": (
+        "note 1 2 3",
+        "Attention and prompts: 4 5",
+        "Attention and prompts: 6 7",
+        "Sampling: 8 9 10",
+        "Result: 11 12",
+    ),
+    "workflows/z_image_foveated": (
+        "note 1 2 3",
+        "Attention and prompt: 4 5 6 7",
+        "Sampling: 8 9 10",
+        "Result: 11 12",
+    ),
+    "workflows/flux2_foveated": (
+        "note 1 2 3",
+        "Attention and prompts: 4 5 6",
+        "Sampling: 7 8 9 10",
+        "Sampling: 11 12 13",
+        "Result: 14 15",
+    ),
+    "workflows/flux_kontext_foveated": (
+        "note 1 2 3",
+        "Attention and prompt: 4 8",
+        "Reference: 5 6 7 9 10 11",
+        "Sampling: 12 13",
+        "Result: 14 15",
+    ),
+    "workflows/wan22_i2v_foveated": (
+        "note 1 2 3 4",
+        "Attention, high and low noise: 5 7 6 8",
+        "Picture and prompts: 11 9 10 12",
+        "Sampling: 13 14",
+        "Result: 15 16 17",
+        "Result: 18 19",
     ),
 }

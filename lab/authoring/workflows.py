@@ -1,7 +1,7 @@
 """Write the interface's form of the shipped workflows from their API form, through the real frontend.
 
 `python -m lab.authoring.workflows` after a change in an API file, a note or `layouts.py`; needs Chromium and run.py's
-test tools. It rewrites `lab/demo/clear_demo.json`, the workflows in `workflows/` and their thumbnails, or only those
+test tools. It rewrites the workflows of `lab/demo`, those in `workflows/` and their thumbnails, or only those
 that it is given by name, and a blueprint with the template that it is made of.
 """
 
@@ -19,6 +19,7 @@ from PIL import Image
 from playwright.sync_api import FloatRect, Page, ViewportSize, sync_playwright
 
 from .. import ROOT
+from ..comfyui import COMFYUI
 from ..server import LiveServer, live_server
 from .blueprint import write_blueprints
 from .layouts import LAYOUTS, MODELS, SIZES, USERS_OWN, WIDTH
@@ -40,6 +41,7 @@ OURS = "Linearize"
 LOADERS = (
     "UNETLoader", "CheckpointLoaderSimple", "CLIPLoader", "DualCLIPLoader", "VAELoader", "LoraLoaderModelOnly",
 )  # fmt: skip
+PICTURE = "example.png"  # every ComfyUI has it in its input folder, which is not the one of `run.py`'s
 GAP, TITLE = 60, 58  # pixels between columns; between nodes of a column, for the title bar and the badge on it
 THUMBNAIL = (1024, 1024)
 VIEWPORT: ViewportSize = {"width": 5000, "height": 1400}  # far out, the frontend draws boxes without their texts
@@ -50,6 +52,7 @@ def open_frontend(browser: Any, url: str) -> Page:
     """Return a page with ComfyUI's frontend ready."""
     page = browser.new_page()
     page.route("**/api/object_info", pretend_files)
+    page.route(f"**/api/view?*{PICTURE}*", lambda route: route.fulfill(path=COMFYUI / "input" / PICTURE))
     page.goto(url)
     page.wait_for_function(READY, timeout=60000)
     return page
@@ -63,6 +66,7 @@ def pretend_files(route: Any) -> None:
         for name, (choices, *_) in nodes[kind]["input"]["required"].items():
             if "_name" in name:
                 choices += [*MODELS, *USERS_OWN]
+    nodes["LoadImage"]["input"]["required"]["image"][0].append(PICTURE)
     route.fulfill(response=answer, json=nodes)
 
 

@@ -185,12 +185,12 @@ def test_both_forms_of_a_workflow_say_the_same_and_nodes_do_not_overlap(frontend
 
 
 def with_blueprint(template: dict, blueprint: dict) -> dict:
-    """Return the template of Wan 2.2 with the blueprint's node in place of its two CLEAR nodes."""
+    """Return the template of Wan 2.2 with the blueprint's node in place of its two foveated nodes."""
     (node,), changed = blueprint["nodes"], {**template, "definitions": blueprint["definitions"]}
     node["id"] = changed["last_node_id"] = template["last_node_id"] + 1
     slots = {socket["name"]: slot for slot, socket in enumerate(node["inputs"])}
-    clear = [each["id"] for each in template["nodes"] if each["type"] == "LinearizeCLEAR"]
-    for output, (old, expert) in enumerate(zip(clear, ("high_noise", "low_noise"), strict=True)):
+    ours = [each["id"] for each in template["nodes"] if each["type"] == "LinearizeFoveated"]
+    for output, (old, expert) in enumerate(zip(ours, ("high_noise", "low_noise"), strict=True)):
         node["outputs"][output]["links"] = [link[0] for link in template["links"] if link[1] == old]
         for link in template["links"]:
             if link[1] == old:
@@ -198,19 +198,19 @@ def with_blueprint(template: dict, blueprint: dict) -> dict:
             if link[3] == old:
                 link[3:5] = node["id"], slots[expert]
                 node["inputs"][slots[expert]]["link"] = link[0]
-    changed["nodes"] = [each for each in template["nodes"] if each["id"] not in clear] + [node]
+    changed["nodes"] = [each for each in template["nodes"] if each["id"] not in ours] + [node]
     return changed
 
 
 def test_the_blueprint_of_wan_22_does_what_its_template_does(frontend):
     """Both experts go in and come out patched; ComfyUI writes nodes of a subgraph as outer id, colon, inner id."""
-    files = ("workflows/wan22_t2v_clear.json", "subgraphs/Linearize Wan 2.2.json")
+    files = ("workflows/wan22_t2v_foveated.json", "subgraphs/Linearize Wan 2.2.json")
     template, blueprint = (json.loads((ROOT / name).read_text(encoding="utf-8")) for name in files)
     frontend.evaluate("workflow => app.loadGraphData(workflow)", with_blueprint(template, blueprint))
     frontend.wait_for_function("window.app?.graph?.nodes.some(node => node.title === 'Linearize Wan 2.2')")
     outer = blueprint["nodes"][0]["id"]
     expanded = json.loads(json.dumps(prompt_of(frontend)).replace(f'"{outer}:', '"'))
-    assert expanded == api_form("workflows/wan22_t2v_clear.json")
+    assert expanded == api_form("workflows/wan22_t2v_foveated.json")
 
 
 def beside_the_demos_model(blueprint: dict) -> dict:

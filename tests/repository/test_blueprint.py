@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "subgraphs").glob("*.json"))
 ENDS = {  # file: sockets that take something, widgets, what comes out
     "Linearize Wan 2.2": (
         ["high_noise", "low_noise"],
-        [f"{side}_noise_{name}" for side in ("high", "low") for name in ("radius", "temporal_radius", "start_percent")],
+        [f"{side}_noise_{name}" for side in ("high", "low") for name in ("keep", "start_percent")],
         ["high_noise", "low_noise"],
     ),
     "Linearize my model": (["model", "clip", "latent"], ["prompts", "name", "host", "budget"], ["student"]),

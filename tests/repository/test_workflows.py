@@ -17,6 +17,7 @@ SHIPPED = [*WORKFLOWS, *BLUEPRINTS, *(path.parent / "api" / path.name for path i
 TITLE_BAR = 30  # pixels that the frontend draws above a node's position
 USERS_OWN = {"flux_lora.safetensors"}  # a name that stands for a file of the user's
 SEEDS = ("seed", "noise_seed")
+UPLOAD = "upload"  # the button of Load Image, whose value is never sent
 FOLDERS = {"checkpoints", "diffusion_models", "text_encoders", "vae", "loras", "linearize"}
 FORBIDDEN_TEXT = re.compile(r"^(/|~|\\|[A-Za-z]:[\\/]|file:)|hf_[A-Za-z0-9]{8,}|[?&](token|key)=", re.IGNORECASE)
 
@@ -39,10 +40,12 @@ def nodes_of(workflow):
 
 
 def widget_values(node):
-    """Return a node's values by name, without what the frontend adds behind seeds; and what it adds."""
+    """Return a node's values by name, without what the frontend adds behind seeds and pictures; and what it adds."""
     values, found, controls = list(node.get("widgets_values", [])), {}, []
     for name in (slot["widget"]["name"] for slot in node["inputs"] if "widget" in slot):
         found[name] = values.pop(0)
+        if name == UPLOAD:
+            del found[name]
         if name in SEEDS:
             controls.append(values.pop(0))
     assert not values, f"{node['type']} has values without a name: {values}"

@@ -1,7 +1,7 @@
 """The shipped workflows of hosts other than FLUX.1, whole, on tiny checkpoints that ComfyUI's own loader recognises.
 
 Their pictures are coloured noise. FLUX.1's templates are in test_workflows.py, those that distil in
-test_distill_templates.py.
+test_distill_templates.py, and models whose width ComfyUI's loader takes for granted in tests/templates.
 """
 
 import json
@@ -17,7 +17,7 @@ from linearize.attention.specs import DenseSpec, HybridSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows" / "api"
-WINDOWS = {"radius": 2, "temporal_radius": 2}  # the shipped ones cover all of a tiny latent
+TOO_WIDE = {"qwen_image_foveated", "z_image_foveated"}  # of any size that ComfyUI's loader recognises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +42,22 @@ class Tiny:
 
 
 TEMPLATES = {
-    "wan21_t2v_clear": Tiny(models=("wan",), sites=2, size=(160, 96, 17)),
+    "flux2_foveated": Tiny(models=("flux2",), sites=3, size=(192, 128, 1), text_width=64),
+    "flux_kontext_foveated": Tiny(models=("flux",), sites=4, size=(192, 128, 1), text_width=64, pooled_width=32),
+    "wan21_t2v_foveated": Tiny(models=("wan",), sites=2, size=(160, 96, 17)),
     "wan21_t2v_hybrid": Tiny(models=("wan",), sites=2, size=(160, 96, 17), hybrid="blocks.1"),
-    "wan22_t2v_clear": Tiny(models=("wan", "wan_low"), sites=2, size=(160, 96, 17)),
-    "sd35_clear": Tiny(models=("sd3",), sites=3, size=(192, 128, 1), pooled_width=2048),
-    "hunyuan_video_clear": Tiny(
+    "wan22_t2v_foveated": Tiny(models=("wan", "wan_low"), sites=2, size=(160, 96, 17)),
+    "wan22_i2v_foveated": Tiny(models=("wan_i2v", "wan_i2v_low"), sites=2, size=(160, 96, 17)),
+    "sd35_foveated": Tiny(models=("sd3",), sites=3, size=(192, 128, 1), pooled_width=2048),
+    "hunyuan_video_foveated": Tiny(
         models=("hunyuan_video",), sites=2, size=(160, 96, 17), text_width=64, pooled_width=768
     ),
-    "ltx_video_clear": Tiny(models=("ltx",), sites=2, size=(256, 192, 33), mask=True),
+    "ltx_video_foveated": Tiny(models=("ltx",), sites=2, size=(256, 192, 33), mask=True),
 }
 
 
 def on_tiny_models(name, steps=None, **settings):
-    """Return a template on tiny models with small windows; `settings` go to its CLEAR nodes."""
+    """Return a template on tiny models; `settings` go to its first Foveated Attention."""
     workflow = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     tiny = TEMPLATES[name]
     models, changed = iter(tiny.models), {}
@@ -69,8 +72,9 @@ def on_tiny_models(name, steps=None, **settings):
                 if each in inputs
             }
             inputs["steps"] = steps
-        if kind == "LinearizeCLEAR":
-            inputs |= {**WINDOWS, **settings}
+        if kind == "LinearizeFoveated":
+            inputs |= settings
+            settings = {}
         elif kind == "LinearizeUniformPlan" and inputs["sites"] != "all":
             inputs["sites"] = tiny.hybrid
         elif kind in ("UNETLoader", "CheckpointLoaderSimple"):
@@ -79,9 +83,15 @@ def on_tiny_models(name, steps=None, **settings):
         elif kind == "CLIPTextEncode":
             kind, text = "LinearizeTestText", inputs["text"]
             inputs = {"text": text, "width": tiny.text_width, "pooled_width": tiny.pooled_width, "mask": tiny.mask}
+        elif kind == "VAELoader":
+            kind, inputs = "LinearizeTestAutoencoder", {"clips": tiny.size[2] > 1}
+        elif kind == "LoadImage":
+            kind, inputs = "EmptyImage", {"width": tiny.size[0], "height": tiny.size[1], "batch_size": 1, "color": 128}
+        elif kind == "FluxKontextImageScale":
+            kind, inputs = "ImageScaleBy", {"image": inputs["image"], "upscale_method": "area", "scale_by": 1.0}
         elif kind.startswith("VAEDecode"):
             kind, inputs = "LinearizeTestDecode", {"samples": inputs["samples"]}
-        if kind not in ("CLIPLoader", "DualCLIPLoader", "VAELoader"):
+        if kind not in ("CLIPLoader", "DualCLIPLoader"):
             changed[key] = {"class_type": kind, "inputs": inputs}
     return changed
 
@@ -97,20 +107,20 @@ def what_ran(workflow, outputs):
 
 
 def test_every_template_is_run_by_these_tests():
-    others = {path.stem for path in FOLDER.glob("*.json") if not path.stem.startswith("flux")}
-    assert others - {"wan21_t2v_distill"} == set(TEMPLATES)
+    others = {path.stem for path in FOLDER.glob("*.json") if not re.match("flux_(dev|schnell)", path.stem)}
+    assert others - {"wan21_t2v_distill"} == set(TEMPLATES) | TOO_WIDE
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in TEMPLATES.items() if not tiny.hybrid])
 def test_a_template_runs_on_tiny_models(comfy, server, name):
-    """Every self-attention of every model ran on windows, says the report behind its sampler."""
-    tiny, workflow = TEMPLATES[name], on_tiny_models(name, steps=4, start_percent=0.0)
+    """Every self-attention of every model is foveated, in every step, says the report behind its sampler."""
+    tiny, workflow = TEMPLATES[name], on_tiny_models(name, steps=4)
     outputs = server.run(workflow)
     reports = what_ran(workflow, outputs)
     assert len(reports) == len(tiny.models)
     for ran in reports:
-        share = re.fullmatch(rf"clear \(\w+\): {tiny.sites} sites\n100% linearized, (.+)% of attention FLOPs", ran)
-        assert share and 0 < float(share[1]) < 100, ran
+        share = re.match(rf"foveated \(torch\): {tiny.sites} sites\n100% linearized, (.+)% of attention FLOPs", ran)
+        assert share and 0 < float(share[1]) < 100 and "dense" not in ran, ran
     (save,) = of_type(workflow, "SaveImage", "SaveVideo")
     (saved,) = outputs[save]["images"]
     assert saved["filename"].endswith(".png" if tiny.size[2] == 1 else ".mp4")
@@ -142,25 +152,24 @@ def test_half_of_wan_runs_hybrid_and_the_other_half_dense(comfy, server):
 @pytest.mark.parametrize(
     ("name", "shares"),
     {
-        "wan21_t2v_clear": [(75, 82)],
-        "wan22_t2v_clear": [(50, 60), (100, 100)],  # of 20 steps the expert for high noise has 10
-        "sd35_clear": [(75, 80)],
-        "hunyuan_video_clear": [(75, 80)],
-        "ltx_video_clear": [(80, 95)],  # the scheduler reads the size: fewer early steps for so few tokens
+        "wan22_t2v_foveated": [(50, 60), (100, 100)],  # of 20 steps the expert for high noise has 10
+        "sd35_foveated": [(75, 80)],
+        "ltx_video_foveated": [(80, 95)],  # the scheduler reads the size: fewer early steps for so few tokens
     }.items(),
 )
-def test_the_first_steps_are_dense_as_shipped(comfy, server, name, shares):
-    """About a fifth of them, as the notes say; the rest ran on windows."""
-    workflow = on_tiny_models(name)
+def test_start_percent_keeps_the_first_steps_dense(comfy, server, name, shares):
+    """Of all steps, over both experts; the rest is foveated."""
+    workflow = on_tiny_models(name, start_percent=0.2)
     for ran, (least, most) in zip(what_ran(workflow, server.run(workflow)), shares, strict=True):
         share = re.search(r"^(\d+)% linearized", ran, re.MULTILINE)
         assert share and least <= int(share[1]) <= most, ran
         assert ("dense by setting" in ran) == (most < 100) and "fell back" not in ran
 
 
-def test_both_experts_of_wan_22_take_part():
-    """The template gives each its own loader, windows and part of the steps."""
-    workflow = json.loads((FOLDER / "wan22_t2v_clear.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["wan22_t2v_foveated", "wan22_i2v_foveated"])
+def test_both_experts_of_wan_22_take_part(name):
+    """The template gives each its own loader, attention and part of the steps."""
+    workflow = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     loaders = of_type(workflow, "UNETLoader")
     assert ["high_noise" in workflow[key]["inputs"]["unet_name"] for key in loaders] == [True, False]
     reached = set()
@@ -169,7 +178,7 @@ def test_both_experts_of_wan_22_take_part():
         while "model" in workflow[key]["inputs"]:
             kinds.append(workflow[key]["class_type"])
             key = workflow[key]["inputs"]["model"][0]
-        assert kinds == ["LinearizeCLEAR", "ModelSamplingSD3"]
+        assert kinds == ["LinearizeFoveated", "ModelSamplingSD3"]
         reached.add(key)
     assert reached == set(loaders)
 

@@ -17,9 +17,10 @@ DEMO = ROOT / "lab" / "demo" / "api" / "clear_demo.json"
 DISTILL_DEMOS = [ROOT / "lab" / "demo" / "api" / f"{name}.json" for name in ("distill_demo", "distill_clips")]
 TEMPLATES = sorted((ROOT / "workflows" / "api").glob("*.json"))
 DISTILL = ROOT / "workflows" / "api" / "flux_dev_distill.json"  # runs in test_distill_templates.py
-FLUX_TEMPLATES = [path for path in TEMPLATES if path.stem.startswith("flux") and path != DISTILL]
+FLUX_TEMPLATES = [path for path in TEMPLATES if re.match("flux_(dev|schnell)", path.stem) and path != DISTILL]
 ROW = "COMFY_AUTOGROW_V3"
 CODEC = re.compile(r"(format\.)?codec(\..+)?")  # of SaveVideo, inside `format` since ComfyUI 0.34
+REFUSALS = {"image": "custom_validation_failed"}  # of an input's own check
 SMALLER = 8  # templates run at an eighth of their width and height
 
 
@@ -28,11 +29,11 @@ def load(path):
 
 
 def is_file(value):
-    return isinstance(value, str) and value.endswith(".safetensors")
+    return isinstance(value, str) and value.endswith((".safetensors", ".png"))
 
 
 def core_files(workflow):
-    """Return (node id, input name) of the model files that ComfyUI's own loaders name."""
+    """Return (node id, input name) of the files of models and pictures that ComfyUI's own loaders name."""
     loaders = {key: node for key, node in workflow.items() if not node["class_type"].startswith("Linearize")}
     return {(key, name) for key, node in loaders.items() for name, value in node["inputs"].items() if is_file(value)}
 
@@ -85,7 +86,7 @@ def test_api_workflows_fit_object_info(server, path, tmp_path):
         info["input"]["optional"] = {**sockets, **info["input"].get("optional", {})}
         kept = info["input"].get("required", {})
         info["input"]["required"] = {each: socket for each, socket in kept.items() if socket[0] != ROW}
-    # the model files of the template are not on this machine, so their names are made known to the linter
+    # the files of the template are not on this machine, so their names are made known to the linter
     for key, name in core_files(workflow):
         socket = known[workflow[key]["class_type"]]["input"]["required"][name]
         options = socket[0] if isinstance(socket[0], list) else socket[1]["options"]
@@ -101,16 +102,16 @@ def test_api_workflows_fit_object_info(server, path, tmp_path):
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
-def test_the_server_misses_only_the_model_files(server, live, path):
-    """Model files get names that nobody has, so that the server refuses those, and would name anything else."""
+def test_the_server_misses_only_the_files(server, live, path):
+    """Files get names that nobody has, so that the server refuses those, and would name anything else."""
     workflow = load(path)
     files = core_files(workflow)
     for key, name in files:
         workflow[key]["inputs"][name] = f"nobody has {workflow[key]['inputs'][name]}"
-    missing = {(key, name, "value_not_in_list") for key, name in files}
+    missing = {(key, name, REFUSALS.get(name, "value_not_in_list")) for key, name in files}
     assert refused(live, server, workflow) == missing
-    small, unknown = next(pair for pair in (("radius", "weights"), ("kind.rate", "kind.feature_map"))
-                          if any(pair[0] in node["inputs"] for node in workflow.values()))  # fmt: skip
+    settings = (("keep", "backend"), ("radius", "weights"), ("kind.rate", "kind.feature_map"))
+    small, unknown = next(pair for pair in settings if any(pair[0] in node["inputs"] for node in workflow.values()))
     key = next(key for key, node in workflow.items() if small in node["inputs"])
     workflow[key]["inputs"] |= {small: 0, unknown: "nobody"}
     wrong = {(key, small, "value_smaller_than_min"), (key, unknown, "value_not_in_list")}

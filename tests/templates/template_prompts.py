@@ -1,7 +1,7 @@
 """A template's prompt made fit for tiny models: what needs a file is given, what is large is made small.
 
 Kept are the nodes between the loaders and the samplers. Behind every loader of a model stands CLEAR, before LoRAs and
-everything else, as one would put it there.
+everything else, as one would put it there; not where the template has a node of ours itself.
 """
 
 import copy
@@ -35,6 +35,7 @@ PASSED = {  # what would make things large, or needs a file to change them: outp
     "Video Slice": {0: "video"},
     "AnimaLLLiteApply": {0: "model"},
 }
+OURS = "Linearize"
 CLEAR = {"radius": 2, "weights": "none", "min_tokens": 0}
 AT_MOST = {  # inputs by name, and the largest number for a tiny model
     "width": 192, "height": 128, "target_width": 192, "target_height": 128, "largest_size": 192, "longer_edge": 192,
@@ -201,14 +202,17 @@ class Template:
         if kind == "MODEL":
             loader = {"class_type": "GivenModel", "inputs": {"file": model_file(self.prompt[source])}}
             fitted.setdefault(f"model {source}", loader)
-            inputs = {**self._defaults("LinearizeCLEAR"), **CLEAR, "model": [f"model {source}", 0]}
+            if any(each["class_type"].startswith(OURS) for each in self.prompt.values()):
+                return [f"model {source}", 0]
+            inputs = {**self.defaults("LinearizeCLEAR"), **CLEAR, "model": [f"model {source}", 0]}
             clear = {"class_type": "LinearizeCLEAR", "inputs": inputs}
             fitted.setdefault(f"clear {source}", clear)
             return [f"clear {source}", 0]
         fitted.setdefault(f"given {kind}", {"class_type": "Given", "inputs": {"kind": kind}})
         return [f"given {kind}", 0]
 
-    def _defaults(self, name: str) -> dict[str, Any]:
+    def defaults(self, name: str) -> dict[str, Any]:
+        """Return what the inputs of a node are by themselves."""
         described = self.nodes[name]["input"]
         options = {key: each[1] for part in described.values() for key, each in part.items() if len(each) > 1}
         return {key: each["default"] for key, each in options.items() if "default" in each}

@@ -78,6 +78,38 @@ class Encoder:
         return [[torch.randn(1, TOKENS, self.width, generator=generator), extra]]
 
 
+class LinearizeTestAutoencoder(io.ComfyNode):
+    """Seeded noise as latents, for nodes that encode pictures."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Return inputs and outputs."""
+        return io.Schema(
+            node_id="LinearizeTestAutoencoder",
+            category="linearize/test",
+            inputs=[io.Boolean.Input("clips")],
+            outputs=[io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls, clips: bool) -> io.NodeOutput:
+        """Return the autoencoder."""
+        return io.NodeOutput(Autoencoder(clips))
+
+
+class Autoencoder:
+    """What the core's nodes call of an autoencoder: 16 channels, an eighth of a side, a quarter of the frames."""
+
+    def __init__(self, clips: bool) -> None:
+        self.clips = clips
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the latent of pictures (frames, height, width, 3): (B, 16, ...), one clip or as many as pictures."""
+        frames, height, width = pixels.shape[:3]
+        shape = (1, 16, (frames - 1) // 4 + 1) if self.clips else (frames, 16)
+        return torch.randn(*shape, height // 8, width // 8, generator=torch.Generator().manual_seed(frames))
+
+
 class LinearizeTestDecode(io.ComfyNode):
     """The first three channels of a latent as pictures, one per latent frame."""
 
@@ -136,7 +168,9 @@ class StandIns(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes."""
-        return [LinearizeTestText, LinearizeTestEncoder, LinearizeTestDecode, LinearizeTestExpand]
+        return [
+            LinearizeTestText, LinearizeTestEncoder, LinearizeTestAutoencoder, LinearizeTestDecode, LinearizeTestExpand,
+        ]  # fmt: skip
 
 
 async def comfy_entrypoint() -> ComfyExtension:
