@@ -43,7 +43,7 @@ LOADERS = (
 )  # fmt: skip
 PICTURE = "example.png"  # every ComfyUI has it in its input folder, which is not the one of `run.py`'s
 GAP, TITLE = 60, 58  # pixels between columns; between nodes of a column, for the title bar and the badge on it
-THUMBNAIL = (1024, 1024)
+THUMBNAIL, QUALITY = (1024, 1024), 65  # the Registry's archive holds all of them and is small
 VIEWPORT: ViewportSize = {"width": 5000, "height": 1400}  # far out, the frontend draws boxes without their texts
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
@@ -181,7 +181,7 @@ def write_workflows(server: LiveServer, browser: Any, names: list[str]) -> None:
         picture.save(ROOT / "lab" / "demo" / "output" / f"{name}.png")
         if folder.name == "workflows":
             picture.thumbnail(THUMBNAIL)
-            picture.convert("RGB").save(folder / f"{name}.jpg", quality=85, optimize=True)
+            picture.convert("RGB").save(folder / f"{name}.jpg", quality=QUALITY, optimize=True)
         page.close()
 
 
