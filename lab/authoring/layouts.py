@@ -133,6 +133,7 @@ WIDTH = 280  # of other types; a node is as wide as the widest of its column
 # fit a screen of 1920
 LAYOUTS = {  # workflow: columns; `note` is the note
     "lab/demo/clear_demo": ("1 2 3", "4 5 6", "7", "8 9", "10"),
+    "lab/demo/foveated_demo": ("1 2 3", "4 5 6", "7", "8 9", "10"),
     "lab/demo/distill_demo": (
         "1 2 3 16",
         "Teacher: 4",

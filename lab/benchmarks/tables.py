@@ -32,8 +32,10 @@ DEMO = ROOT / "docs" / "demo.json"
 DISTILL = (ROOT / "docs" / "distill_lake.json", ROOT / "docs" / "distill_clips.json")
 TEMPLATES, TESTED = ROOT / "docs" / "templates.json", ROOT / "docs" / "hosts.json"
 OUTPUT = ROOT / "lab" / "demo" / "output"
-PICTURES = {"sheet.png": "demo_sheet.jpg", "browser.png": "demo.png"}  # of OUTPUT: name in docs
-GRAPH = (230, 240, 1690, 740)  # where the nodes lie in browser.png
+PICTURES = {  # of OUTPUT: name in docs; of the browser's the first, which is of the frontend that is installed
+    "sheet.png": "demo_sheet.jpg", "front.png": "demo_front.jpg", "browser-*.png": "demo.png",
+}  # fmt: skip
+GRAPH = (230, 240, 1690, 740)  # where the nodes lie in the browser's picture
 MEASURES = (("psnr", 1), ("ssim", 3), ("reflection", 2))  # of a row of the demo's table: digits
 
 CASE = ("pixels", "frames", "text", "heads", "head_dim", "dtype", "batch", "pass", "contender")  # makes rows comparable
@@ -152,10 +154,9 @@ def demo_table() -> str:
     heads = [*(f"s a step at {size} (pairs)" for size in sizes), "PSNR, dB", "SSIM", "mirror", "MiB"]
     lines = [f"| attention | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for row in data["rows"]:
-        name = row["variant"].replace("_", ", radius ")
         costs = " | ".join(f"{row['seconds'][size]:.2f} ({row['pairs'][size]:.0%})" for size in sizes)
         measures = " | ".join("" if row[key] is None else f"{row[key]:.{digits}f}" for key, digits in MEASURES)
-        lines.append(f"| {name} | {costs} | {measures} | {row['memory_mib']:.0f} |")
+        lines.append(f"| {row['variant']} | {costs} | {measures} | {row['memory_mib']:.0f} |")
     lines += [
         "",
         f"Pictures of {data['size']} x {data['size']} pixels, {data['steps']} steps. {data['machine']},",
@@ -272,8 +273,8 @@ def take_over_demo() -> None:
     """Copy what the last `run.py demo`, and the last browser test, wrote to `lab/demo/output` into `docs`."""
     shutil.copy(OUTPUT / "table.json", DEMO)
     for source, target in PICTURES.items():
-        picture = Image.open(OUTPUT / source).convert("RGB")
-        picture = picture.crop(GRAPH) if source == "browser.png" else picture
+        picture = Image.open(min(OUTPUT.glob(source))).convert("RGB")
+        picture = picture.crop(GRAPH) if target == "demo.png" else picture
         picture.save(DEMO.parent / target, quality=88, optimize=True)
 
 

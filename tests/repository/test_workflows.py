@@ -11,7 +11,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted((ROOT / "workflows").glob("*.json"))
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
-DEMOS = ("clear_demo", "distill_demo", "distill_clips")
+DEMOS = ("foveated_demo", "clear_demo", "distill_demo", "distill_clips")
 WORKFLOWS = [*TEMPLATES, *(ROOT / "lab" / "demo" / f"{name}.json" for name in DEMOS)]
 SHIPPED = [*WORKFLOWS, *BLUEPRINTS, *(path.parent / "api" / path.name for path in WORKFLOWS)]
 TITLE_BAR = 30  # pixels that the frontend draws above a node's position

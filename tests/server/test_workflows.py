@@ -14,7 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "lab" / "demo" / "api" / "clear_demo.json"
-DISTILL_DEMOS = [ROOT / "lab" / "demo" / "api" / f"{name}.json" for name in ("distill_demo", "distill_clips")]
+OTHER_DEMOS = [
+    ROOT / "lab" / "demo" / "api" / f"{name}.json" for name in ("foveated_demo", "distill_demo", "distill_clips")
+]
 TEMPLATES = sorted((ROOT / "workflows" / "api").glob("*.json"))
 DISTILL = ROOT / "workflows" / "api" / "flux_dev_distill.json"  # runs in test_distill_templates.py
 FLUX_TEMPLATES = [path for path in TEMPLATES if re.match("flux_(dev|schnell)", path.stem) and path != DISTILL]
@@ -69,7 +71,7 @@ def sockets_of(info, inputs):
     return required, known
 
 
-@pytest.mark.parametrize("path", [*TEMPLATES, DEMO, *DISTILL_DEMOS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*TEMPLATES, DEMO, *OTHER_DEMOS], ids=lambda path: path.stem)
 def test_api_workflows_fit_object_info(server, path, tmp_path):
     """Every node exists, every input is known, every link has the type its socket wants; comfy-lint agrees."""
     workflow, known = load(path), server.get("/object_info")
