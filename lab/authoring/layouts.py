@@ -115,7 +115,7 @@ SIZES = {  # type: (width, height); no height keeps what the frontend chose
     "KSampler": (300, 500),
     "SaveVideo": (440, 340),
     "LinearizeCLEAR": (400, 380),
-    "LinearizeFoveated": (400, 380),
+    "LinearizeFoveated": (400, 430),
     "ModelSamplingSD3": (280, 58),
     "LoadImage": (300, 340),
     "LinearizeHighRes": (400, 420),

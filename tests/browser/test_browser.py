@@ -30,7 +30,8 @@ READY = "window.app?.graph && app.extensionManager?.workflow?.activeWorkflow"
 HAS_OURS = "window.app?.graph?.nodes.some(node => node.type.startsWith('Linearize'))"
 MILLISECONDS = 60_000  # the longest that one step may take
 TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "workflows").glob("*.json"))
-WORKFLOWS = ("lab/demo/clear_demo.json", "lab/demo/distill_demo.json", "lab/demo/distill_clips.json", *TEMPLATES)
+DEMOS = [f"lab/demo/{name}.json" for name in ("foveated_demo", "clear_demo", "distill_demo", "distill_clips")]
+WORKFLOWS = [*DEMOS, *TEMPLATES]
 STATUS = "$$node-text-preview"  # the frontend's own widget for a node's status text
 CODEC = re.compile(r"(format\.)?codec(\..+)?")  # of SaveVideo, inside `format` since ComfyUI 0.34
 OUTER = 100  # id of a blueprint's node in a workflow
@@ -55,10 +56,10 @@ CHANGE_AND_LISTEN = """() => {
     window.texts = {};
     app.api.addEventListener('progress_text', event => window.texts[event.detail.nodeId] = event.detail.text);
     app.api.addEventListener('progress', event => window.progress.push([event.detail.value, event.detail.max]));
-    const clear = app.graph.nodes.find(node => node.type === 'LinearizeCLEAR');
-    const widget = clear.widgets.find(widget => widget.name === 'radius');
-    widget.value = 6;
-    widget.callback?.(6);
+    const ours = app.graph.nodes.find(node => node.type === 'LinearizeFoveated');
+    const widget = ours.widgets.find(widget => widget.name === 'keep');
+    widget.value = 0.2;
+    widget.callback?.(0.2);
     for (const name of ['execution_success', 'execution_error'])
         app.api.addEventListener(name, event => window.ended = [name, event.detail.exception_message ?? '']);
 }"""
@@ -296,9 +297,9 @@ def test_the_template_list_shows_ours_and_opens_one(frontend):
 
 
 def test_the_demo_runs_and_the_nodes_say_what_ran(frontend, version):
-    open_workflow(frontend, "lab/demo/clear_demo.json")
+    open_workflow(frontend, "lab/demo/foveated_demo.json")
     frontend.evaluate(CHANGE_AND_LISTEN)
-    assert prompt_of(frontend)["4"]["inputs"]["radius"] == 6
+    assert prompt_of(frontend)["4"]["inputs"]["keep"] == 0.2
     frontend.get_by_test_id("queue-button").click()
     frontend.wait_for_function("window.ended")
     ended, why = frontend.evaluate("window.ended")
@@ -306,10 +307,10 @@ def test_the_demo_runs_and_the_nodes_say_what_ran(frontend, version):
     assert [16, 16] in frontend.evaluate("window.progress")
     frontend.wait_for_function("app.graph.nodes.find(n => n.type === 'SaveImage').imgs?.[0]?.naturalWidth === 512")
     take_picture(frontend, PICTURES / f"browser-{version}.png")
-    clear, report = (status_of(frontend, kind, version) for kind in ("LinearizeCLEAR", "LinearizeReport"))
-    assert re.match(r"clear \((torch|triton)\): 5 sites\n100% linearized", clear), clear
-    assert "clear radius 6: 5 sites" in report, report or "the Attention Report shows no text on its node"
-    ran, _, origin = clear.rpartition("\n")
+    status, report = (status_of(frontend, kind, version) for kind in ("LinearizeFoveated", "LinearizeReport"))
+    assert re.match(r"foveated \((torch|triton)\): 5 sites\n100% linearized", status), status
+    assert re.search(r"foveated .*: 5 sites", report), report or "the Attention Report shows no text on its node"
+    ran, _, origin = status.rpartition("\n")
     assert ran in report.partition("in the last sampling:")[2], report
     assert origin == "untrained: the model's own weights"
 
