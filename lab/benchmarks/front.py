@@ -1,6 +1,7 @@
-"""The tables of the front pages, README.md and README.zh.md: models, what windows leave, quality."""
+"""The tables of the front pages, README.md and README.zh.md: the demo's picture, models, what windows leave, quality."""
 
 import csv
+import json
 import statistics
 import textwrap
 from pathlib import Path
@@ -10,6 +11,7 @@ from linearize.attention.hosts import HOSTS
 from linearize.attention.planning.cost import clear_pairs
 
 EVIDENCE = Path(__file__).resolve().parents[1] / "evidence" / "results.csv"
+DEMO = Path(__file__).resolve().parents[2] / "docs" / "demo.json"
 PIXELS = (1024, 1536, 2048, 4096, 8192)
 SPECS = (ClearSpec(8), ClearSpec(16), ClearSpec(32), ClearSpec(8, down_factor=4))
 QUALITY = (  # suite and method of the evidence, and their names in both languages
@@ -23,6 +25,36 @@ QUALITY = (  # suite and method of the evidence, and their names in both languag
     ("video", "hybrid R=2 polynomial max", "clip: hybrid, every 2nd key exact", "视频：混合，每 2 个键 1 个精确"),
     ("video", "chunked 2 overlap 1", "clip: chunks of 2 frames, overlap 1", "视频：2 帧一块，重叠 1 帧"),
 )
+
+
+def demo_sentence() -> str:
+    """Return what the demo's picture shows, with the figures of the run that made it."""
+    _, foveated, clear = _demo_figures()
+    return "\n".join(textwrap.wrap(
+        f"*Same captions, same seeds; nothing is trained. Left: dense attention. Middle: Foveated Attention with `keep`"
+        f" 0.15, {foveated['pairs']} of the query-key pairs; {foveated['psnr']} dB from the left (PSNR, mean of three"
+        f" captions). Right: windows of radius 8, {clear['pairs']} of the pairs, {clear['psnr']} dB.*", 120))  # fmt: skip
+
+
+def demo_sentence_zh() -> str:
+    """Return the same in Chinese."""
+    _, foveated, clear = _demo_figures()
+    return (
+        f"*提示词相同，种子相同，都未经训练。左：稠密注意力。中：注视注意力，`keep` 为 0.15，计算 {foveated['pairs']}"
+        f" 的查询-键对，与左图的 PSNR（三条提示词的平均）为 {foveated['psnr']} dB。右：半径 8 的窗口，{clear['pairs']} 的查询-键对，"
+        f"{clear['psnr']} dB。*"
+    )
+
+
+def _demo_figures() -> list[dict[str, str]]:
+    """Return the demo's rows in the order of the picture: share of pairs and PSNR as text."""
+    data = json.loads(DEMO.read_text(encoding="utf-8"))
+    assert [row["variant"] for row in data["rows"]] == ["dense", "foveated, keep 0.15", "clear, radius 8"]
+    size = str(data["size"])
+    return [
+        {"pairs": f"{row['pairs'][size]:.0%}".replace("%", " %"), "psnr": f"{row['psnr'] or 0:.1f}"}
+        for row in data["rows"]
+    ]
 
 
 def models_line() -> str:

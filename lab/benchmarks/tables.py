@@ -240,6 +240,8 @@ TABLES = {  # by name: the page on which a table stands between its marks, and w
     "gpu": ("docs/performance.md", gpu_table),
     "hosts": ("docs/hosts.md", hosts_table),
     "mapped-cpu": ("docs/performance.md", mapped_cpu_table),
+    "front": ("README.md", front.demo_sentence),
+    "front-zh": ("README.zh.md", front.demo_sentence_zh),
     "models": ("README.md", front.models_line),
     "models-zh": ("README.zh.md", front.models_line),
     "pairs": ("README.md", front.pairs_table),
