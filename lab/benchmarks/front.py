@@ -1,4 +1,4 @@
-"""The tables of the front pages, README.md and README.zh.md: the demo's picture, models, what windows leave, quality."""
+"""What README.md and README.zh.md take from stored rows and code: the demo's figures, models, pairs, quality."""
 
 import csv
 import json
@@ -30,19 +30,21 @@ QUALITY = (  # suite and method of the evidence, and their names in both languag
 def demo_sentence() -> str:
     """Return what the demo's picture shows, with the figures of the run that made it."""
     _, foveated, clear = _demo_figures()
-    return "\n".join(textwrap.wrap(
+    text = (
         f"*Same captions, same seeds; nothing is trained. Left: dense attention. Middle: Foveated Attention with `keep`"
         f" 0.15, {foveated['pairs']} of the query-key pairs; {foveated['psnr']} dB from the left (PSNR, mean of three"
-        f" captions). Right: windows of radius 8, {clear['pairs']} of the pairs, {clear['psnr']} dB.*", 120))  # fmt: skip
+        f" captions). Right: windows of radius 8, {clear['pairs']} of the pairs, {clear['psnr']} dB.*"
+    )
+    return "\n".join(textwrap.wrap(text, 120))
 
 
 def demo_sentence_zh() -> str:
     """Return the same in Chinese."""
     _, foveated, clear = _demo_figures()
     return (
-        f"*提示词相同，种子相同，都未经训练。左：稠密注意力。中：注视注意力，`keep` 为 0.15，计算 {foveated['pairs']}"
-        f" 的查询-键对，与左图的 PSNR（三条提示词的平均）为 {foveated['psnr']} dB。右：半径 8 的窗口，{clear['pairs']} 的查询-键对，"
-        f"{clear['psnr']} dB。*"
+        f"*提示词相同，种子相同，都未经训练。左：稠密注意力。中：注视注意力，`keep` 为 0.15，"
+        f"计算 {foveated['pairs']} 的查询-键对，与左图的 PSNR（三条提示词的平均）为 {foveated['psnr']} dB。"
+        f"右：半径 8 的窗口，{clear['pairs']} 的查询-键对，{clear['psnr']} dB。*"
     )
 
 

@@ -35,7 +35,7 @@ OUTPUT = ROOT / "lab" / "demo" / "output"
 PICTURES = {  # of OUTPUT: name in docs; of the browser's the first, which is of the frontend that is installed
     "sheet.png": "demo_sheet.jpg", "front.png": "demo_front.jpg", "browser-*.png": "demo.png",
 }  # fmt: skip
-GRAPH = (230, 240, 1690, 740)  # where the nodes lie in the browser's picture
+GRAPH = (230, 230, 1690, 765)  # where the nodes lie in the browser's picture
 MEASURES = (("psnr", 1), ("ssim", 3), ("reflection", 2))  # of a row of the demo's table: digits
 
 CASE = ("pixels", "frames", "text", "heads", "head_dim", "dtype", "batch", "pass", "contender")  # makes rows comparable
