@@ -25,7 +25,8 @@ class Tile(NamedTuple):
 
 KERNELS = ("forward", "dq", "dk_dv")  # of CLEAR
 MAPPED_KERNELS = ("mapped_forward", "mapped_dx", "mapped_dq", "mapped_dk_dv", "state")
-Tiles = tuple[Tile, ...]  # one per name in KERNELS, or in MAPPED_KERNELS
+FOVEATED_KERNELS = ("foveated_forward", "foveated_dq", "foveated_dk_dv", "foveated_means")
+Tiles = tuple[Tile, ...]  # one per name in KERNELS, in MAPPED_KERNELS, or in FOVEATED_KERNELS
 
 SAFE: Tiles = (Tile(32, 32, 4, 1),) * 5
 _WIDE = (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2))
@@ -82,16 +83,50 @@ MAPPED_TILES: dict[str, dict[int, Tiles]] = {
     "amd": {128: (Tile(64, 32, 8, 1),) * 5},
     "interpreted": {256: (Tile(16, 32, 4, 1),) * 5},
 }
+_FOVEATED_64: Tiles = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3))
+_FOVEATED_128: Tiles = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3))
+_FOVEATED_256: Tiles = (Tile(64, 64, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2))
+_FOVEATED_99_KB: dict[int, Tiles] = {
+    64: (Tile(64, 32, 4, 3), Tile(64, 32, 4, 3), Tile(64, 32, 4, 2), Tile(64, 64, 4, 3)),
+    128: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),
+    256: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+}
+# as TILES, of FOVEATED_KERNELS; smaller tiles of queries, and smaller cells, have fewer rows than these
+FOVEATED_TILES: dict[str, dict[int, Tiles]] = {
+    "sm80": {
+        64: (Tile(64, 32, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3)),
+        128: _FOVEATED_128,
+        256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    },
+    "sm86": _FOVEATED_99_KB,
+    "sm90": {64: _FOVEATED_64, 128: _FOVEATED_128, 256: _FOVEATED_256},
+    "sm100": {
+        64: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+        128: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)),
+        256: (Tile(64, 64, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    },
+    "sm120": _FOVEATED_99_KB,
+    "amd": {128: (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))},
+    "interpreted": {256: (Tile(32, 64, 4, 1),) * 4},
+}
+_FAMILIES = ((KERNELS, TILES), (MAPPED_KERNELS, MAPPED_TILES), (FOVEATED_KERNELS, FOVEATED_TILES))
 _reduced: set[tuple[str, int, tuple[str, ...]]] = set()
 
 
 def tile_for(kernel: str, architecture: str, head_size: int) -> Tile:
-    """Return the tile of one of KERNELS or MAPPED_KERNELS for heads of `head_size` values."""
-    family, table = (KERNELS, TILES) if kernel in KERNELS else (MAPPED_KERNELS, MAPPED_TILES)
+    """Return the tile of a kernel for heads of `head_size` values."""
+    family, table = next(each for each in _FAMILIES if kernel in each[0])
     by_size = table.get(architecture, {})
     largest = min((size for size in by_size if size >= head_size), default=None)
     tiles = SAFE if largest is None or (architecture, head_size, family) in _reduced else by_size[largest]
     return tiles[family.index(kernel)]
+
+
+def of_rows(tile: Tile, rows: int) -> Tile:
+    """Return the tile of a program that owns at most `rows` tokens: no more rows than they need, few warps for few."""
+    if rows >= tile.rows:
+        return tile
+    return Tile(max(16, 1 << (rows - 1).bit_length()), tile.columns, min(4, tile.num_warps), tile.num_stages)
 
 
 def reduce_tiles(architecture: str, head_size: int, family: tuple[str, ...] = KERNELS) -> bool:

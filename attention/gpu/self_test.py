@@ -14,12 +14,15 @@ from torch import Tensor
 
 from ...kernels import Tile, architecture, capability, tuning
 from ..kinds.feature_maps import MAPS
+from ..kinds.foveated import tiles_of
+from ..kinds.foveated_reference import foveated_reference
 from ..kinds.mapped import mapped_attention
 from ..kinds.reference import reference_attention
 from ..layout import Reason, Segment, TokenLayout, grid_segment
 from ..memory import LongLived
-from ..specs import HybridSpec, LinearSpec, SiteSpec, radius_per_head
+from ..specs import FoveatedSpec, HybridSpec, LinearSpec, SiteSpec, radius_per_head
 from .clear import clear_with_triton
+from .foveated import foveated_with_triton
 from .mapped import TRITON
 
 log = logging.getLogger("linearize")
@@ -149,6 +152,27 @@ def _mapped_error(case: Case, layout: TokenLayout, spec: LinearSpec | HybridSpec
     return _error(output, reference_attention(query, key, value, layout, spec, maps=maps), leaves, grad)
 
 
+def foveated_error(case: Case) -> float:
+    """Return the largest relative error of foveated attention's kernels on small pictures, outputs and gradients.
+
+    They have text, whole tiles and ragged ones, of 64 and of 16 queries, means that all tiles share, and means of
+    several levels that each tile lists.
+    """
+    large = FoveatedSpec(radius=1, top=0.2, tile=8), 20, 19
+    small = FoveatedSpec(radius=1, top=0.2, tile=4, levels=2), 13, 12
+    with _modes(case):
+        return max(_foveated_error(case, *each) for each in (large, small))
+
+
+def _foveated_error(case: Case, spec: FoveatedSpec, rows: int, columns: int) -> float:
+    layout = TokenLayout.of((Segment("text", 37), grid_segment("main", 1, rows, columns)))
+    leaves, grad = _inputs(case, layout, torch.Generator("cpu").manual_seed(0))
+    query, key, value = leaves
+    choice = tiles_of(query, key, value, layout, spec)
+    output = foveated_with_triton(query, key, value, layout, spec, choice=choice)
+    return _error(output, foveated_reference(query, key, value, layout, spec, None, choice), leaves, grad)
+
+
 @contextlib.contextmanager
 def _modes(case: Case) -> Iterator[None]:
     """Leave whatever modes the caller is in."""
@@ -182,4 +206,5 @@ def _error(output: Tensor, truth: Tensor, leaves: Sequence[Tensor], grad: Tensor
 
 
 CLEAR = SelfTest(tuning.KERNELS, clear_error)
+FOVEATED = SelfTest(tuning.FOVEATED_KERNELS, foveated_error)
 MAPPED = SelfTest(tuning.MAPPED_KERNELS, mapped_error)

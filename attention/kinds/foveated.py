@@ -66,9 +66,11 @@ def foveated_attention(
     layout = layout.with_all_grids
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     table = table_of(layout, spec, query.device, memory or LongLived())
-    if choice is None:
-        choice = choose_tiles(query, key, value, layout, spec, table, factor)
     means = [means_of(tensor, layout, spec, table, pool_logits) for tensor in (key, value)]
+    if choice is None:
+        known = means if spec.levels == 1 and pool_logits is None else ()
+        choice = choose_tiles(query, key, value, layout, spec, table, factor, known)
+    means = [mean.to(tensor.dtype) for mean, tensor in zip(means, (key, value), strict=True)]
     shared = [
         torch.cat([tensor.index_select(2, table.globals), *([mean] if spec.levels == 1 else [])], 2)
         for tensor, mean in zip((key, value), means, strict=True)
@@ -109,9 +111,12 @@ def tiles_of(
 
 def table_of(layout: TokenLayout, spec: FoveatedSpec, device: torch.device, memory: LongLived) -> CellTable:
     """Return the table of cells of a layout, kept in `memory`."""
-    return memory.get(
-        ("foveated", layout, spec, device), lambda: cell_table(layout, spec, device), lambda t: t.num_bytes
-    )
+
+    def build() -> CellTable:
+        with torch.inference_mode(False):  # or a later backward pass could not save its tensors
+            return cell_table(layout, spec, device)
+
+    return memory.get(("foveated", layout, spec, device), build, lambda t: t.num_bytes)
 
 
 def _slope(key: Tensor, key_means: Tensor, value: Tensor, table: CellTable) -> Tensor:

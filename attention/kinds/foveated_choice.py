@@ -1,7 +1,7 @@
 """Means of cells, and the tiles of keys that each head and tile of queries chooses by content."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,21 @@ from ..specs import FoveatedSpec
 from .clear import accumulator
 from .foveated_cells import CellTable, chosen_tiles, mask_of, shape_of, tile_shape
 
-CHUNK_SCORES = 2**24  # scores of tiles that are held at once
+CHUNK_SCORES = {"cpu": 2**20}  # scores of tiles, and squares of tokens, that are held at once
+CHUNK_SCORES_GPU = 2**24
 TINY = 1e-30
+READ_ONCE = ("cuda",)
 
 
 def choose_tiles(
-    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, spec: FoveatedSpec, table: CellTable, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    spec: FoveatedSpec,
+    table: CellTable,
+    scale: float,
+    means: Sequence[Tensor] = (),
 ) -> Tensor:
     """Return the tiles of keys that each tile of queries sees exactly for what they hold, besides those near to it.
 
@@ -29,8 +38,8 @@ def choose_tiles(
     a tile scores m + v + log(1 - exp(-v)) / 2 + log(w) / 2. Of equal scores the first in the sequence is taken.
 
     Shapes:
-        query, key, value: (B, H, N, D). Output: (B, H, U, K) int64, U tiles of all grids in order; -1 where no
-        candidate was left.
+        query, key, value: (B, H, N, D). means: plain ones of the tiles' keys and values, (B, H, U, D) in fp32 or more,
+        where they are known. Output: (B, H, U, K) int64, U tiles of all grids in order; -1 where no candidate was left.
     """
     count = chosen_tiles(spec, len(table.tiles))
     batch, heads = query.shape[:2]
@@ -38,23 +47,26 @@ def choose_tiles(
         return torch.empty(batch, heads, len(table.tiles), 0, dtype=torch.int64, device=query.device)
     with torch.no_grad():
         sizes = (table.tiles >= 0).sum(1, keepdim=True)
-        queries, squares = _frame_moments(query * scale, layout, spec)
-        keys = _tile_sums(key, layout, spec) / sizes
-        variances = (_tile_sums(key.float() ** 2, layout, spec) / sizes - keys**2).clamp_min(0)
-        values = _tile_sums(value, layout, spec) / sizes
-        lengths = _tile_sums(value.float().square().sum(-1, keepdim=True), layout, spec) / sizes
-        spread = (lengths.squeeze(-1) - values.square().sum(-1)).clamp_min(TINY)
-        gains = spread.log().unsqueeze(2) / 2
+        queries, squares = _frame_moments(query, layout, spec, scale)
+        keys, values = means or (_tile_sums(tensor, layout, spec) / sizes for tensor in (key, value))
+        variances = (_tile_squares(key, layout, spec, ()) / sizes - keys**2).clamp_min(0)
+        lengths = _tile_squares(value, layout, spec, (-1,)) / sizes.squeeze(1)
+        gains = (lengths - values.square().sum(-1)).clamp_min(TINY).log().unsqueeze(2) / 2  # (B, H, 1, U)
+        asking = torch.cat([queries, squares, torch.ones_like(gains).transpose(2, 3)], -1)
+        asked = torch.cat([keys, variances, gains.transpose(2, 3)], -1).transpose(-1, -2)
         parts = []
-        rows = max(1, CHUNK_SCORES // max(1, batch * heads * len(table.tiles)))
-        for mean, square, near in zip(
-            queries.split(rows, 2), squares.split(rows, 2), table.near.split(rows), strict=True
+        rows = max(1, _most_scores(query) // max(1, batch * heads * len(table.tiles)))
+        for part, square, near in zip(
+            asking.split(rows, 2), squares.split(rows, 2), table.near.split(rows), strict=True
         ):
-            variance = square @ variances.transpose(-1, -2)
-            scores = mean @ keys.transpose(-1, -2) + variance + gains
-            scores += variance.neg().expm1().neg().clamp_min(TINY).log() / 2
-            parts.append(_best(scores.masked_fill(mask_of(near, scores.shape[-1]), -math.inf), count))
+            deviation = (square.neg() @ variances.transpose(-1, -2)).expm1_().abs_().clamp_min_(TINY).log_()
+            scores = (part @ asked).add_(deviation, alpha=0.5)
+            parts.append(_best(scores.masked_fill_(mask_of(near, scores.shape[-1]), -math.inf), count))
         return torch.cat(parts, 2)
+
+
+def _most_scores(tensor: Tensor) -> int:
+    return CHUNK_SCORES.get(tensor.device.type, CHUNK_SCORES_GPU)
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
@@ -62,7 +74,7 @@ def _best(scores: Tensor, count: int) -> Tensor:
     least = scores.topk(count, -1).values[..., -1:]
     above, equal = scores > least, scores == least
     room = count - above.sum(-1, keepdim=True)
-    taken = above | (equal & (equal.cumsum(-1) <= room))
+    taken = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
     ids = taken.nonzero()[:, -1].reshape(*scores.shape[:-1], count)
     return ids.masked_fill(scores.gather(-1, ids) == -math.inf, -1)
 
@@ -77,7 +89,7 @@ def means_of(
 
     Shapes:
         tensor: (B, H, N, D). pool_logits: (H, s, s), s the side of the smallest cells; None and equal ones make plain
-        means. Output: (B, H, M, D).
+        means. Output: (B, H, M, D) in fp32 or better.
     """
     sums: list[Tensor] = []
     current = list(_sums(tensor, layout, [shape_of(spec, 0, grid[0]) for _, grid in layout.grids], pool_logits))
@@ -86,8 +98,8 @@ def means_of(
             current = [_cell_sums(each, (1, 2, 2)) for each in current]
         sums += [each.flatten(2, 4) for each in current]
     if not sums:
-        return tensor[:, :, :0]
-    return (torch.cat(sums, 2) / table.sizes[:, None]).to(tensor.dtype)
+        return tensor[:, :, :0].to(accumulator(tensor.dtype))
+    return torch.cat(sums, 2) / table.sizes[:, None]
 
 
 def mean_bias(table: CellTable, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -110,14 +122,35 @@ def _tile_sums(tensor: Tensor, layout: TokenLayout, spec: FoveatedSpec) -> Tenso
     return torch.cat([each.flatten(2, 4) for each in _sums(tensor, layout, shapes)], 2)
 
 
-def _frame_moments(tensor: Tensor, layout: TokenLayout, spec: FoveatedSpec) -> tuple[Tensor, Tensor]:
-    """Return the mean of each tile, and the mean over its frames of the squared mean of a frame, (B, H, U, D) each."""
+def _tile_squares(tensor: Tensor, layout: TokenLayout, spec: FoveatedSpec, also: tuple[int, ...]) -> Tensor:
+    """Return the sums of squares over tiles, and over the dimensions `also` of the values: (B, H, U, D) or (B, H, U).
+
+    On a GPU a norm reads the numbers once and stores no squares; a CPU is faster with the squares of some rows.
+    """
+    found = []
+    for start, grid in layout.grids:
+        shape, tokens = tile_shape(spec, grid[0]), tensor[:, :, start : start + math.prod(grid)].unflatten(2, grid)
+        exact = accumulator(tensor.dtype)
+        if tensor.device.type in READ_ONCE:
+            sums = torch.linalg.vector_norm(_boxes(tokens, shape), dim=(3, 5, 7, *also), dtype=exact).square()
+        else:
+            rows = shape[1] * max(1, _most_scores(tensor) // max(1, tokens.numel() // grid[1] * shape[1]))
+            parts = [_boxes(part.to(exact).square(), shape).sum((3, 5, 7, *also)) for part in tokens.split(rows, 3)]
+            sums = torch.cat(parts, 3)
+        found.append(sums.flatten(2, 4))
+    return torch.cat(found, 2)
+
+
+def _frame_moments(tensor: Tensor, layout: TokenLayout, spec: FoveatedSpec, factor: float) -> tuple[Tensor, Tensor]:
+    """Return of a tensor times `factor` the mean of each tile, and the mean over its frames of the squared mean of a
+    frame, (B, H, U, D) each.
+    """
     means, squares = [], []
     for start, grid in layout.grids:
         frames, rows, columns = tile_shape(spec, grid[0])
         tokens = tensor[:, :, start : start + math.prod(grid)].unflatten(2, grid)
-        ones = tokens.new_ones(1, 1, *grid, 1, dtype=accumulator(tensor.dtype))
-        flat = _cell_sums(tokens, (1, rows, columns)) / _cell_sums(ones, (1, rows, columns))
+        ones = torch.ones(1, 1, *grid, 1, dtype=accumulator(tensor.dtype), device=tensor.device)
+        flat = _cell_sums(tokens, (1, rows, columns)) / _cell_sums(ones, (1, rows, columns)) * factor
         count = _cell_sums(ones[:, :, :, :1, :1], (frames, 1, 1))
         means.append((_cell_sums(flat, (frames, 1, 1)) / count).flatten(2, 4))
         squares.append((_cell_sums(flat.square(), (frames, 1, 1)) / count).flatten(2, 4))
@@ -154,8 +187,12 @@ def pool_weights(logits: Tensor, grid: Grid) -> Tensor:
 
 def _cell_sums(tokens: Tensor, shape: Grid) -> Tensor:
     """Return the sums over boxes: (B, H, frames, rows, columns, D) to the same of boxes."""
+    return _boxes(tokens, shape).sum((3, 5, 7), dtype=accumulator(tokens.dtype))
+
+
+def _boxes(tokens: Tensor, shape: Grid) -> Tensor:
+    """Return (B, H, frames, rows, columns, D) as boxes (B, H, F, f, R, r, C, c, D), short ones filled with 0."""
     short = [-size % side for size, side in zip(tokens.shape[2:5], shape, strict=True)]
     if any(short):
         tokens = F.pad(tokens, (0, 0, 0, short[2], 0, short[1], 0, short[0]))
-    boxes = tokens.unflatten(4, (-1, shape[2])).unflatten(3, (-1, shape[1])).unflatten(2, (-1, shape[0]))
-    return boxes.sum((3, 5, 7), dtype=accumulator(tokens.dtype))
+    return tokens.unflatten(4, (-1, shape[2])).unflatten(3, (-1, shape[1])).unflatten(2, (-1, shape[0]))

@@ -60,18 +60,23 @@ class Chunk:
 def chunk_of(rows: slice, plan: Plan) -> Chunk:
     """Return what some tiles see; `rows` are theirs in the table and in the choice."""
     table, spec = plan.table, plan.spec
-    near, chosen, means = table.exact[None, None, rows], plan.choice[:, :, rows], None
-    cells = near
-    if spec.levels == 1 and chosen.shape[-1]:
-        cells = torch.cat([near.expand(*chosen.shape[:3], -1), chosen], -1)
-    elif spec.levels > 1 and not chosen.shape[-1]:
-        assert table.means is not None
-        means = table.means[None, None, rows]
-    elif spec.levels > 1:
-        cells, means = _lists_beside(chosen, rows, table)
+    cells, means = lists_of(rows, table, spec, plan.choice)
     held = mask_of(cells, plan.num_shared) if spec.levels == 1 else None
     tokens = F.pad(table.cells, (0, 0, 0, 1), value=-1)[cells].flatten(-2)
     return Chunk(table.tiles[rows], tokens, means, held)
+
+
+def lists_of(rows: slice, table: CellTable, spec: FoveatedSpec, choice: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return what some tiles of queries see: (b, h, T, K) smallest cells exactly, and (b, h, T, L) means; -1 fills.
+
+    b and h are the batch and heads, or 1 where all see the same. None stands for the means of all other cells.
+    """
+    near, chosen = table.exact[None, None, rows], choice[:, :, rows]
+    if spec.levels == 1:
+        return (torch.cat([near.expand(*chosen.shape[:3], -1), chosen], -1) if chosen.shape[-1] else near), None
+    if table.means is None:
+        return _lists_beside(chosen, rows, table)
+    return near, table.means[None, None, rows]
 
 
 def _lists_beside(chosen: Tensor, rows: slice, table: CellTable) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..gpu import self_test
 from ..gpu.clear import clear_refusal, clear_with_triton
+from ..gpu.foveated import foveated_refusal, foveated_with_triton
 from ..gpu.mapped import TRITON
 from ..kinds.clear import clear_attention
 from ..kinds.foveated import foveated_attention, tiles_of
@@ -66,6 +67,14 @@ def _foveated(
     return foveated_attention(query, key, value, layout, spec, **options)
 
 
+def _foveated_on_triton(
+    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, spec: SiteSpec, learned: Learned,
+    *, scale: float | None, memory: LongLived | None,
+) -> Tensor:  # fmt: skip
+    options = {"scale": scale, "bias": learned.bias, "pool_logits": learned.pool_logits, "memory": memory}
+    return foveated_with_triton(query, key, value, layout, spec, **options)
+
+
 def _foveated_reference(
     query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, spec: FoveatedSpec, learned: Learned,
     scale: float | None,
@@ -88,7 +97,16 @@ register(
         kernels=Kernels(_clear_on_triton, self_test.CLEAR.refusal, clear_refusal),
     )
 )
-register(Kind(FoveatedSpec, _foveated_reference, _foveated, foveated_pairs, colour=(178, 58, 72)))
+register(
+    Kind(
+        FoveatedSpec,
+        _foveated_reference,
+        _foveated,
+        foveated_pairs,
+        colour=(178, 58, 72),
+        kernels=Kernels(_foveated_on_triton, self_test.FOVEATED.refusal, foveated_refusal),
+    )
+)
 register(Kind(LinearSpec, mapped_reference, ON_TORCH, exact_pairs, (214, 123, 40), linear_flops, ON_TRITON))
 register(Kind(HybridSpec, mapped_reference, ON_TORCH, exact_pairs, (111, 76, 155), linear_flops, ON_TRITON))
 register(Kind(ChunkedSpec, mapped_reference, ON_TORCH, chunked_pairs, (64, 145, 108), chunked_flops, ON_TRITON))

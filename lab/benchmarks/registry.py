@@ -27,7 +27,7 @@ from linearize.attention.runtime.runtime import (
     SiteSettings,
     expect_declines,
 )
-from linearize.attention.specs import Spec
+from linearize.attention.specs import FoveatedSpec, Spec
 
 TOKEN_PIXELS = 16
 
@@ -123,6 +123,8 @@ def label(spec: Spec) -> str:
         return f"r={spec.radius}" + (f" d={spec.down_factor}" if spec.down_factor > 1 else "")
     if isinstance(spec, DenseSpec):
         return spec.kind
+    if isinstance(spec, FoveatedSpec):
+        return f"foveated r={spec.radius} top={spec.top:g} tile={spec.tile} levels={spec.levels}"
     words = [spec.kind, spec.feature_map, f"f={spec.feature_dim}" if spec.feature_dim else ""]
     if isinstance(spec, HybridSpec):
         words += [f"rate={spec.rate}", spec.stabilizer if spec.stabilizer != "max" else ""]
@@ -143,6 +145,12 @@ RADII = (ClearSpec(8), ClearSpec(16), ClearSpec(32))
 POOLED = (ClearSpec(8, down_factor=4), ClearSpec(16, down_factor=4))
 DENSE = ("dense cudnn", "dense flash", "sage")
 WINDOWED = ("triton", "clear", "flex raster", "flex tiles", "natten")
+# keep 0.1 on tiles of 64 and of 16 queries, and by distance alone
+FOVEATED = (
+    FoveatedSpec(1, 0.08, 8),
+    FoveatedSpec(1, 0.04, 4),
+    FoveatedSpec(8, 0.0, 8, levels=3),
+)
 EXACT_DENSE = ("dense cudnn", "dense flash")
 RATES = (2, 4, 8)
 HYBRIDS = tuple(HybridSpec(rate, stabilizer=stabilizer) for rate in RATES for stabilizer in ("max", "lse"))
@@ -171,6 +179,12 @@ SUITES: dict[str, Suite] = {
     ),
     "clear-gpu-ablation": Suite(
         (_flux(1024), _flux(4096)), RADII, ("dense cudnn",), ("triton", "no masks", "no gather")
+    ),
+    "foveated-gpu": Suite(
+        (_flux(1024), _flux(2048), _flux(4096), WAN_480P), FOVEATED, DENSE, ("triton", "torch")
+    ),
+    "foveated-gpu-training": Suite(
+        (_flux(1024, batch=2), _flux(2048, batch=2)), FOVEATED, EXACT_DENSE, ("triton", "torch"), True
     ),
     "mapped-gpu": Suite(
         (WAN_480P, WAN_720P),

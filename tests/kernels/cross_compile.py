@@ -1,7 +1,7 @@
 """Compile the kernels for cards that are not here, with the tiles they would get; print what each needs, as JSON.
 
-`python cross_compile.py clear bf16 sm86:128 gfx942:64`: family (clear, mapped, or raw for the mapped kernels on the raw
-scale), dtype, then architecture:head size.
+`python cross_compile.py clear bf16 sm86:128 gfx942:64`: family (clear, foveated, small for the same on tiles
+of 16 queries, mapped, or raw for the mapped kernels on the raw scale), dtype, then architecture:head size.
 Needs Triton, no GPU. Not under the interpreter, so the tests run it as a process of its own.
 """
 
@@ -20,22 +20,29 @@ from triton.compiler import ASTSource
 from linearize.kernels import tile_for
 from linearize.kernels.clear_backward import clear_dk_dv_kernel, clear_dq_kernel
 from linearize.kernels.clear_forward import clear_forward_kernel
+from linearize.kernels.foveated_backward import foveated_dk_dv_kernel, foveated_dq_kernel, foveated_means_kernel
+from linearize.kernels.foveated_forward import foveated_forward_kernel
 from linearize.kernels.mapped_backward import mapped_dk_dv_kernel, mapped_dq_kernel, mapped_dx_kernel
 from linearize.kernels.mapped_forward import mapped_forward_kernel
 from linearize.kernels.state_forward import state_kernel
-from linearize.kernels.tuning import KERNELS, MAPPED_KERNELS
+from linearize.kernels.tuning import FOVEATED_KERNELS, KERNELS, MAPPED_KERNELS, of_rows
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MAPPED = (mapped_forward_kernel, mapped_dx_kernel, mapped_dq_kernel, mapped_dk_dv_kernel, state_kernel)
+FOVEATED = (foveated_forward_kernel, foveated_dq_kernel, foveated_dk_dv_kernel, foveated_means_kernel)
 FAMILIES = {
+    "foveated": dict(zip(FOVEATED_KERNELS, FOVEATED, strict=True)),
+    "small": dict(zip(FOVEATED_KERNELS[:3], FOVEATED[:3], strict=True)),
     "clear": dict(zip(KERNELS, (clear_forward_kernel, clear_dq_kernel, clear_dk_dv_kernel), strict=True)),
     "mapped": dict(zip(MAPPED_KERNELS, MAPPED, strict=True)),
     "raw": dict(zip(MAPPED_KERNELS, MAPPED, strict=True)),
 }
-STATISTICS = ("lse", "delta", "den", "pull", "norm", "centre", "log2_z", "total")
+STATISTICS = ("lse", "delta", "den", "pull", "norm", "centre", "log2_z", "total", "bias", "dbias")
 # features come in float32, as maps give them: the larger of what can be
 TYPES = {**dict.fromkeys((*STATISTICS, "x", "dx"), "*fp32"), "scale": "fp32", "share": "i32"}
-TABLES = ("blocks", "rows", "columns", "masks", "heads", "top_key")
+TABLES = ("blocks", "rows", "columns", "masks", "heads", "top_key",
+          "query_tokens", "key_tokens", "cell_ids", "mean_ids", "tile_ids", "hidden")  # fmt: skip
+FIELDS = ("cell_fields", "mean_fields", "tile_fields", "words")
 NUM_FEATURES = 256
 
 
@@ -47,7 +54,7 @@ def signature_of(kernel, dtype, constants):
             types[name], values[(number,)] = "constexpr", constants[name]
             continue
         counted = "i64" if parameter.annotation_type == "i64" else "i32" if name.startswith("num_") else f"*{dtype}"
-        types[name] = TYPES.get(name) or ("*i32" if name in TABLES else counted)
+        types[name] = TYPES.get(name) or ("*i32" if name in TABLES else "*i64" if name in FIELDS else counted)
         if name == "state":
             types[name] = "*fp32" if dtype == "fp16" and constants["MAP"] == "given" else f"*{dtype}"
         if types[name].startswith("*") or types[name] == "i64":  # pointers and strides are multiples of 16
@@ -55,10 +62,19 @@ def signature_of(kernel, dtype, constants):
     return ASTSource(kernel, types, values, attributes)
 
 
-def compile_for(name, kernel, target, size, dtype, feature_map):
+def spilled_in_loops(code):
+    """Return how many instructions between the target of a jump back and the jump touch a thread's stack."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", code)
+    jumps = [(int(found[1], 16), int(at, 16)) for at, name, rest in lines
+             if name.startswith("BRA") and (found := re.search(r"0x([0-9a-f]+)", rest))]  # fmt: skip
+    spills = [int(at, 16) for at, name, _ in lines if name.startswith(("LDL", "STL"))]
+    return sum(any(first <= at <= last for first, last in jumps if first < last) for at in spills)
+
+
+def compile_for(name, kernel, target, size, dtype, feature_map, rows=256):
     is_nvidia = target.startswith("sm")
     # 8.9 has the tiles of 8.6
-    tile = tile_for(name, {"sm89": "sm86"}.get(target, target) if is_nvidia else "amd", size)
+    tile = of_rows(tile_for(name, {"sm89": "sm86"}.get(target, target) if is_nvidia else "amd", size), rows)
     constants = {"SIZE": size, "BLOCK_SIZE": max(16, 1 << (size - 1).bit_length()),
                  "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "FEATURES": NUM_FEATURES,
                  "BLOCK_FEATURES": 64 if (dtype, feature_map) == ("bf16", "given") else 32,
@@ -77,19 +93,28 @@ def compile_for(name, kernel, target, size, dtype, feature_map):
         with tempfile.TemporaryDirectory() as folder:
             binary = Path(folder) / "kernel.cubin"
             binary.write_bytes(made.asm["cubin"])
-            command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", str(binary)]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found["registers"], found["stack"] = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
+            usage, code = (
+                subprocess.run(
+                    [str(TOOLS / "cuobjdump"), option, str(binary)], capture_output=True, text=True, check=True
+                )
+                for option in ("--dump-resource-usage", "-sass")
+            )
+        found["registers"], found["stack"] = (
+            int(re.search(rf"{key}:(\d+)", usage.stdout)[1]) for key in ("REG", "STACK")
+        )
+        found["spilled_in_loops"] = spilled_in_loops(code.stdout)
+        found["products"], found["waits"] = (code.stdout.count(name) for name in ("HGMMA", "WARPGROUP.DEPBAR"))
         found["async_copies"] = made.asm["ptx"].count("cp.async.cg")
     return found
 
 
 def main():
     family, dtype, *targets = sys.argv[1:]
-    feature_map = "elu1" if family == "raw" else "given"
+    feature_map, rows = "elu1" if family == "raw" else "given", 16 if family == "small" else 256
     for name, kernel in FAMILIES[family].items():
         for target, _, size in (each.partition(":") for each in targets):
-            sys.stdout.write(json.dumps(compile_for(name, kernel, target, int(size), dtype, feature_map)) + "\n")
+            found = compile_for(name, kernel, target, int(size), dtype, feature_map, rows)
+            sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -106,6 +106,17 @@ def test_every_architecture_has_tiles_for_kernels_with_feature_maps(architecture
         assert all(side >= 16 and side & (side - 1) == 0 for side in (tile.rows, tile.columns))
 
 
+@pytest.mark.parametrize("architecture", [*tuning.TILES, "other"])
+@pytest.mark.parametrize("head_size", [3, 64, 96, 128, 256])
+def test_every_architecture_has_tiles_for_foveated_attention(architecture, head_size):
+    for kernel in tuning.FOVEATED_KERNELS:
+        tile = tile_for(kernel, architecture, head_size)
+        assert all(side >= 32 and side & (side - 1) == 0 for side in (tile.rows, tile.columns))
+    small = tuning.of_rows(tile, 9)
+    assert small.rows == 16 and small.columns == tile.columns and small.num_warps <= tile.num_warps
+    assert tuning.of_rows(tile, 17).rows == 32 and tuning.of_rows(tile, 500) == tile
+
+
 def test_heads_may_differ_in_radius_only():
     def split(*specs):
         return HeadSplit(tuple(HeadGroup((head,), spec) for head, spec in enumerate(specs)))

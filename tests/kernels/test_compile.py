@@ -12,7 +12,8 @@ import pytest
 SCRIPT = Path(__file__).with_name("cross_compile.py")
 SHARED_BYTES = {"sm80": 166912, "sm86": 101376, "sm89": 101376, "sm90": 232448, "sm100": 232448, "sm120": 101376,
                 "gfx942": 65536, "gfx1100": 65536, "gfx1201": 65536}  # fmt: skip
-FAMILIES = ("clear", "mapped", "raw")
+MOST_PARKED = 64  # bytes of a thread
+FAMILIES = ("clear", "foveated", "small", "mapped", "raw")
 EVERYTHING = [
     (dtype, [f"{card}:{size}" for card in SHARED_BYTES for size in (64, 96, 128)]) for dtype in ("fp16", "bf16")
 ]
@@ -34,8 +35,11 @@ def check(found):
     for each in found:
         assert each["shared"] <= SHARED_BYTES[each["target"]], each
         if each["target"].startswith("sm"):
-            # five of 600 kernels park a value or two outside their loops (forward, heads of 96)
-            assert each["stack"] <= 8 and each["registers"] <= 255, each
+            # values that only the end of a kernel needs may be parked, outside its loops
+            assert each["spilled_in_loops"] == 0 and each["stack"] <= MOST_PARKED, each
+            assert each["registers"] <= 255, each
+            if each["kernel"].startswith("foveated"):  # products of Hopper run on while the next are prepared
+                assert each["waits"] <= each["products"] / 2, each
             assert each["async_copies"] > 0 or each["tile"][3] == 1, each
 
 
