@@ -23,8 +23,8 @@ from . import model_files
 
 AUTO, NONE = "auto", "none"
 POOLED_UNTRAINED = (
-    "pooled keys count near tokens twice, and a far square as one token; weights distilled for them mend that, and there "
-    "are none here: Foveated Attention counts every token once, so put that node in this one's place"
+    "pooled keys count near tokens twice, and a far square as one token; weights distilled for them mend that, and "
+    "there are none here: Foveated Attention counts every token once, so put that node in this one's place"
 )
 PUBLISHED_HOST, PUBLISHED_WIDTH, PUBLISHED_DEPTH = "flux", 3072, (19, 38)  # FLUX.1-dev, double and single blocks
 

@@ -151,6 +151,11 @@ FOVEATED = (
     FoveatedSpec(1, 0.04, 4),
     FoveatedSpec(8, 0.0, 8, levels=3),
 )
+FOVEATED_CPU = (
+    FoveatedSpec(1, 0.0857, 8),
+    FoveatedSpec(1, 0.0146, 8),
+    FoveatedSpec(8, 0.0, 8, levels=5),
+)  # keep 0.1, 0.03
 EXACT_DENSE = ("dense cudnn", "dense flash")
 RATES = (2, 4, 8)
 HYBRIDS = tuple(HybridSpec(rate, stabilizer=stabilizer) for rate in RATES for stabilizer in ("max", "lse"))
@@ -163,6 +168,7 @@ FEATURES = (LinearSpec("elu1"), *(LinearSpec("hedgehog", number) for number in (
 STUDENTS = (LinearSpec(), HybridSpec(4), LinearSpec("hedgehog"))
 SUITES: dict[str, Suite] = {
     "clear-cpu": Suite((Shape(1024), Shape(2048)), RADII, ("dense",), ("clear",)),
+    "foveated-cpu": Suite((Shape(1024), Shape(2048), Shape(4096)), FOVEATED_CPU, ("dense",), ("torch",)),
     "mapped-cpu": Suite(
         tuple(Shape(832, text=0, height=480, frames=frames) for frames in (5, 21)),
         (LinearSpec(), LinearSpec("hedgehog"), *HYBRIDS, *CHUNKED), ("dense",), ("torch",),

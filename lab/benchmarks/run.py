@@ -20,6 +20,7 @@ import torch
 from linearize.attention import (
     ChunkedSpec,
     ClearSpec,
+    FoveatedSpec,
     HybridSpec,
     LinearSpec,
     attention,
@@ -33,7 +34,7 @@ from .contenders import runnable
 from .registry import STREAMS, SUITES, Shape, Suite, declined_calls, label
 
 DEFAULT = {
-    "cpu": ("clear-cpu", "mapped-cpu", "update-cpu", "stream"),
+    "cpu": ("clear-cpu", "foveated-cpu", "mapped-cpu", "update-cpu", "stream"),
     "cuda": ("clear-gpu", "mapped-gpu", "stream-gpu"),
 }
 RESULTS = ROOT / "lab" / "benchmarks" / "results.csv"
@@ -80,7 +81,15 @@ def check(device: str) -> None:
     """Refuse to time what is not right."""
     shape = Shape(160, text=5, heads=2, head_dim=16, frames=4)
     inputs = shape.inputs(device)
-    for spec in (ClearSpec(6), LinearSpec(), HybridSpec(3), HybridSpec(3, stabilizer="lse"), ChunkedSpec(2, 1)):
+    every = (
+        ClearSpec(6),
+        FoveatedSpec(),
+        LinearSpec(),
+        HybridSpec(3),
+        HybridSpec(3, stabilizer="lse"),
+        ChunkedSpec(2, 1),
+    )
+    for spec in every:
         with torch.no_grad():
             output = attention(*inputs, shape.layout, spec, backend="torch").cpu()
             truth = attention(*(tensor.cpu() for tensor in inputs), shape.layout, spec, backend="reference")
