@@ -20,7 +20,7 @@ from .foveated_cells import CellTable, cell_table
 from .foveated_choice import choose_tiles, mean_bias, means_of
 from .foveated_chunks import Chunk, Inputs, Plan, add_rows, chunk_of, gather, own_bias, shared_bias
 
-CHUNK_VALUES = {"cpu": 2**21}  # values of gathered keys and of scores that are held at once
+CHUNK_VALUES = {"cpu": 2**20}  # values of gathered keys and of scores that are held at once
 CHUNK_VALUES_GPU = 2**26
 
 

@@ -13,7 +13,7 @@ from ..specs import FoveatedSpec
 from .clear import accumulator
 from .foveated_cells import CellTable, chosen_tiles, mask_of, shape_of, tile_shape
 
-CHUNK_SCORES = {"cpu": 2**20}  # scores of tiles, and squares of tokens, that are held at once
+CHUNK_SCORES = {"cpu": 2**18}  # scores of tiles, and squares of tokens, that are held at once
 CHUNK_SCORES_GPU = 2**24
 TINY = 1e-30
 READ_ONCE = ("cuda",)

@@ -94,10 +94,10 @@ def _lists_beside(chosen: Tensor, rows: slice, table: CellTable) -> tuple[Tensor
 def gather(inputs: Inputs, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Return the queries (B, H, T, n, D), shared keys and values, own ones (B, H, T, K, D), bias and slope."""
     query = inputs.query.index_select(2, chunk.queries.clamp_min(0).flatten()).unflatten(2, chunk.queries.shape)
-    own = [
-        torch.cat([rows_of(tensor, chunk.tokens), *([] if chunk.means is None else [rows_of(mean, chunk.means)])], 3)
-        for tensor, mean in ((inputs.key, inputs.mean_key), (inputs.value, inputs.mean_value))
-    ]
+    own = [rows_of(tensor, chunk.tokens) for tensor in (inputs.key, inputs.value)]
+    if chunk.means is not None:
+        means = [rows_of(tensor, chunk.means) for tensor in (inputs.mean_key, inputs.mean_value)]
+        own = [torch.cat(pair, 3) for pair in zip(own, means, strict=True)]
     return query, inputs.shared_key, inputs.shared_value, own[0], own[1], inputs.bias, inputs.slope
 
 

@@ -97,11 +97,9 @@ CLIPS = (
     foveated(top=0.22, tile=2, frames=5), foveated(top=0.18, tile=2, frames=3),
 )  # fmt: skip
 LARGE_PICTURES = (
-    clear(8), clear(16), dropped(0.05), dropped(0.15), pisa(0.02), pisa(0.09), sol(2.5), sol(1.7),
-    *(foveated(top=0, tile=4, radius=radius, levels=4) for radius in (2, 3, 4, 6)),
-    foveated(top=0.02, tile=4), foveated(top=0.06, tile=4), foveated(top=0.098, tile=4),
-    foveated(top=0.02, tile=4, radius=1, levels=3), foveated(top=0.06, tile=4, radius=1, levels=3),
-    foveated(top=0.08, tile=8), foveated(top=0.02, tile=4, order=1), foveated(top=0.098, tile=4, order=1),
+    clear(8), clear(16), dropped(0.15), pisa(0.09), sol(1.7),
+    *(foveated(top=0, tile=4, radius=radius, levels=4) for radius in (2, 3, 6)),
+    *(foveated(top=top, tile=4) for top in (0.02, 0.06, 0.098)), foveated(top=0.02, tile=4, radius=1, levels=3),
 )  # fmt: skip
 LARGE_CLIPS = (
     clear(4, temporal_radius=3), clear(8), dropped(0.1, 2, 5), pisa(0.04), pisa(0.09), sol(2.0),
