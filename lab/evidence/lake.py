@@ -32,10 +32,10 @@ class Lake:
         """Return scenes by chance."""
         return draw_scenes(count, torch.Generator().manual_seed(seed))
 
-    def drawn_latents(self, captions: list[str], seed: int, size: int = 0) -> Tensor:
-        """Return latents, in the model's units, of scenes drawn for captions; a size of 0 is that of the training."""
+    def drawn_latents(self, captions: list[str], seed: int) -> Tensor:
+        """Return latents, in the model's units, of scenes drawn for captions."""
         scenes = scenes_of_captions(captions, torch.Generator().manual_seed(seed))
-        return latents_of(render(scenes, 4 * (size or self.size)))
+        return latents_of(render(scenes, 4 * self.size))
 
     def empty(self, size: int, count: int) -> dict[str, Tensor]:
         """Return empty latents as ComfyUI's nodes pass them on."""

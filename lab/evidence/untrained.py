@@ -35,7 +35,7 @@ class Question:
 
     Args:
         teacher: its name.
-        scale: of the teacher's side in tokens; above 1 what is asked about are drawn pictures.
+        scale: of the teacher's side in tokens.
         sampled: measure pictures that are sampled, besides velocities.
         captions: number of them. seed: that they are drawn with.
         seeds: of noise.
@@ -72,11 +72,7 @@ class Trial:
         self.scenes = unseen(drawn, seen, question.captions)
         self.captions = self.scenes.captions()
         self.tokens, self.noise = question.scale * teacher.size, 10_000 * (1 + seed)
-        if question.scale == 1:
-            self.clean = laboratory.latents(laboratory.model, self.tokens, self.captions, self.noise)
-        else:
-            drawn = teacher.drawn_latents(self.captions, question.seed, self.tokens)
-            self.clean = laboratory.model.model.process_latent_out(drawn)
+        self.clean = laboratory.latents(laboratory.model, self.tokens, self.captions, self.noise)
         self.velocities = self.asked(laboratory.model)
 
     @cached_property
