@@ -40,7 +40,7 @@ COLOURS = {
 }
 SIZES = ("#8fb3ff", "#27408b")  # of costs: the evidence's, twice the side
 FAMILY_COLOURS = dict(
-    zip(FAMILIES, ("#b2182b", "#e6a23c", "#8e6bd1", "#2a9d6f", "#5b8ff9", "#7f7f7f", "#000000"), strict=True)
+    zip(FAMILIES, ("#b2182b", "#e6a23c", "#8e6bd1", "#2a9d6f", "#5b8ff9", "#7f7f7f", "#000000", "#f4a6ad"), strict=True)
 )
 SETTINGS: dict[str, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
 

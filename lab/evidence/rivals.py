@@ -63,11 +63,14 @@ def rule_attention(
     return output
 
 
-def chosen_runs(query: Tensor, key: Tensor, top: float, tau: float | None, band: int, scale: float) -> Tensor:
+def chosen_runs(
+    query: Tensor, key: Tensor, top: float, tau: float | None, band: int, scale: float, spread: Tensor | None = None
+) -> Tensor:
     """Return which runs of keys each run of queries sees exactly, (B, H, C, C) bool.
 
     Args:
         query, key: (B, H, C, D), means of runs.
+        spread: (B, H, C, D), variances of the keys in a run along the axes, whose deviation is added to its score.
         top: share of the runs that is taken beside the band; used where `tau` is None.
         tau: deviations above the mean score of a run of queries, along the axes, from which a run is taken.
         band: runs before and after a run's own that are exact with it.
@@ -75,10 +78,12 @@ def chosen_runs(query: Tensor, key: Tensor, top: float, tau: float | None, band:
     places = torch.arange(query.shape[2])
     near = (places[:, None] - places).abs() <= band
     scores = query @ key.transpose(-1, -2) * scale
+    if spread is not None:
+        scores = scores + ((query * scale).square() @ spread.clamp_min(0).transpose(-1, -2)).sqrt()
     if tau is not None:
         middle = query @ key.mean(2, keepdim=True).transpose(-1, -2) * scale
-        spread = (query * scale).square() @ key.var(2, unbiased=False, keepdim=True).transpose(-1, -2)
-        return near | (scores >= middle + tau * (spread + EPSILON).sqrt())
+        variance = (query * scale).square() @ key.var(2, unbiased=False, keepdim=True).transpose(-1, -2)
+        return near | (scores >= middle + tau * (variance + EPSILON).sqrt())
     scores = scores.masked_fill(near, -math.inf)
     count = min(math.ceil(top * len(places) - 1e-9), len(places))
     return near | torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(count, -1).indices, True)
@@ -110,6 +115,7 @@ def add_rivals(laboratory: Any) -> None:
         tau: float = -1.0
         band: int = 0
         rest: str = MEANS
+        by_scores: bool = False  # tiles are chosen by mean and deviation of q . k
 
     def run(query, key, value, layout, spec, learned, *, scale, memory):  # noqa: ANN001, ANN202
         ((start, grid),), scale = layout.grids, query.shape[-1] ** -0.5 if scale is None else scale
@@ -121,9 +127,14 @@ def add_rivals(laboratory: Any) -> None:
         else:
             tokens = parts.cells_of(grid, (min(spec.frames, grid[0]), spec.length, spec.length)).tokens
             cells = torch.where(tokens < 0, -1, tokens + start)
-            ours = specs.FoveatedSpec(1, spec.top, spec.length, spec.frames)
-            choice = foveated.tiles_of(q, k, v, layout, ours, scale=scale)
-            exact = torch.eye(len(cells), dtype=torch.bool) | parts.mask_of(choice, len(cells))
+            if spec.by_scores:
+                q_means, k_means = means_of(q, cells), means_of(k, cells)
+                spread = means_of(k.square(), cells) - k_means.square()
+                exact = chosen_runs(q_means, k_means, spec.top, None, 0, scale, spread)
+            else:
+                ours = specs.FoveatedSpec(1, spec.top, spec.length, spec.frames)
+                choice = foveated.tiles_of(q, k, v, layout, ours, scale=scale)
+                exact = torch.eye(len(cells), dtype=torch.bool) | parts.mask_of(choice, len(cells))
         loose = layouts.token_indices(layout.global_ranges)
         return rule_attention(q, k, v, loose, cells, exact, spec.rest, scale).to(query.dtype)
 

@@ -29,7 +29,7 @@ def foveated(name: str = "", /, **parameters: Any) -> Method:
 
 FAMILIES = (  # of the figures
     "foveated, by content", "foveated, by distance", "the same tiles, rest dropped", "PISA", "Sol-Attn",
-    "CLEAR's windows", "CLEAR's windows and pooled keys",
+    "CLEAR's windows", "CLEAR's windows and pooled keys", "the same tiles, chosen by scores",
 )  # fmt: skip
 
 
@@ -39,6 +39,8 @@ def family_of(spec: dict[str, Any]) -> str:
         return FAMILIES[0 if spec["top"] else 1]
     if spec["kind"] == "clear":
         return FAMILIES[6 if spec["down_factor"] > 1 else 5]
+    if spec.get("by_scores"):
+        return FAMILIES[7]
     return FAMILIES[2 if spec["rest"] == DROPPED else 3 if spec["rest"] == FIRST_ORDER else 4]
 
 
@@ -50,6 +52,12 @@ def dropped(top: float, side: int = 4, frames: int = 1) -> Method:
     """Return the same tiles and choice as foveated attention, without the means."""
     name = f"tiles of {side} top={top:g}, rest dropped"
     return _rival(name, cut=TILES, length=side, frames=frames, top=top, rest=DROPPED)
+
+
+def by_scores(top: float, side: int = 4, frames: int = 1) -> Method:
+    """Return foveated attention whose tiles are chosen by mean and deviation of their scores, whatever their values."""
+    name = f"tiles of {side} top={top:g}, chosen by scores"
+    return _rival(name, cut=TILES, length=side, frames=frames, top=top, by_scores=True)
 
 
 def pisa(top: float, length: int = 16) -> Method:
@@ -82,6 +90,7 @@ TUNED_CLIPS = (
 )  # fmt: skip
 PICTURES = (
     clear(4), clear(8), clear(11), clear(7, 4), clear(4, 2), dropped(0.16), dropped(0.26),
+    by_scores(0.09), by_scores(0.2),
     pisa(0.09), pisa(0.19), pisa(0.14, 8), sol(2.0), sol(1.15), sol(1.4, 8),
     foveated(top=0, tile=4, radius=2, levels=3), foveated(top=0, tile=4, radius=3, levels=3),
     foveated(top=0.06, tile=4), foveated(top=0.1, tile=4), foveated(top=0.21, tile=4),
@@ -90,6 +99,7 @@ PICTURES = (
 )  # fmt: skip
 CLIPS = (
     clear(4, temporal_radius=3), clear(4), clear(5), dropped(0.22, 2, 5), dropped(0.33, 2, 5),
+    by_scores(0.2, 2, 5),
     pisa(0.19), pisa(0.15, 8), pisa(0.25, 8), sol(1.0), sol(0.7, 16), sol(0.6, 8),
     foveated(top=0.2, tile=2, frames=5), foveated(top=0.29, tile=2, frames=5),
     foveated(top=0.2, tile=2, frames=5, order=1), foveated(top=0.29, tile=2, frames=5, order=1),

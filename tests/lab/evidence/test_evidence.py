@@ -81,7 +81,7 @@ def test_the_best_of_several_settings():
     assert best.rows(rows, claims.PICTURES) == {"0": rows[0]}, "the best by what is measured"
 
 
-def test_rows_of_another_scale_have_a_table_of_their_own():
+def testrows_of_another_scale_have_a_table_of_their_own():
     rows = [row("methods", "clear r=2", "all stages", "", 0, 0.3) | {"scale": "1.0"}]
     rows += [{**rows[0], "scale": "10.0", "error": "0.1"}]
     assert [list(by) for by in tables.by_scale(rows).values()] == [rows[:1], rows[1:]]
@@ -128,7 +128,7 @@ def test_rows_are_appended_whole(monkeypatch, tmp_path):
     file.write_bytes(file.read_bytes() + b"2,half of a li")
     rows.append(file, ("a", "b"), [{"a": 2, "b": ""}, {"a": 3, "b": "z"}])
     assert file.read_text(encoding="utf-8") == 'a,b\n1,"x, y"\n2,\n3,z\n'
-    assert rows._rows_of(file)[0] == {"a": "1", "b": "x, y"} and rows._rows_of(tmp_path / "none.csv") == []
+    assert rows.rows_of(file)[0] == {"a": "1", "b": "x, y"} and rows.rows_of(tmp_path / "none.csv") == []
 
 
 def test_every_claim_asks_for_experiments_that_are_run():

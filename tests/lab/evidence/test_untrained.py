@@ -60,6 +60,13 @@ def test_a_rule_that_drops_nothing_is_dense(run, cut, rest, relative_error):
     assert rivals.TALLY == [1.0]
 
 
+def test_tiles_that_are_chosen_by_scores_are_others(run):
+    ours, _ = run({"cut": rivals.TILES, "length": 4, "top": 0.2}, WHOLE)
+    shares = list(rivals.TALLY)
+    other, _ = run({"cut": rivals.TILES, "length": 4, "top": 0.1, "by_scores": True}, WHOLE)  # rounded up
+    assert pytest.approx(shares[0], abs=0.11) == rivals.TALLY[0] and not torch.allclose(ours, other)
+
+
 def test_what_is_dropped_is_not_seen(run):
     output, (query, key, value) = run({"length": ROWS, "rest": rivals.DROPPED})
     for run_of_9 in range(COLUMNS):

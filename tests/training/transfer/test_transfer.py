@@ -80,7 +80,7 @@ def test_biases_and_pooling_weights_of_means_learn(spec):
         for number in range(60):
             run.update(number)
     after = runs[0].measure()
-    assert sum(after[site][0] for site in SITES) < 0.97 * sum(before[site][0] for site in SITES)
+    assert sum(after[site][0] for site in SITES) < 0.99 * sum(before[site][0] for site in SITES)
     assert same(runs[0].state(), runs[1].state()), "equal seeds train equally"
     learned = runs[0].candidates(after)["single.0"][0].parameters
     assert {name: tuple(tensor.shape) for name, tensor in learned.items()} == spec.learned_shapes(2)
