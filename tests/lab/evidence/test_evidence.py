@@ -81,7 +81,7 @@ def test_the_best_of_several_settings():
     assert best.rows(rows, claims.PICTURES) == {"0": rows[0]}, "the best by what is measured"
 
 
-def testrows_of_another_scale_have_a_table_of_their_own():
+def test_rows_of_another_scale_have_a_table_of_their_own():
     rows = [row("methods", "clear r=2", "all stages", "", 0, 0.3) | {"scale": "1.0"}]
     rows += [{**rows[0], "scale": "10.0", "error": "0.1"}]
     assert [list(by) for by in tables.by_scale(rows).values()] == [rows[:1], rows[1:]]
