@@ -1,19 +1,52 @@
-"""The text that a node shows on itself."""
+"""The status that a node shows on itself: told to the page that queued the prompt, where `web/status.js` keeps it."""
 
+import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..attention.shown import printable
+from ..patching.prompt_graph import Place, executing
+
+EVENT = "linearize.status"
 
 
 def show_on_node(node_id: str | None, notes: Sequence[str] = ()) -> Callable[[str], None]:
-    """Return a function that shows a text, and `notes` below it, on a node of the open workflow."""
+    """Return a function that shows a text, its outcome in the first line, and `notes` below it, on a node."""
 
     def show(text: str) -> None:
-        from server import PromptServer
-
-        server = getattr(PromptServer, "instance", None)
-        if server is not None and node_id is not None:
-            lines = "\n".join([text, *notes]).split("\n")
-            server.send_progress_text("\n".join(map(printable, lines)), node_id)
+        _tell(node_id, "\n".join([text, *notes]), failed=False)
 
     return show
+
+
+def show_error(node_id: str | None, text: str) -> None:
+    """Show on a node why it failed."""
+    _tell(node_id, text, failed=True)
+
+
+def _tell(node_id: str | None, text: str, *, failed: bool) -> None:
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is None or node_id is None:
+        return
+    place = executing()
+    status = {
+        "node": node_id,
+        "type": place.prompt.get_node(node_id)["class_type"] if place and place.prompt.has_node(node_id) else "",
+        "workflow": _workflow_id(server, place) if place else "",
+        "text": "\n".join(map(printable, text.split("\n"))),
+        "failed": failed,
+        "at": time.time(),
+    }
+    server.send_sync(EVENT, status, getattr(server, "client_id", None))
+
+
+def _workflow_id(server: Any, place: Place) -> str:
+    """Return the id of the workflow that is being executed, "" where the prompt came without one."""
+    running, _ = server.prompt_queue.get_current_queue_volatile()
+    for _, prompt_id, _, extra, *_ in running:
+        if prompt_id == place.prompt_id:
+            workflow = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
+            return str(workflow.get("id") or "")
+    return ""
