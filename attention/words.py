@@ -1,4 +1,4 @@
-"""Numbers as people read them, in one spelling everywhere: counts with their noun, sizes of files and of memory."""
+"""Numbers as people read them, in one spelling everywhere: counts, shares, seconds, sizes of files and of memory."""
 
 
 def counted(number: int, noun: str) -> str:
@@ -14,3 +14,13 @@ def memory_size(num_bytes: float) -> str:
 def file_size(num_bytes: int) -> str:
     """Return a file's size in kB or MB of decimal thousands, as the Hub shows it."""
     return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} kB"
+
+
+def percent(share: float) -> str:
+    """Return a share of 0 to 1 as "17 %", with a digit more below one percent."""
+    return f"{100 * share:.{1 if 0 < share < 0.01 else 0}f} %"
+
+
+def seconds_as_text(seconds: float) -> str:
+    """Return seconds with the digits that mean something: "0.31", "4.7", "128"."""
+    return f"{seconds:.2g}" if seconds < 1 else f"{seconds:.{1 if seconds < 20 else 0}f}"

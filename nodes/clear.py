@@ -5,6 +5,7 @@ from functools import partial
 from comfy_api.latest import io
 
 from .. import patching
+from ..attention.planning.break_even import AUTO_TOKENS
 from ..attention.plans import select_sites
 from ..attention.runtime import backends
 from ..attention.runtime.runtime import SiteSettings
@@ -80,7 +81,7 @@ class LinearizeCLEAR(io.ComfyNode):
         sites: str = "all",
         start_percent: float = 0.0,
         end_percent: float = 1.0,
-        min_tokens: int = 0,
+        min_tokens: int = AUTO_TOKENS,
         backend: str = backends.AUTO,
     ) -> io.NodeOutput:
         """Return the patched model and its plan."""

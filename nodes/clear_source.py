@@ -64,7 +64,7 @@ def clear_source(
         ValueError: a chosen file is not there, cannot be read, or does not fit the model or the spec.
     """
     if choice == NONE:
-        return _untrained(spec, "the model's own weights")
+        return _untrained(spec)
     if choice == AUTO:
         return _automatic(spec, host, module, read)
     if choice in model_files.published_files() and model_files.find(choice) is None:
@@ -118,8 +118,9 @@ def _automatic(spec: ClearSpec, host: Host, module: Any, read: Callable[[str], T
     return _untrained(spec, reason)
 
 
-def _untrained(spec: ClearSpec, reason: str) -> ClearSource:
-    return ClearSource(spec, None, (f"untrained: {reason}", *[POOLED_UNTRAINED] * (spec.down_factor > 1)))
+def _untrained(spec: ClearSpec, reason: str = "") -> ClearSource:
+    why = [f"untrained: {reason}"] if reason else []
+    return ClearSource(spec, None, (*why, *[POOLED_UNTRAINED] * (spec.down_factor > 1)))
 
 
 def _why_not_offered(name: str, spec: ClearSpec, host: Host, module: Any) -> str:

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from .. import patching
 from ..attention.kinds.feature_maps import MAPS
+from ..attention.planning.break_even import AUTO_TOKENS
 from ..attention.plans import Plan, select_sites
 from ..attention.runtime.backends import AUTO, BACKENDS
 from ..attention.runtime.runtime import SiteSettings
@@ -208,12 +209,14 @@ def place_inputs() -> list[Any]:
         ),
         io.Int.Input(
             "min_tokens",
-            default=0,
-            min=0,
+            default=AUTO_TOKENS,
+            min=AUTO_TOKENS,
             max=2**20,
             optional=True,
             advanced=True,
-            tooltip="Calls with fewer tokens stay dense. 4096 image tokens are 1024 x 1024 pixels of FLUX.",
+            tooltip="Calls with fewer tokens stay dense. -1 is automatic: dense where this kind was never faster on "
+            "this machine, by what was measured here or else by a table. 0 runs the kind at every size. 4096 image "
+            "tokens are 1024 x 1024 pixels of FLUX.",
         ),
         io.Combo.Input(
             "backend",
@@ -229,12 +232,9 @@ def place_inputs() -> list[Any]:
 
 def untrained_notes(specs: Iterable[SiteSpec]) -> list[str]:
     """Return what a node says when specs run without a student."""
-    notes = ["untrained: the model's own weights"]
     names = {part.feature_map for spec in specs for part in spec.parts if part.has_maps}
     learned = sorted(name for name in names if any(True for _ in MAPS[name](1, 2).parameters()))
-    if learned:
-        notes.append(f"feature map {', '.join(learned)} gives noise until it is trained; load a student")
-    return notes
+    return [f"feature map {', '.join(learned)} gives noise until it is trained; load a student"] if learned else []
 
 
 def run_kind(
@@ -245,7 +245,7 @@ def run_kind(
     sites: str = "all",
     start_percent: float = 0.0,
     end_percent: float = 1.0,
-    min_tokens: int = 0,
+    min_tokens: int = AUTO_TOKENS,
     backend: str = AUTO,
 ) -> tuple[Any, Plan]:
     """Return a clone of `model` that runs an untrained kind, and the plan of all its sites.

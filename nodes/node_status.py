@@ -44,7 +44,8 @@ def _tell(node_id: str | None, text: str, *, failed: bool) -> None:
 
 def _workflow_id(server: Any, place: Place) -> str:
     """Return the id of the workflow that is being executed, "" where the prompt came without one."""
-    running, _ = server.prompt_queue.get_current_queue_volatile()
+    queue = getattr(server, "prompt_queue", None)
+    running, _ = queue.get_current_queue_volatile() if queue is not None else ((), ())
     for _, prompt_id, _, extra, *_ in running:
         if prompt_id == place.prompt_id:
             workflow = (extra.get("extra_pnginfo") or {}).get("workflow") or {}

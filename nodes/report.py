@@ -1,9 +1,15 @@
 """Attention Report: what attention costs at a size and, behind the sampler, what really ran."""
 
+from typing import Any
+
+import comfy.model_management
 from comfy_api.latest import io, ui
 
 from .. import patching
-from ..attention.planning.report import describe_costs, site_costs
+from ..attention.hosts import Host
+from ..attention.planning.break_even import AUTO_TOKENS, least_tokens
+from ..attention.planning.report import describe_costs, describe_sampled, site_costs
+from ..attention.runtime.runtime import Runtime, SiteSettings
 from . import node_status
 from .plan_picture import draw_plan
 from .sockets import CATEGORY_INSPECT
@@ -63,18 +69,35 @@ class LinearizeReport(io.ComfyNode):
         runtime = patching.runtime_of(model)
         layout = host.planned_layout(module, width, height, frames, host.default_text_tokens)
         settings = runtime.sites if runtime else {}
-        specs = {
-            site: each.spec for site, each in settings.items() if each.trained or layout.num_tokens >= each.min_tokens
-        }
+        device = comfy.model_management.get_torch_device().type
+        specs = {site: each.spec for site, each in settings.items() if runs_at(each, layout.num_tokens, device)}
         rows = site_costs(host, module, specs, layout, runtime.parameters.outputs() if runtime else ())
         size = f"{width} x {height}" + (f" x {frames}" if frames > 1 else "")
         text = describe_costs(host.title, size, layout, rows)
         if any(each.percents and not each.trained for each in settings.values()):
             text += "\nin the part of sampling from start_percent to end_percent; dense in the rest"
         if after is not None:
-            text += "\n\nin the last sampling:\n" + (runtime.last_run() if runtime else "no Linearize node ran")
-        node_status.show_on_node(cls.hidden.unique_id)(text)  # the interface shows ui.text of its own nodes only
+            text = f"{what_ran(host, module, runtime)}\n\nplanned:\n{text}"
+        node_status.show_on_node(cls.hidden.unique_id)(text)
         picture = draw_plan(f"{host.title}, {size}", rows)
         return io.NodeOutput(
             text, picture, ui={**ui.PreviewText(text).as_dict(), **ui.PreviewImage(picture, cls=cls).as_dict()}
         )
+
+
+def runs_at(settings: SiteSettings, tokens: int, device: str) -> bool:
+    """Return whether a site's spec runs on calls of so many tokens."""
+    if settings.trained:
+        return True
+    is_auto = settings.min_tokens == AUTO_TOKENS
+    return tokens >= (least_tokens(device, settings.spec.kind) if is_auto else settings.min_tokens)
+
+
+def what_ran(host: Host, module: Any, runtime: Runtime | None) -> str:
+    """Return what the last sampling did, its outcome first and then what it was given."""
+    if runtime is None:
+        return "no Linearize node ran"
+    outcome, *details = runtime.last_run().split("\n")
+    layouts = runtime.last_record()[0].layouts
+    given = [f"sampled: {describe_sampled(host, module, layouts)}"] if layouts else []
+    return "\n".join([outcome, *given, *details])

@@ -23,6 +23,7 @@ from ..attention.runtime.runtime import RUNTIME_KEY, Runtime, SiteSettings
 from ..attention.students.learned import StudentParameters, new_maps
 from .patcher import KEY, host_of, install_runtime, pause_recording, runtime_of
 from .receipt import write_receipt
+from .seconds_file import SecondsFile
 from .weights import MERGES, PlacedTensor, count_merges, merge_note, replace_deltas, replace_projections
 
 PROPORTIONAL_KEY = "linearize_proportional"  # in the transformer options: clear windows use the proportional scale
@@ -90,7 +91,7 @@ def patch_model(
             untrained[site.id] = replace(own, maps=new_maps(spec, site.num_heads, site.head_dim))
     if untrained:
         parameters = StudentParameters(learned | untrained)
-    runtime = Runtime(host, dict(sites), LongLived(pause_recording), parameters, status)
+    runtime = Runtime(host, dict(sites), LongLived(pause_recording), parameters, status, ledger=SecondsFile())
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
     earlier = options.get(RUNTIME_KEY)

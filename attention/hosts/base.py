@@ -59,6 +59,12 @@ class ModelCall:
         """Return an argument given by position or by name, else None."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(name)
 
+    @property
+    def latent(self) -> Any:
+        """The latent; of a video with sound, the video's."""
+        found = self.argument(0, "x")
+        return found[0] if isinstance(found, list | tuple) else found
+
 
 class Host(Protocol):
     """An architecture. One instance per architecture; it holds no state. Classes inherit what has a body here.

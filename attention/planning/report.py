@@ -1,5 +1,6 @@
 """What a plan costs at a size, as rows and as text, before anything runs."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from ..plans import describe_sites, group_sites
 from ..specs import DenseSpec, HeadSplit, SiteSpec
 from ..words import counted
 from .cost import Cost, attention_cost
+
+PLANNED = 512  # pixels a side of a picture that tells how many pixels a token has
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,24 @@ def describe_costs(title: str, size: str, layout: TokenLayout, rows: Sequence[Si
         f"q, k, v and output of one site in 16 bits: {rows[0].dense.moved_bytes / 2**20:,.0f} MiB",
     ]
     return "\n".join(lines)
+
+
+def describe_sampled(host: Host, module: Any, layouts: Collection[TokenLayout]) -> str:
+    """Return what a run was given, size by size: pixels, tokens of the picture and of all that is global."""
+    planned = host.planned_layout(module, PLANNED, PLANNED, 1, 0).grids
+    side = PLANNED // planned[0][1][2] if planned else 0
+    return "; ".join(sorted({_sampled(layout, side) for layout in layouts}))
+
+
+def _sampled(layout: TokenLayout, side: int) -> str:
+    grids = [grid for _, grid in layout.grids]
+    if not grids:
+        return f"{layout.num_tokens:,} tokens"
+    frames, rows, columns = max(grids, key=math.prod)
+    pixels = f"{columns * side} x {rows * side} pixels" if side else f"{columns} x {rows} tokens"
+    clip = f", {counted(frames, 'latent frame')}" if frames > 1 else ""
+    more = f", {counted(len(grids) - 1, 'reference')}" if len(grids) > 1 else ""
+    return f"{pixels}{clip}{more}, {counted(layout.num_global, 'text token')}"
 
 
 def _flops(count: int) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..hosts import Host
 from ..hosts.site_hooks import current_block
 from ..layout import Reason, TokenLayout
+from ..planning.break_even import AUTO_TOKENS
 from ..site_call import HostCall
 from ..specs import SiteSpec
 from .backends import AUTO, Backend, CallShape, choose_backend
@@ -32,7 +33,7 @@ class SiteSettings:
         spec: kind and parameters.
         backend: `auto` or a name.
         percents: (start, end) of the part of sampling in which the spec runs, from 0 to 1; None is always.
-        min_tokens: calls with fewer tokens stay dense.
+        min_tokens: calls with fewer tokens stay dense; AUTO_TOKENS stands for the number that pays on the device.
         trained: the site's weights were distilled for the spec, so it ignores `percents` and `min_tokens`, and a
             fall-back to dense is named as such.
         origin: the file those weights are from, for the record.
@@ -54,6 +55,7 @@ class ForwardFacts:
         layout: its tokens, or why they cannot be told.
         outside: the parts of sampling that it lies outside of.
         half: the parts of the guidance that it holds; empty where the host application does not say.
+        break_even: by kind, the fewest tokens that `min_tokens = AUTO_TOKENS` runs it at.
         masks: by identity, the masks seen so far and whether they hide nothing; reading a mask waits for the device,
             and the blocks of one forward share theirs.
         joined: what patches of other nodes join to the text of this forward while it runs.
@@ -62,6 +64,7 @@ class ForwardFacts:
     layout: TokenLayout | Reason
     outside: frozenset[Percents] = frozenset()
     half: Half = ()
+    break_even: Mapping[str, int] = field(default_factory=dict, compare=False)
     masks: dict[int, tuple[Tensor, bool]] = field(default_factory=dict, compare=False)
     joined: JoinedTokens = field(default_factory=JoinedTokens, compare=False)
 
@@ -95,6 +98,13 @@ def left_to_host(settings: SiteSettings, facts: ForwardFacts, num_tokens: int) -
         return None
     if settings.percents in facts.outside:
         return Reason("sigma", "outside start_percent to end_percent")
+    if settings.min_tokens == AUTO_TOKENS:
+        kind = settings.spec.kind
+        least = facts.break_even.get(kind, 0)
+        if num_tokens >= least:
+            return None
+        why = f"below {least:,} {kind} attention was never faster here (min_tokens 0 runs it all the same)"
+        return Reason("break_even", f"{num_tokens:,} tokens: {why}")
     if num_tokens < settings.min_tokens:
         return Reason("min_tokens", f"{num_tokens} tokens, below min_tokens = {settings.min_tokens}")
     return None

@@ -75,11 +75,10 @@ class AttentionOverride:
         """Run one attention call: the plan's spec where possible, else what ran before. Same contract as `func`."""
 
         def host_attention(options: Mapping[str, Any]) -> Tensor:
-            if self.previous is not None:
-                return self.previous(func, q, k, v, heads, **options)
-            return (preferred_attention() or func)(q, k, v, heads, **{**options, INSIDE_KEY: True})
+            return self._below(func, q, k, v, heads, options)
 
-        return run_call((Held(q), Held(k), Held(v)), heads, named(args, kwargs), host_attention)
+        dense = partial(self._below, func)
+        return run_call((Held(q), Held(k), Held(v)), heads, named(args, kwargs), host_attention, dense)
 
     @torch.compiler.disable
     def container_function(
@@ -94,7 +93,16 @@ class AttentionOverride:
                 return self.previous.container_function(q, k, v, heads, **options)
             return self.previous(self._core(), q.take(), k.take(), v.take(), heads, **options)
 
-        return run_call((q, k, v), heads, named(args, kwargs), host_attention)
+        dense = partial(self._below, self.core) if self.core is not None else None
+        return run_call((q, k, v), heads, named(args, kwargs), host_attention, dense)
+
+    def _below(
+        self, func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, options: Mapping[str, Any]
+    ) -> Tensor:
+        """Return what was there before this override."""
+        if self.previous is not None:
+            return self.previous(func, q, k, v, heads, **options)
+        return (preferred_attention() or func)(q, k, v, heads, **{**options, INSIDE_KEY: True})
 
     def _core(self) -> Callable[..., Tensor]:
         if self.core is None:
@@ -110,7 +118,11 @@ def named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_call(
-    inputs: Inputs, heads: int, options: dict[str, Any], host_attention: Callable[[Mapping[str, Any]], Tensor]
+    inputs: Inputs,
+    heads: int,
+    options: dict[str, Any],
+    host_attention: Callable[[Mapping[str, Any]], Tensor],
+    dense: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Return the output of one attention call in the form that its caller asked for.
 
@@ -120,6 +132,7 @@ def run_call(
         options: the other arguments of the call, by name.
         host_attention: what runs where the plan does not; given the options without the facts of this forward, so
             that an override of ours further down the chain does not decide the same call again.
+        dense: the same for other tensors (q, k, v, heads, options); one call a run may be timed with it.
     """
     transformer_options = options.get("transformer_options") or {}
     runtime, facts = transformer_options.get(RUNTIME_KEY), transformer_options.get(CALL_KEY)
@@ -137,7 +150,10 @@ def run_call(
     with runtime.recording_paused(site):
         query, key, value = (each.peek() for each in inputs)
         call = HostCall(site, facts.layout_at(runtime.host, site), shape, (query, key, value), options)
-        output = run_site(runtime, facts, call)
+        clock = runtime.clock
+        output = clock.run_call(query.device, partial(run_site, runtime, facts, call))
+        if clock.has_call and output is not None and dense is not None and call.mask is None:
+            clock.time_dense(query.device, partial(some_queries, dense, (query, key, value), heads, hidden), shape[2])
         observed = None if runtime.observe is None else call
         del call, query, key, value  # or the containers would not be the last to hold the tensors
         if output is None:
@@ -150,6 +166,18 @@ def run_call(
         if runtime.observe is not None and observed is not None:
             runtime.observe(observed.seen(output))
         return output
+
+
+def some_queries(
+    dense: Callable[..., Tensor],
+    tensors: tuple[Tensor, Tensor, Tensor],
+    heads: int,
+    options: Mapping[str, Any],
+    queries: int,
+) -> Tensor:
+    """Return dense attention for the first `queries` of a call."""
+    query, key, value = tensors
+    return dense(query.narrow(2 if options["skip_reshape"] else 1, 0, queries), key, value, heads, options)
 
 
 def find_options(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | str, dict[str, Any]] | None:

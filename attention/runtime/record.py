@@ -12,9 +12,23 @@ from dataclasses import dataclass, field
 from ..layout import Reason, TokenLayout
 from ..plans import describe_sites
 from ..shown import printable
-from ..words import counted
+from ..words import counted, percent, seconds_as_text
 
 log = logging.getLogger("linearize")
+
+NO_LESS = 0.995  # of dense attention; a plan that computes this much saves nothing
+SLOWER = 1.03  # a step within this factor of the dense one may be as fast: noise of a measurement
+
+
+@dataclass(frozen=True, slots=True)
+class DenseSeconds:
+    """Seconds of a dense step; `worked_out` from one call where no dense step ran."""
+
+    seconds: float
+    worked_out: bool = False
+
+    def __str__(self) -> str:
+        return f"dense {'about ' if self.worked_out else ''}{seconds_as_text(self.seconds)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +51,15 @@ class RunRecord:
         passed_over: why a backend that `auto` would have preferred was not taken.
         below: what a later node put in place of this one's override; it runs the calls that stay dense.
         planned: the sites whose spec is not dense.
+        trained: the sites whose weights were trained for their spec.
         merged: what another node's merge left of trained weights, in one sentence.
         sampled: whether a sampling run began with this record.
         forwards: of the model, as far as they were shown to this pack.
         finished: forwards that came to their end.
         non_finite: sites whose output held an infinity or a NaN.
         layouts: the distinct token layouts seen.
+        planned_calls: that backends of the pack ran.
+        seconds: of a step of the plan; dense_seconds: of a dense one, here or the last time, as text and number.
     """
 
     ran: Counter[Ran] = field(default_factory=Counter)
@@ -51,6 +68,7 @@ class RunRecord:
     passed_over: set[Reason] = field(default_factory=set)
     below: str = ""
     planned: tuple[str, ...] = ()
+    trained: frozenset[str] = frozenset()
     merged: str = ""
     sampled: bool = False
     forwards: int = 0
@@ -59,12 +77,16 @@ class RunRecord:
     layouts: set[TokenLayout] = field(default_factory=set)
     pairs: int = 0
     dense_pairs: int = 0
+    planned_calls: int = 0
+    seconds: float | None = None
+    dense_seconds: DenseSeconds | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count_run(self, ran: Ran, layout: TokenLayout, pairs: int, dense_pairs: int) -> None:
         """Count a call that a backend of the pack ran, with its FLOPs and those of dense attention, both in pairs."""
         with self._lock:
             self.ran[ran] += 1
+            self.planned_calls += 1
             self.layouts.add(layout)
             self.pairs += pairs
             self.dense_pairs += dense_pairs
@@ -124,11 +146,12 @@ class RunRecord:
         if not self.sampled:
             return "this copy of the model was not sampled; connect the model that goes into the sampler"
         if not self.ran:
-            return f"no attention call reached this node: {self._why_nothing_ran()}"
-        lines = []
+            return f"NOTHING RAN · no attention call reached this node: {self._why_nothing_ran()}"
+        lines = [self.outcome()]
         for (kind, backend), sites in sorted(self.sites_by_kind.items()):
             lines.append(f"{kind} ({backend}): {counted(sites, 'site')}")
-        lines.append(f"{self.share_linearized:.0%} linearized, {self.share_computed:.1%} of attention FLOPs")
+        if 0 < self.share_linearized < 1:
+            lines.append(f"{percent(self.share_linearized)} of the calls, the others dense")
         if self.never_called:
             sites = f"{len(self.never_called)} of {counted(len(self.planned), 'site')} of the plan"
             which = describe_sites(self.never_called)
@@ -147,6 +170,31 @@ class RunRecord:
         if self.non_finite:
             lines.append(f"infinite or NaN output at {', '.join(self.non_finite)}")
         return "\n".join(lines)
+
+    def outcome(self) -> str:
+        """Return what came out in one line: trained or not, the share of attention, sites, seconds a step."""
+        sites = {ran.site for ran in self.ran if ran.kind != "dense"}
+        if not sites:
+            reasons = Counter(
+                reason.text for counts in (self.declined, self.skipped) for _, reason in counts.elements()
+            )
+            return " · ".join(["DENSE", *(text for text, _ in reasons.most_common(1)), *self._seconds_words()])
+        trained = "TRAINED" if sites <= self.trained else "PARTLY TRAINED" if sites & self.trained else "UNTRAINED"
+        share = f"{percent(self.share_computed)} of attention"
+        if self.share_computed >= NO_LESS:
+            share += ": covers the whole picture, saves nothing"
+        planned = max(len(self.planned), len(sites))
+        return " · ".join([trained, share, f"{len(sites)} of {counted(planned, 'site')}", *self._seconds_words()])
+
+    def _seconds_words(self) -> list[str]:
+        dense = self.dense_seconds
+        if self.seconds is None:
+            return [f"{seconds_as_text(dense.seconds)} s a step"] if dense is not None and not dense.worked_out else []
+        words = f"{seconds_as_text(self.seconds)} s a step"
+        if dense is None:
+            return [words]
+        costs_more = ": costs more than dense at this size" if self.seconds > dense.seconds * SLOWER else ""
+        return [f"{words}, {dense}{costs_more}"]
 
     def _why_nothing_ran(self) -> str:
         if not self.forwards:

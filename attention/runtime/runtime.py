@@ -21,6 +21,8 @@ from ..hosts import Host, ModelCall
 from ..hosts.site_hooks import KnownModel, forget_running
 from ..layout import Reason, TokenLayout
 from ..memory import LongLived
+from ..planning.break_even import AUTO_TOKENS, least_tokens
+from ..planning.report import describe_spec
 from ..plans import Plan
 from ..site_call import SiteCall
 from ..students.learned import StudentParameters
@@ -28,6 +30,7 @@ from .backends import AUTO, CallShape, choose_backend
 from .decisions import ForwardFacts, Half, Percents, SiteSettings, is_within, left_to_host
 from .joined_tokens import watch_joined
 from .record import LastRun, RunRecord, once
+from .seconds import Ledger, StepClock, StepSize
 
 RUNTIME_KEY = "linearize_runtime"
 CALL_KEY = "linearize_call"
@@ -66,6 +69,8 @@ class Runtime:
         record: counts of the run in progress, or of the last one.
         copies: the last run of a clone, for nodes that ask for the last run of the model that was cloned.
         override: ours over another node's, kept between forwards.
+        ledger: what is remembered of seconds a step on this machine; None remembers nothing.
+        clock: times the run in progress.
 
     A site whose output was infinite or NaN in one run uses backend torch from then on, where the choice is `auto`.
     """
@@ -81,6 +86,10 @@ class Runtime:
     record: RunRecord = field(default_factory=RunRecord)
     copies: LastRun = field(default_factory=LastRun)
     override: Any = None
+    ledger: Ledger | None = None
+    clock: StepClock = field(default_factory=StepClock)
+    _size: StepSize | None = None
+    _break_even: Mapping[str, int] = field(default_factory=dict)
     _told: tuple[LastRun, ...] = ()
     _known: dict[Any, KnownModel] = field(default_factory=dict)
     _unhook: dict[Any, Callable[[], None]] = field(default_factory=dict)
@@ -93,7 +102,7 @@ class Runtime:
         """Return a runtime with the same settings and no shared state; its runs are told to this one."""
         memory = LongLived(self.memory.pause, self.memory.max_bytes)
         own = {"memory": memory, "record": RunRecord(), "copies": LastRun(), "override": None}
-        own |= {"_known": dict(self._known), "_unhook": {}, "_lock": threading.Lock()}
+        own |= {"_known": dict(self._known), "_unhook": {}, "_lock": threading.Lock(), "clock": StepClock()}
         return replace(self, **own, _told=(*self._told, self.copies), _masked={}, _finite={}, _distrusted=frozenset())
 
     def __deepcopy__(self, _: dict[int, Any]) -> "Runtime":
@@ -129,7 +138,9 @@ class Runtime:
         """Forget the last run, but for the sites that gave infinities or NaN."""
         self._distrusted |= set(self.record.non_finite)
         planned = (site for site, settings in self.sites.items() if not settings.spec.is_dense)
-        self.record = RunRecord(sampled=True, planned=tuple(planned))
+        trained = frozenset(site for site, settings in self.sites.items() if settings.trained)
+        self.record = RunRecord(sampled=True, planned=tuple(planned), trained=trained)
+        self.clock, self._size, self._break_even = StepClock(), None, {}
         self.percent_to_sigma = percent_to_sigma or self.percent_to_sigma
         self._masked.clear()
         self._finite.clear()
@@ -141,6 +152,7 @@ class Runtime:
         self._finite.clear()
         self.memory.clear()
         self._take_hooks_away()
+        self._read_clock()
         for each in self._told:
             each.record = self.record
         if self.status is not None:
@@ -149,11 +161,18 @@ class Runtime:
             except Exception as error:  # a closed connection must not cost the finished latent
                 once.warning(f"Linearize: the status could not be shown: {error}")
 
+    def last_record(self) -> tuple[RunRecord, bool]:
+        """Return the record of this model's last run, or else of a clone's, and whether it is a clone's.
+
+        Samplers may make clones themselves.
+        """
+        is_own = self.record.sampled or self.copies.record is None
+        return (self.record, False) if is_own or self.copies.record is None else (self.copies.record, True)
+
     def last_run(self) -> str:
-        """Return what the last run of this model did, or else that of a clone, which samplers may make themselves."""
-        if self.record.sampled or self.copies.record is None:
-            return self.record.summary()
-        return f"{self.copies.record.summary()}\n(a copy of this model was sampled)"
+        """Return what the last run of this model did, or else that of a clone, as text."""
+        record, is_copy = self.last_record()
+        return record.summary() + "\n(a copy of this model was sampled)" * is_copy
 
     @torch.compiler.disable  # a compiled model would keep the layout and noise level of its first call
     def begin_call(self, call: ModelCall, options: dict[str, Any]) -> dict[str, Any]:
@@ -169,10 +188,41 @@ class Runtime:
             self._hook(call.module)
             if torch.is_grad_enabled():
                 self.parameters.let_autograd_save()
-            facts = ForwardFacts(self.host.layout(call), self._outside(options), tuple(options.get(HALF_KEY) or ()))
-            if isinstance(facts.layout, TokenLayout):
-                self._check_named_backends(call, facts, facts.layout)
+            layout, half = self.host.layout(call), tuple(options.get(HALF_KEY) or ())
+            if self._size is None and isinstance(layout, TokenLayout):
+                self._meet_size(call, layout)
+            facts = ForwardFacts(layout, self._outside(options), half, self._break_even)
+            if isinstance(layout, TokenLayout):
+                self._check_named_backends(call, facts, layout)
+            self.clock.begin_forward(options, self.record.planned_calls)
         return {**watch_joined(options, facts.joined), CALL_KEY: facts}
+
+    def _meet_size(self, call: ModelCall, layout: TokenLayout) -> None:
+        """Note, in the first forward of a run, on what its seconds depend, and from how many tokens a kind pays."""
+        latent, sizes = call.latent, self._known[call.module].site
+        if not isinstance(latent, Tensor):
+            return
+        where, dtype = latent.device, str(call.dtype or latent.dtype).removeprefix("torch.")
+        name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+        shape = f"{len(self.host.sites(call.module))} x {sizes.num_heads} x {sizes.head_dim}"
+        model = f"{self.host.name} {shape}, {dtype} on {name}, torch {torch.__version__}"
+        self._size = StepSize(model, layout.num_tokens, latent.shape[0])
+        ledger = self.ledger
+        self.clock.knows_dense = ledger is None or ledger.dense(self._size) is not None
+        kinds = {s.spec.kind: describe_spec(s.spec) for s in self.sites.values() if s.min_tokens == AUTO_TOKENS}
+        measured = {kind: ledger.break_even(model, spec) if ledger else None for kind, spec in kinds.items()}
+        self._break_even = {kind: measured[kind] or least_tokens(where.type, kind) for kind in kinds}
+
+    def _read_clock(self) -> None:
+        """Put the run's seconds into the record, and into what is remembered."""
+        if self._size is None or not self.record.finished:
+            return
+        planned, dense = self.clock.steps(self.record.planned_calls)
+        self.record.seconds, self.record.dense_seconds = planned, dense
+        if self.ledger is not None:
+            specs = {settings.spec for settings in self.sites.values() if not settings.spec.is_dense}
+            self.ledger.note(self._size, " + ".join(sorted(map(describe_spec, specs))), planned, dense)
+            self.record.dense_seconds = dense or self.ledger.dense(self._size)
 
     def _hook(self, module: Any) -> None:
         """Have the model's modules tell what runs, until the run ends; each GPU of several has a model and a thread."""
@@ -199,8 +249,7 @@ class Runtime:
 
     def _check_named_backends(self, call: ModelCall, facts: ForwardFacts, layout: TokenLayout) -> None:
         """Raise, before a forward computes anything, if a backend that the user named cannot run it."""
-        latent = call.argument(0, "x")
-        latent = latent[0] if isinstance(latent, list | tuple) else latent  # of a video and its sound
+        latent = call.latent
         # on a GPU `auto` is asked too: a backend tests itself now, where allocations are not recorded
         on_gpu, sizes = isinstance(latent, Tensor) and latent.is_cuda, self._known[call.module].site
         for settings in {each for each in self.sites.values() if on_gpu or each.backend != AUTO}:

@@ -82,6 +82,7 @@ class Laboratory:
         cls = self.nodes.NODE_CLASS_MAPPINGS[node_id]
         defaults = {each.id: each.default for each in cls.define_schema().inputs
                     if getattr(each, "default", None) is not None}  # fmt: skip
+        defaults |= {"min_tokens": 0} if "min_tokens" in defaults else {}  # the teachers are small
         prepared = cls.PREPARE_CLASS_CLONE(None)
         listed = bool(cls.define_schema().is_input_list)
 

@@ -133,7 +133,7 @@ def test_the_node_shows_its_text_and_the_worst_frame(comfy, monkeypatch):
     import server
 
     sent = []
-    fake = types.SimpleNamespace(send_progress_text=lambda text, node_id: sent.append((node_id, text)))
+    fake = types.SimpleNamespace(send_sync=lambda _, status, __: sent.append((status["node"], status["text"])))
     monkeypatch.setattr(server.PromptServer, "instance", fake, raising=False)
     cls = comfy.nodes.NODE_CLASS_MAPPINGS["LinearizeCompare"].PREPARE_CLASS_CLONE({"hidden_inputs": {"UNIQUE_ID": "9"}})
     image, teacher = pictures(3, 16, 16, 3)

@@ -261,10 +261,12 @@ def test_report_before_and_after(comfy, studio):
     patched = studio.clear(studio.model, radius=8, sites="single")
     before = comfy.node("LinearizeReport")(model=patched, width=1024, height=512)
     assert "2,304 tokens (256 global), 4 sites" in before[0]
-    assert "clear radius 8: 2 sites (single.0-1)" in before[0] and "in the last sampling" not in before[0]
+    assert "clear radius 8: 2 sites (single.0-1)" in before[0] and "planned:" not in before[0]
     studio.sample(patched)
     after = comfy.node("LinearizeReport")(model=patched, after=object())
-    assert "in the last sampling:\nclear (torch): 2 sites" in after[0]
+    outcome, sampled, *_ = after[0].split("\n")
+    assert outcome.startswith("UNTRAINED · ") and "2 of 2 sites" in outcome
+    assert sampled == "sampled: 192 x 128 pixels, 12 text tokens"
     picture = after[1]
     assert picture.shape[0] == 1 and picture.shape[3] == 3 and 0 <= float(picture.min()) < float(picture.max()) <= 1
 
@@ -281,11 +283,11 @@ def test_the_status_is_shown_on_the_node(studio, comfy, monkeypatch):
     import server
 
     sent = []
-    fake = types.SimpleNamespace(send_progress_text=lambda text, node_id: sent.append((node_id, text)))
+    fake = types.SimpleNamespace(send_sync=lambda _, status, __: sent.append((status["node"], status["text"])))
     monkeypatch.setattr(server.PromptServer, "instance", fake, raising=False)
     settings = studio.runtime.SiteSettings(comfy.module("attention.specs").ClearSpec(2))
     sites = dict.fromkeys(("double.0", "single.1"), settings)
     patched, _ = studio.patching.patch_model(studio.model, sites, studio.node_status.show_on_node("17"))
     studio.sample(patched)
     assert [node for node, _ in sent] == ["17"]
-    assert sent[0][1].startswith("clear (torch): 2 sites\n100% linearized")
+    assert sent[0][1].startswith("UNTRAINED · 27 % of attention · 2 of 2 sites · ")

@@ -188,7 +188,7 @@ def test_who_takes_weights_without_the_attention_is_named(comfy, studio, student
 
     others, words = WEIGHTS_ONLY[case]
     shown = []
-    server = SimpleNamespace(send_progress_text=lambda text, node: shown.append(text))
+    server = SimpleNamespace(send_sync=lambda _, status, __: shown.append(status["text"]))
     import server as server_module
 
     monkeypatch.setattr(server_module.PromptServer, "instance", server, raising=False)

@@ -48,7 +48,7 @@ def test_an_override_without_its_wrapper_says_that_nothing_reached_it(studio):
     patched = studio.clear(studio.model, radius=2)
     patched.remove_wrappers_with_key("diffusion_model", "linearize")
     assert torch.equal(studio.sample(patched), studio.sample(studio.model))
-    assert studio.record(patched).summary().startswith("no attention call reached this node: ")
+    assert studio.record(patched).summary().startswith("NOTHING RAN · no attention call reached this node: ")
 
 
 def test_pooled_and_long_text(studio, everywhere):

@@ -317,7 +317,7 @@ def test_a_node_shows_lines_and_nothing_else(comfy, studio, monkeypatch):
     from server import PromptServer
 
     sent = []
-    told = type("Told", (), {"send_progress_text": staticmethod(lambda text, node: sent.append(text))})
+    told = type("Told", (), {"send_sync": staticmethod(lambda _, status, __: sent.append(status["text"]))})
     monkeypatch.setattr(PromptServer, "instance", told, raising=False)
     studio.node_status.show_on_node("3", ["a\x1bb"])("first\nsecond\u202e")
     assert sent == ["first\nsecond\\u202e\na\\x1bb"]

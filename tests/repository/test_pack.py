@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 COMFY = ROOT / ".comfyui" / "cli" / "bin" / "comfy"
 COMFYUI = Path(os.environ.get("LINEARIZE_COMFYUI", ROOT / ".comfyui" / "comfyui"))
-SUFFIXES = {".py", ".md", ".json", ".jpg", ".toml", ".txt", ""}
+SUFFIXES = {".py", ".md", ".json", ".jpg", ".toml", ".js", ".txt", ""}
 WINDOWS_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*[. ]", re.IGNORECASE)
 COMFYUI_MODULES = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server"}
 COMFYUI_REQUIRES = {"PIL", "numpy", "safetensors", "scipy", "torch"}

@@ -84,8 +84,8 @@ def test_flux_is_distilled_saved_and_compared(server):
     outputs = server.run(workflow)
     text = saved_text(workflow, outputs)
     assert "student of black-forest-labs/FLUX.1-dev (FLUX.1), licence flux-1-dev-non-commercial-license" in text
-    ran = outputs["report"]["text"][0].split("in the last sampling:\n")[1]
-    assert re.search(r"^\d+% linearized", ran, re.MULTILINE) and "fell back" not in ran, ran
+    ran = outputs["report"]["text"][0].partition("\n\nplanned:")[0]
+    assert re.match(r"TRAINED · \d+ % of attention · ", ran) and "fell back" not in ran, ran
     (compare,), (save,) = of_type(workflow, "LinearizeCompare"), of_type(workflow, "SaveImage")
     assert "PSNR" in outputs[compare]["text"][0] and len(outputs[save]["images"]) == 1
 

@@ -14,6 +14,7 @@ import pytest
 from linearize.attention.layout import TokenLayout, grid_segment
 from linearize.attention.planning.cost import attention_cost
 from linearize.attention.specs import DenseSpec, HybridSpec
+from linearize.attention.words import percent
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows" / "api"
@@ -103,7 +104,7 @@ def of_type(workflow, *kinds):
 def what_ran(workflow, outputs):
     """Return what each report says of the sampling before it."""
     reports = of_type(workflow, "LinearizeReport")
-    return [outputs[key]["text"][0].split("in the last sampling:\n")[1] for key in reports]
+    return [outputs[key]["text"][0].partition("\n\nplanned:")[0] for key in reports]
 
 
 def test_every_template_is_run_by_these_tests():
@@ -119,8 +120,9 @@ def test_a_template_runs_on_tiny_models(comfy, server, name):
     reports = what_ran(workflow, outputs)
     assert len(reports) == len(tiny.models)
     for ran in reports:
-        share = re.match(rf"foveated \(torch\): {tiny.sites} sites\n100% linearized, (.+)% of attention FLOPs", ran)
-        assert share and 0 < float(share[1]) < 100 and "dense" not in ran, ran
+        share = re.match(rf"UNTRAINED · (.+) % of attention.* · {tiny.sites} of {tiny.sites} sites · ", ran)
+        assert share and 0 < float(share[1]) < 100, ran
+        assert f"\nfoveated (torch): {tiny.sites} sites" in ran and "dense (host)" not in ran, ran
     (save,) = of_type(workflow, "SaveImage", "SaveVideo")
     (saved,) = outputs[save]["images"]
     assert saved["filename"].endswith(".png" if tiny.size[2] == 1 else ".mp4")
@@ -132,7 +134,7 @@ def test_half_of_wan_runs_hybrid_and_the_other_half_dense(comfy, server):
     workflow = on_tiny_models("wan21_t2v_hybrid", steps=4)
     outputs = server.run(workflow)
     (report,) = of_type(workflow, "LinearizeReport")
-    planned = outputs[report]["text"][0].splitlines()
+    planned = outputs[report]["text"][0].partition("\n\nplanned:\n")[2].splitlines()
     assert planned[:3] == [
         "Wan, 160 x 96 x 17: 300 tokens (0 global), 2 sites: blocks.0-1",
         "dense: 1 site (blocks.0)",
@@ -140,10 +142,9 @@ def test_half_of_wan_runs_hybrid_and_the_other_half_dense(comfy, server):
     ]
     layout = TokenLayout.of([grid_segment("main", 5, 6, 10)])
     dense, hybrid = (attention_cost(spec, layout, 2, 128).flops for spec in (DenseSpec(), HybridSpec(2, "favor")))
-    assert what_ran(workflow, outputs) == [
-        "dense (host): 1 site\nhybrid (torch): 1 site\n"
-        f"50% linearized, {(dense + hybrid) / (2 * dense):.1%} of attention FLOPs"
-    ]
+    (ran,) = what_ran(workflow, outputs)
+    assert ran.startswith(f"UNTRAINED · {percent((dense + hybrid) / (2 * dense))} of attention · 1 of 1 site · "), ran
+    assert ran.endswith("\ndense (host): 1 site\nhybrid (torch): 1 site\n50 % of the calls, the others dense"), ran
     (save,) = of_type(workflow, "SaveVideo")
     (saved,) = outputs[save]["images"]
     assert saved["filename"].endswith(".mp4") and len(server.image(saved)) > 1000
@@ -161,8 +162,8 @@ def test_start_percent_keeps_the_first_steps_dense(comfy, server, name, shares):
     """Of all steps, over both experts; the rest is foveated."""
     workflow = on_tiny_models(name, start_percent=0.2)
     for ran, (least, most) in zip(what_ran(workflow, server.run(workflow)), shares, strict=True):
-        share = re.search(r"^(\d+)% linearized", ran, re.MULTILINE)
-        assert share and least <= int(share[1]) <= most, ran
+        share = re.search(r"^(\d+) % of the calls", ran, re.MULTILINE)
+        assert least <= (int(share[1]) if share else 100) <= most, ran
         assert ("dense by setting" in ran) == (most < 100) and "fell back" not in ran
 
 

@@ -52,10 +52,11 @@ def test_the_status_is_a_line_per_fact():
     run.note_passed_over([Reason("triton", "Triton is missing"), Reason("device", "no GPU"), Reason("a", "A reason")])
     run.below, run.merged, run.non_finite = "another override", "weights were merged", ("double.0", "double.1")
     assert run.summary().split("\n") == [
+        "UNTRAINED · 64 % of attention · 2 of 4 sites",
         "clear (torch): 1 site",
         "dense (host): 2 sites",
         "linear (torch): 1 site",
-        "33% linearized, 64.4% of attention FLOPs",
+        "33 % of the calls, the others dense",
         "never called, 1 of 4 sites of the plan: double.3; another node may run them its own way, or skip them",
         "dense by setting, 1 call: 33 tokens, below min_tokens = 40",
         "fell back to dense, 2 calls: a mask hides something",
@@ -72,8 +73,8 @@ def test_reasons_of_several_sites_are_added_up_and_the_most_frequent_comes_first
     for site, reason in (("a.0", MASK), ("a.1", FEW), ("a.2", FEW)):
         run.count_host(site, "clear", 5, reason, chosen=False)
     assert run.summary().split("\n") == [
+        f"DENSE · {FEW.text}",
         "dense (host): 3 sites",
-        "0% linearized, 100.0% of attention FLOPs",
         f"fell back to dense, 2 calls: {FEW.text}",
         f"fell back to dense, 1 call: {MASK.text}",
     ]
@@ -94,7 +95,7 @@ def test_where_nothing_ran_the_status_says_why(run, words):
 def test_a_run_that_finished_no_forward_misses_no_site():
     run = RunRecord(sampled=True, planned=("a.0", "a.1"), forwards=1)
     run.count_run(Ran("a.0", "clear", "torch"), LAYOUT, 1, 2)
-    assert run.never_called == () and "100% linearized" in run.summary()
+    assert run.never_called == () and run.share_linearized == 1
 
 
 def test_a_sentence_is_logged_once_at_its_level(caplog):
