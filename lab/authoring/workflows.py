@@ -21,7 +21,7 @@ from playwright.sync_api import FloatRect, Page, ViewportSize, sync_playwright
 from .. import ROOT
 from ..comfyui import COMFYUI
 from ..server import LiveServer, live_server
-from .blueprint import write_blueprints
+from .blueprint import identity, write_blueprints
 from .layouts import LAYOUTS, MODELS, SIZES, USERS_OWN, WIDTH
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -96,7 +96,7 @@ def tidy(workflow: dict[str, Any], columns: tuple[str, ...], note: str, name: st
         if title:
             members = [node for _, column in group for node in column]
             workflow["groups"].append(frame(len(workflow["groups"]) + 1, title, members))
-    workflow["id"], workflow["revision"] = f"linearize-{name}", 0
+    workflow["id"], workflow["revision"] = identity(f"workflow {name}"), 0
     workflow["extra"] = {}
 
 

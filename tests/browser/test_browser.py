@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 import urllib.error
-import warnings
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ NEWEST = sorted((ROOT / ".comfyui" / "frontends").glob("[0-9]*")) or [Path("newe
 INSTALLED = importlib.metadata.version("comfyui-frontend-package") if importlib.util.find_spec(
     "comfyui_frontend_package") else "installed"  # fmt: skip
 FRONTENDS = {INSTALLED: None, NEWEST[-1].name: NEWEST[-1]}
-DROPS_STATUS = (1, 54)  # from this frontend on, status texts vanish from nodes when a job ends
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 READY = "window.app?.graph && app.extensionManager?.workflow?.activeWorkflow"
@@ -32,8 +30,9 @@ MILLISECONDS = 60_000  # the longest that one step may take
 TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "workflows").glob("*.json"))
 DEMOS = [f"lab/demo/{name}.json" for name in ("foveated_demo", "clear_demo", "distill_demo", "distill_clips")]
 WORKFLOWS = [*DEMOS, *TEMPLATES]
-STATUS = "$$node-text-preview"  # the frontend's own widget for a node's status text
+STATUS = "linearize_status"  # our widget for a node's status
 CODEC = re.compile(r"(format\.)?codec(\..+)?")  # of SaveVideo, inside `format` since ComfyUI 0.34
+OUTCOME = r"UNTRAINED · \d+ % of attention · 5 of 5 sites · [\d.]+ s a step, dense (about )?[\d.]+(: costs more .*)?"
 OUTER = 100  # id of a blueprint's node in a workflow
 NAME = "blueprint_test"
 FEW = {  # nodes of the blueprint for any model: settings for a run of seconds
@@ -47,14 +46,19 @@ HIDE_OVERLAYS = """() => {
     style.textContent = '.p-toast, .minimap-main-container { display: none !important; }';
     document.head.append(style);
 }"""
+TELL_ALL = """text => {
+    const ours = app.graph.nodes.filter(node => node.type.startsWith('Linearize'));
+    for (const { id, type } of ours) {
+        const detail = { node: String(id), type, workflow: '', text, failed: false, at: Date.now() / 1000 };
+        app.api.dispatchEvent(new CustomEvent('linearize.status', { detail }));
+    }
+}"""
 SET_WIDGETS = """([id, values]) => {
     for (const widget of app.graph.getNodeById(id).widgets)
         if (widget.name in values) widget.value = values[widget.name];
 }"""
 CHANGE_AND_LISTEN = """() => {
     window.progress = [];
-    window.texts = {};
-    app.api.addEventListener('progress_text', event => window.texts[event.detail.nodeId] = event.detail.text);
     app.api.addEventListener('progress', event => window.progress.push([event.detail.value, event.detail.max]));
     const ours = app.graph.nodes.find(node => node.type === 'LinearizeFoveated');
     const widget = ours.widgets.find(widget => widget.name === 'keep');
@@ -178,11 +182,22 @@ def test_the_template_opens_by_its_address(page, server):
 def test_both_forms_of_a_workflow_say_the_same_and_nodes_do_not_overlap(frontend, path):
     open_workflow(frontend, path)
     assert prompt_of(frontend) == api_form(path)
+    frontend.evaluate(
+        TELL_ALL, "UNTRAINED · 17 % of attention · 57 of 57 sites · 0.31 s a step, dense about 0.69\n" * 2
+    )
+    frontend.wait_for_timeout(300)  # the texts are measured and their nodes grow
     boxes = frontend.evaluate("app.graph.nodes.map(node => [node.type, ...node.getBounding()])")
-    for index, (name, left, top, width, height) in enumerate(boxes):
-        for other, x, y, w, h in boxes[index + 1 :]:
-            apart = left + width <= x or x + w <= left or top + height <= y or y + h <= top
-            assert apart, f"{name} lies on {other}"
+    assert overlapping(boxes) == []
+
+
+def overlapping(boxes: list) -> list[str]:
+    """Return which of (name, left, top, width, height) lie on which."""
+    return [
+        f"{name} lies on {other}"
+        for index, (name, left, top, width, height) in enumerate(boxes)
+        for other, x, y, w, h in boxes[index + 1 :]
+        if not (left + width <= x or x + w <= left or top + height <= y or y + h <= top)
+    ]
 
 
 def with_blueprint(template: dict, blueprint: dict) -> dict:
@@ -266,14 +281,10 @@ def test_the_blueprint_for_any_model_is_its_template_and_runs(frontend, server, 
     assert f"{NAME}_00001_.safetensors" in text and "FLUX.1" in text, text
 
 
-def status_of(page, kind: str, version: str) -> str:
-    """Return the status text that the first node of a type shows, or showed last where its frontend took it away."""
+def status_of(page, kind: str) -> str:
+    """Return the status that the first node of a type shows."""
     find = "([kind, name]) => app.graph.nodes.find(n => n.type === kind).widgets.find(w => w.name === name)?.value"
-    shown = page.evaluate(find, [kind, STATUS]) or ""
-    if shown or tuple(map(int, version.split(".")[:2])) < DROPS_STATUS:
-        return shown
-    warnings.warn(f"frontend {version} removes the text of {kind} from the node when the job ends", stacklevel=2)
-    return page.evaluate("kind => window.texts[app.graph.nodes.find(n => n.type === kind).id] ?? ''", kind)
+    return page.evaluate(find, [kind, STATUS]) or ""
 
 
 def take_picture(page, path: Path) -> None:
@@ -307,12 +318,76 @@ def test_the_demo_runs_and_the_nodes_say_what_ran(frontend, version):
     assert [16, 16] in frontend.evaluate("window.progress")
     frontend.wait_for_function("app.graph.nodes.find(n => n.type === 'SaveImage').imgs?.[0]?.naturalWidth === 512")
     take_picture(frontend, PICTURES / f"browser-{version}.png")
-    status, report = (status_of(frontend, kind, version) for kind in ("LinearizeFoveated", "LinearizeReport"))
-    assert re.match(r"foveated \((torch|triton)\): 5 sites\n100% linearized", status), status
-    assert re.search(r"foveated .*: 5 sites", report), report or "the Attention Report shows no text on its node"
-    ran, _, origin = status.rpartition("\n")
-    assert ran in report.partition("in the last sampling:")[2], report
-    assert origin == "untrained: the model's own weights"
+    status, report = (status_of(frontend, kind) for kind in ("LinearizeFoveated", "LinearizeReport"))
+    outcome, kind, dated = status.split("\n")
+    assert re.fullmatch(OUTCOME, outcome), status
+    assert re.fullmatch(r"foveated \((torch|triton)\): 5 sites", kind) and re.fullmatch(r"last run \d\d:\d\d", dated), (
+        status
+    )
+    assert report.startswith(f"{outcome}\nsampled: 512 x 512 pixels, 12 text tokens\n"), report
+    assert re.search(r"^foveated .*: 5 sites", report.partition("planned:")[2], re.MULTILINE), report
+    assert outcome not in json.dumps(frontend.evaluate("app.graph.serialize()")), "a shared workflow tells of no run"
+
+
+def in_mode(page, is_vue: bool) -> None:
+    """Draw nodes as Nodes 2.0 or on LiteGraph's canvas."""
+    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", is_vue)
+    page.wait_for_timeout(1000)
+
+
+@pytest.fixture(params=[False, True], ids=["LiteGraph", "Nodes 2.0"])
+def mode(frontend, request):
+    """Both ways to draw nodes; LiteGraph's is there again afterwards."""
+    in_mode(frontend, request.param)
+    yield request.param
+    in_mode(frontend, False)
+
+
+LINES = """() => {
+    const shown = [...document.querySelectorAll('.linearize-status .linearize-status')].find(each => each.offsetHeight);
+    return shown && [shown.innerText.split('\\n').length, Math.round(shown.offsetHeight / 14)];
+}"""
+
+
+def test_a_status_lasts_over_a_reload_in_both_modes_and_keeps_its_lines(frontend, mode):
+    open_workflow(frontend, "lab/demo/clear_demo.json")
+    frontend.evaluate(TELL_ALL, "first\nsecond\nthird")
+    frontend.wait_for_function(LINES)
+    said, drawn = frontend.evaluate(LINES)
+    assert said == 3 <= drawn, "each line has a line of its own"
+    frontend.wait_for_timeout(1500)  # the frontend keeps a draft of the graph
+    frontend.reload()
+    frontend.wait_for_function(READY)
+    frontend.wait_for_function(HAS_OURS)
+    frontend.wait_for_function(LINES)
+    status = status_of(frontend, "LinearizeCLEAR")
+    assert re.fullmatch(r"first\nsecond\nthird\nlast run \d\d:\d\d", status), status
+
+
+def test_a_status_of_another_workflow_or_type_is_not_shown(frontend):
+    open_workflow(frontend, "lab/demo/clear_demo.json")
+    tell = """([workflow, type]) => app.api.dispatchEvent(new CustomEvent('linearize.status', { detail: {
+        node: String(app.graph.nodes.find(n => n.type === 'LinearizeCLEAR').id), type, workflow,
+        text: 'mine', failed: false, at: 0 } }))"""
+    own = frontend.evaluate("(app.rootGraph ?? app.graph).id")
+    for workflow, kind, shown in (
+        ("another", "LinearizeCLEAR", ""),
+        (own, "KSampler", ""),
+        (own, "LinearizeCLEAR", "mine"),
+    ):
+        frontend.evaluate(tell, [workflow, kind])
+        assert status_of(frontend, "LinearizeCLEAR") == shown
+
+
+def test_a_status_inside_a_subgraph_is_shown_outside_too(frontend):
+    blueprint = json.loads((ROOT / "subgraphs" / "Linearize my model.json").read_text(encoding="utf-8"))
+    frontend.evaluate("workflow => app.loadGraphData(workflow)", beside_the_demos_model(blueprint))
+    frontend.wait_for_function(f"window.app?.graph?.getNodeById({OUTER})?.title === 'Linearize my model'")
+    tell = """node => app.api.dispatchEvent(new CustomEvent('linearize.status', { detail: {
+        node, type: '', workflow: '', text: 'update 3 of 8\\nmore', failed: false, at: 0 } }))"""
+    frontend.evaluate(tell, f"{OUTER}:9")
+    find = "([id, name]) => app.graph.getNodeById(id).widgets.find(w => w.name === name)?.value"
+    assert frontend.evaluate(find, [OUTER, STATUS]) == "Distill Attention\nupdate 3 of 8"
 
 
 @pytest.mark.parametrize(
