@@ -9,6 +9,8 @@ const STORE = "linearize.status"; // in the tab's session storage: {workflow id:
 const MOST_WORKFLOWS = 30;
 const WIDGET = "linearize_status";
 const MOST_PIXELS = 240; // of a text's height; longer ones scroll
+const MARGIN = 4; // that the frontend leaves around it
+const ERROR = "color-mix(in srgb, var(--error-text) 60%, var(--input-text))"; // readable in every theme
 const LAST_RUN = { en: "last run", zh: "上次运行" };
 
 const heights = new WeakMap(); // by element, in pixels at the graph's own scale
@@ -78,10 +80,11 @@ function widgetOf(node) {
   const found = node.widgets?.find((widget) => widget.name === WIDGET);
   if (found) return found;
   const element = newElement(node);
-  const height = () => Math.min(heights.get(element) ?? 18, MOST_PIXELS) + 4;
+  const height = () => Math.min(heights.get(element) ?? 18, MOST_PIXELS) + 2 * MARGIN;
   const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
     serialize: false, // neither in the prompt
     hideOnZoom: false,
+    margin: MARGIN,
     getMinHeight: height,
     getMaxHeight: height,
     getValue: () => element.innerText,
@@ -99,7 +102,7 @@ function show(node, status) {
   if (status.over) more.push(lastRun(status));
   const first = document.createElement("span");
   first.textContent = outcome;
-  first.style.color = status.failed ? "var(--error-text)" : "var(--input-text)";
+  first.style.color = status.failed ? ERROR : "var(--input-text)";
   const rest = document.createElement("span");
   rest.textContent = more.map((line) => `\n${line}`).join("");
   rest.style.fontSize = "10px";
