@@ -23,21 +23,15 @@ def select_sites(expression: str, sites: Sequence[str]) -> tuple[str, ...]:
     """Return the sites that an expression names, in the host's order.
 
     Args:
-        expression: comma-separated parts; a part is `all`, a group (`double`), a site (`single.10`) or a range with
-            both ends included (`single.10-37`).
+        expression: parts with commas or spaces between them, in any case; a part is `all`, a group (`double`), a site
+            (`single.10`) or a range with both ends included (`single.10-37`).
         sites: the host's site ids.
 
     Raises:
         ValueError: a part cannot be read or names no site; the sentence says which groups there are.
     """
-    _check_parts([expression])
     chosen: set[str] = set()
-    for part in (part.strip() for part in expression.split(",")):
-        match = PART.fullmatch(part)
-        if match is None:
-            raise ValueError(
-                f"cannot read {quote(part)} in sites {quote(expression)}; write for example all, double or single.10-37"
-            )
+    for part, match in read_expression(expression):
         found = {site for site in sites if part == "all" or _names(match, site)}
         if not found:
             raise ValueError(f"{quote(part)} names no site of this model, which has {describe_sites(sites)}")
@@ -45,8 +39,30 @@ def select_sites(expression: str, sites: Sequence[str]) -> tuple[str, ...]:
     return tuple(site for site in sites if site in chosen)
 
 
+def read_expression(expression: str) -> list[tuple[str, re.Match[str]]]:
+    """Return the parts of a site expression, each as text and as read.
+
+    Raises:
+        ValueError: one cannot be read.
+    """
+    _check_parts([expression])
+    parts = _parts(expression)
+    found = [(part, PART.fullmatch(part)) for part in parts]
+    wrong = [part for part, match in found if match is None]
+    if wrong:
+        raise ValueError(
+            f"cannot read {quote(wrong[0])} in sites {quote(expression)}; write for example all, double or single.10-37"
+        )
+    return [(part, match) for part, match in found if match is not None]
+
+
+def _parts(expression: str) -> list[str]:
+    """Return the parts of a site expression; commas count, so that an empty part is seen."""
+    return [each for part in re.split("[,，]", expression.lower()) for each in (part.split() or [""])]
+
+
 def _check_parts(expressions: Iterable[str]) -> None:
-    parts = sum(expression.count(",") + 1 for expression in expressions)
+    parts = sum(len(_parts(expression)) for expression in expressions)
     if parts > MOST_PARTS:
         raise ValueError(f"sites are named in at most {MOST_PARTS} parts, got {parts}; write ranges, as in single.0-37")
 
@@ -108,7 +124,7 @@ class Plan:
         """Return the spec of each of `sites`.
 
         Raises:
-            ValueError: a rule cannot be read or names no site.
+            ValueError: a rule cannot be read or names no site, so that it was made for another model.
         """
         specs = dict.fromkeys(sites, self.default)
         for expression, spec in self.rules:
@@ -119,7 +135,7 @@ class Plan:
         """Return the spec of one site of the host, whatever other sites there are."""
         spec = self.default
         for expression, each in self.rules:
-            parts = (PART.fullmatch(part.strip()) for part in expression.split(","))
+            parts = (PART.fullmatch(part) for part in _parts(expression))
             if any(match and (match[0] == "all" or _names(match, site)) for match in parts):
                 spec = each
         return spec

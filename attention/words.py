@@ -24,3 +24,10 @@ def percent(share: float) -> str:
 def seconds_as_text(seconds: float) -> str:
     """Return seconds with the digits that mean something: "0.31", "4.7", "128"."""
     return f"{seconds:.2g}" if seconds < 1 else f"{seconds:.{1 if seconds < 20 else 0}f}"
+
+
+def time_left(seconds: float) -> str:
+    """Return the time that is left, roughly."""
+    if seconds < 90:
+        return f"about {seconds:.0f} s left"
+    return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"

@@ -16,6 +16,7 @@ from .plan import LinearizeApply, LinearizeUniformPlan
 from .publish import LinearizePublish
 from .report import LinearizeReport
 from .save_student import LinearizeSaveStudent
+from .sentences import with_sentences
 from .site_errors import LinearizeSiteErrors
 from .teacher_samples import LinearizeTeacherSamples
 from .transfer import LinearizeTransfer
@@ -32,7 +33,7 @@ class LinearizeExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes."""
-        return [
+        nodes = (
             LinearizeFoveated,
             LinearizeCLEAR,
             LinearizeHybrid,
@@ -50,4 +51,5 @@ class LinearizeExtension(ComfyExtension):
             LinearizeCompare,
             LinearizeSiteErrors,
             LinearizeHighRes,
-        ]
+        )
+        return [with_sentences(node) for node in nodes]

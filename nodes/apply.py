@@ -8,6 +8,7 @@ from ..attention.runtime.runtime import SiteSettings
 from ..attention.shown import one_line
 from ..attention.specs import DenseSpec
 from ..attention.students.candidates import Candidates, decided
+from ..attention.students.file import unfinished_stages
 from ..attention.students.fingerprint import distance, match
 from ..attention.students.fit import check_student, student_parameters
 from ..patching.patcher import model_fingerprint
@@ -26,7 +27,10 @@ def apply_plan(model: Any, plan: Plan, node_id: str | None) -> Any:
     if plan.host != host.name:
         raise ValueError(f"the plan is for host {one_line(plan.host)}, this model is {host.name} ({host.title})")
     sites = [site.id for site in host.sites(module)]
-    named = {site for expression, _ in plan.rules for site in select_sites(expression, sites)}
+    try:
+        named = {site for expression, _ in plan.rules for site in select_sites(expression, sites)}
+    except ValueError as error:
+        raise ValueError(f"{error}; the plan was made for another {host.title}, or its sites are mistyped") from None
     settings = {
         site: SiteSettings(spec)
         for site, spec in plan.resolve(sites).items()
@@ -68,7 +72,8 @@ def student_note(student: Candidates) -> str:
     """Return one line about where a student comes from."""
     base = one_line(student.base_model or "an unnamed model", 200)
     licence = f", licence {one_line(student.licence, 200)}" if student.licence else ""
-    return f"student of {base}{licence}"
+    stages = unfinished_stages(student.recipe)
+    return f"{'unfinished ' if stages else ''}student of {base}{licence}" + (f" ({stages})" if stages else "")
 
 
 def base_notes(model: Any, student: Candidates) -> tuple[str, ...]:

@@ -5,8 +5,10 @@ from comfy_api.latest import io
 from .. import patching
 from ..attention.planning.budget import Budget, decide
 from ..attention.planning.knapsack import METHODS
+from ..attention.plans import read_expression
 from ..attention.students.candidates import Candidates
 from . import node_status
+from .sentences import answer
 from .sockets import CATEGORY_PLAN, AttentionPlan, AttentionStudent
 
 
@@ -87,6 +89,11 @@ class LinearizeBudgetPlan(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, budget: float = 0.5, keep_dense: str = ""):
+        """Return whether budget and sites can be meant, whatever the model."""
+        return answer(check_budget, budget, keep_dense)
+
+    @classmethod
     def execute(
         cls,
         model,
@@ -104,3 +111,17 @@ class LinearizeBudgetPlan(io.ComfyNode):
         found = decide(student, host, module, Budget(budget, width, height, frames, method, keep_dense, max_error))
         node_status.show_on_node(cls.hidden.unique_id)(found.text)
         return io.NodeOutput(found.student, found.plan, found.text)
+
+
+def check_budget(budget: float, keep_dense: str) -> None:
+    """Refuse what no student can meet.
+
+    Raises:
+        ValueError: `budget` is not above 0 and at most 1, or `keep_dense` cannot be read.
+    """
+    if not 0 < budget <= 1:
+        raise ValueError(
+            f"budget is the share of dense attention's operations that may be left, above 0 and at most 1, got {budget}"
+        )
+    if keep_dense.strip():
+        read_expression(keep_dense)

@@ -13,14 +13,14 @@ from ..attention.specs import ClearSpec
 from ..patching.patcher import parameter
 from . import model_files, node_status
 from .clear_source import AUTO, choices, clear_source, published_name, read_weights
-from .kind_inputs import clear_inputs, place_inputs
+from .kind_inputs import PlacedNode, clear_inputs, place_inputs
 from .model_takers import NOT_SAMPLED, taker_notes
 from .sockets import CATEGORY, AttentionPlan
 
 WINDOWS = ClearSpec()
 
 
-class LinearizeCLEAR(io.ComfyNode):
+class LinearizeCLEAR(PlacedNode):
     """Patches a clone of the model; what ran is shown on the node when sampling ends."""
 
     @classmethod

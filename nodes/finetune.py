@@ -13,15 +13,16 @@ from ..patching.patcher import weights_without_backward
 from ..training.comfyui.model import ComfyModel
 from ..training.comfyui.teacher import stop_if_interrupted
 from ..training.comfyui.trainee import ComfyTrainee
-from ..training.engine.optimizers import OPTIMIZERS
+from ..training.engine.optimizers import OPTIMIZERS, check_optimizer
 from ..training.engine.recipe import PRESETS, FinetuneRecipe
 from ..training.finetune.estimate import Estimate, estimate
 from ..training.finetune.finetune import Finetune
 from ..training.jobs.watch import Update
 from ..training.samples.folder import TeacherSamples as Samples
+from .sentences import answer
 from .sockets import CATEGORY_DISTILL, AttentionStudent, TeacherSamples
-from .training_run import NodeWatch, cancelled_runs
-from .training_worker import gpus_input, train
+from .training_run import NodeWatch, cancelled_runs, keep_unfinished_input
+from .training_worker import check_count, gpus_input, train
 
 TITLE = "fine-tuning"
 
@@ -80,6 +81,7 @@ class LinearizeFinetune(io.ComfyNode):
         full_rank: bool = False,
         preview_every: int = 0,
         gpus: int = 1,
+        keep_unfinished: bool = False,
         **advanced: Any,
     ) -> io.NodeOutput:
         """Return the student and the losses."""
@@ -88,15 +90,34 @@ class LinearizeFinetune(io.ComfyNode):
         chosen, note = decided(student)
         kind = "maps" if rank == 0 else "full" if full_rank else "lora"
         recipe = FinetuneRecipe(updates=updates, trainables=kind, rank=max(rank, 1), **PRESETS[preset], **advanced)
-        watch = FinetuneWatch(cls.hidden.unique_id, preview_every)
+        watch = FinetuneWatch(cls.hidden.unique_id, preview_every, keep_unfinished)
         result = train(subject, samples, recipe, watch, gpus, student=chosen)
         watch.show("\n".join(filter(None, (result.text, note, *notes))))
         return io.NodeOutput(result.candidates, {"loss": result.history.get("loss", [])})
 
     @classmethod
+    def validate_inputs(cls, updates: int = 500, block_updates: int = 200, optimizer: str = "adamw", gpus: int = 1):
+        """Return whether there is something to do, the optimiser's package, and as many GPUs."""
+        return answer(check_finetune, updates, block_updates, optimizer, gpus)
+
+    @classmethod
     def fingerprint_inputs(cls, **_: Any) -> int:
-        """Return a value that changes when a run is cancelled, so that the next one resumes it."""
+        """Return a value that changes when an unfinished student is handed on, so that the next run resumes."""
         return cancelled_runs()
+
+
+def check_finetune(updates: int, block_updates: int, optimizer: str, gpus: int) -> None:
+    """Refuse a run that would change nothing, lacks a package, or asks for more GPUs than there are.
+
+    Raises:
+        ValueError: see there.
+    """
+    if updates < 0 or block_updates < 0:
+        raise ValueError("updates and block_updates are 0 or more")
+    if updates == block_updates == 0:
+        raise ValueError("with updates 0 and block_updates 0 nothing is trained; set one of them above 0")
+    check_optimizer(optimizer)
+    check_count(gpus)
 
 
 class FinetuneWatch(NodeWatch):
@@ -105,10 +126,11 @@ class FinetuneWatch(NodeWatch):
     Args:
         node_id: of the node.
         preview_every: updates between pictures; 0 makes none.
+        keep_unfinished: as in `NodeWatch`.
     """
 
-    def __init__(self, node_id: str | None, preview_every: int) -> None:
-        super().__init__(node_id, TITLE)
+    def __init__(self, node_id: str | None, preview_every: int, keep_unfinished: bool = False) -> None:
+        super().__init__(node_id, TITLE, keep_unfinished)
         self._preview_every, self._needed = preview_every, ""
         self._preview: Callable[[], Any] | None = None
 
@@ -223,4 +245,5 @@ def _advanced_inputs() -> list[Any]:
             "also need previews switched on in ComfyUI.",
         ),
         gpus_input(),
+        keep_unfinished_input(),
     ]  # fmt: skip

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from .. import patching
 from ..attention.specs import MOST_LEVELS, MOST_TILE, FoveatedSpec
-from .kind_inputs import place_inputs, run_kind
+from .kind_inputs import PlacedNode, place_inputs, run_kind
 from .sockets import CATEGORY, AttentionPlan
 
 LEAST_KEEP = 0.02
@@ -35,7 +35,7 @@ def spec_of_keep(
     return FoveatedSpec(radius, top, tile, frames, levels)
 
 
-class LinearizeFoveated(io.ComfyNode):
+class LinearizeFoveated(PlacedNode):
     """Patches a clone of the model; what ran is shown on the node when sampling ends."""
 
     @classmethod

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from .. import patching
 from ..attention.kinds.feature_maps import MAPS
 from ..attention.planning.break_even import AUTO_TOKENS
-from ..attention.plans import Plan, select_sites
+from ..attention.plans import Plan, read_expression, select_sites
 from ..attention.runtime.backends import AUTO, BACKENDS
 from ..attention.runtime.runtime import SiteSettings
 from ..attention.specs import (
@@ -23,6 +23,7 @@ from ..attention.specs import (
     Spec,
 )
 from . import node_status
+from .sentences import answer
 
 UNTRAINED_MAP = "elu1"  # has nothing to learn, and no map costs less
 
@@ -228,6 +229,28 @@ def place_inputs() -> list[Any]:
             "float64 on every pair, for checking.",
         ),
     ]
+
+
+class PlacedNode(io.ComfyNode):
+    """A node with `place_inputs`."""
+
+    @classmethod
+    def validate_inputs(cls, sites: str = "all", start_percent: float = 0.0, end_percent: float = 1.0):
+        """Return whether sites and percents can be meant, whatever the model."""
+        return answer(check_place, sites, start_percent, end_percent)
+
+
+def check_place(sites: str, start_percent: float, end_percent: float) -> None:
+    """Refuse what `place_inputs` cannot mean, whatever the model.
+
+    Raises:
+        ValueError: `sites` cannot be read, a percent lies outside of 0 to 1, or the part of sampling is empty.
+    """
+    read_expression(sites)
+    for name, value in (("start_percent", start_percent), ("end_percent", end_percent)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is from 0 to 1, got {value}")
+    patching.part_of_sampling(start_percent, end_percent)
 
 
 def untrained_notes(specs: Iterable[SiteSpec]) -> list[str]:

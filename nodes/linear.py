@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..attention.specs import STABILIZERS, HybridSpec, LinearSpec
-from .kind_inputs import feature_map_inputs, hybrid_inputs, place_inputs, run_kind
+from .kind_inputs import PlacedNode, feature_map_inputs, hybrid_inputs, place_inputs, run_kind
 from .sockets import CATEGORY, AttentionPlan
 
 MODEL_TOOLTIP = "A loaded diffusion transformer. It is not changed; a patched copy comes out."
@@ -16,7 +16,7 @@ def _outputs() -> list:
     ]
 
 
-class LinearizeLinear(io.ComfyNode):
+class LinearizeLinear(PlacedNode):
     """Patches a clone of the model; what ran is shown on the node when sampling ends."""
 
     @classmethod
@@ -41,7 +41,7 @@ class LinearizeLinear(io.ComfyNode):
         return io.NodeOutput(*run_kind(model, spec, node_id=cls.hidden.unique_id, **place))
 
 
-class LinearizeHybrid(io.ComfyNode):
+class LinearizeHybrid(PlacedNode):
     """Patches a clone of the model; what ran is shown on the node when sampling ends."""
 
     @classmethod

@@ -5,12 +5,14 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from .. import patching
+from ..attention.hub.download import parse_hub_file
 from ..attention.students.candidates import Candidates
 from ..attention.students.clear_weights import published_radius
 from ..attention.students.file import load_student
 from ..attention.students.fit import check_student
 from . import model_files
 from .apply import apply_student
+from .sentences import answer
 from .sockets import CATEGORY, AttentionStudent
 
 NO_FILE = "none"
@@ -73,9 +75,10 @@ class LinearizeLoadStudent(io.ComfyNode):
         return io.NodeOutput(apply_student(model, loaded, cls.hidden.unique_id), loaded)
 
     @classmethod
-    def validate_inputs(cls, student: str = NO_FILE):
-        """Return whether there is such a file; a workflow from another system names its folder with other slashes."""
-        return model_files.is_choice(student, NO_FILE)
+    def validate_inputs(cls, student: str = NO_FILE, hub_file: str = ""):
+        """Return whether there is such a file, and hub_file can be one; other systems have other slashes."""
+        there = model_files.is_choice(student, NO_FILE)
+        return answer(parse_hub_file, hub_file) if there is True and hub_file.strip() else there
 
     @classmethod
     def fingerprint_inputs(cls, model=None, student: str = NO_FILE, hub_file: str = "", allow_download: bool = False):

@@ -96,6 +96,18 @@ def student_path(name: str, hub_file: str, allow_download: bool) -> Path:
     return fetch(name) if name else _download(parse_hub_file(hub_file), allow_download)
 
 
+def check_name(name: str) -> list[str]:
+    """Return the parts of a name for a new file: folders, then the file without its ending.
+
+    Raises:
+        ValueError: it would leave the folder or cannot be a name everywhere.
+    """
+    parts = name.strip().removesuffix(EXTENSION).split("/")
+    if not all(PART.fullmatch(part) and not WINDOWS_NAMES.fullmatch(part) for part in parts):
+        raise ValueError(f"name is a file's name, such as my_student or wan/high, in {_folder()}; got {name!r}")
+    return parts
+
+
 def new_path(name: str) -> Path:
     """Return a path in `models/linearize` that no file has: `<name>_00001_.safetensors`, or the next number.
 
@@ -106,9 +118,7 @@ def new_path(name: str) -> Path:
     Raises:
         ValueError: the name would leave the folder or cannot be one everywhere, or its folder cannot be made.
     """
-    parts = name.strip().removesuffix(EXTENSION).split("/")
-    if not all(PART.fullmatch(part) and not WINDOWS_NAMES.fullmatch(part) for part in parts):
-        raise ValueError(f"name is a file's name, such as my_student or wan/high, in {_folder()}; got {name!r}")
+    parts = check_name(name)
     try:
         folder, stem, number, _, _ = folder_paths.get_save_image_path("/".join(parts), str(_folder()))
     except Exception as error:  # also where a folder in it leads elsewhere

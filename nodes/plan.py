@@ -3,11 +3,12 @@
 from comfy_api.latest import io
 
 from ..attention.hosts import HOSTS
-from ..attention.plans import Plan
+from ..attention.plans import Plan, read_expression
 from ..attention.spec_json import spec_from_json
 from ..attention.students.candidates import Candidates
 from .apply import apply_plan, apply_student
 from .kind_inputs import chunked_inputs, clear_inputs, feature_map_inputs, foveated_inputs, hybrid_inputs
+from .sentences import answer
 from .sockets import CATEGORY, CATEGORY_PLAN, AttentionPlan, AttentionStudent
 
 
@@ -54,6 +55,11 @@ class LinearizeUniformPlan(io.ComfyNode):
             ],
             outputs=[AttentionPlan.Output(tooltip="The plan; Apply Linearized Attention runs it.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, sites: str = "all"):
+        """Return whether the expression can be read."""
+        return answer(read_expression, sites)
 
     @classmethod
     def execute(cls, kind: dict, sites: str, host: str, plan: Plan | None = None) -> io.NodeOutput:

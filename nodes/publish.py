@@ -6,8 +6,9 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..attention.atomic_file import whole_file
-from ..attention.hub.publish import CARD, Publication, describe_publication, prepare, publish
+from ..attention.hub.publish import CARD, Publication, check_repository, describe_publication, prepare, publish
 from . import model_files, node_status
+from .sentences import answer
 from .sockets import CATEGORY_DISTILL
 
 NO_FILE = "none"
@@ -78,9 +79,10 @@ class LinearizePublish(io.ComfyNode):
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
     @classmethod
-    def validate_inputs(cls, student: str = NO_FILE):
-        """Return whether there is such a file; a workflow from another system names its folder with other slashes."""
-        return model_files.is_choice(student, NO_FILE)
+    def validate_inputs(cls, student: str = NO_FILE, repo_id: str | None = None):
+        """Return whether there is such a file and such a name on the Hub; other systems have other slashes."""
+        there = model_files.is_choice(student, NO_FILE)
+        return answer(check_repository, repo_id) if there is True and repo_id is not None else there
 
     @classmethod
     def fingerprint_inputs(cls, student: str = NO_FILE, **_):

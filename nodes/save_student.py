@@ -8,9 +8,10 @@ from comfy_api.latest import io, ui
 
 from ..attention.hub.model_card import describe_student
 from ..attention.students.candidates import Candidates, decided
-from ..attention.students.file import ROLES, StudentFile, save_student
+from ..attention.students.file import ROLES, StudentFile, save_student, unfinished_stages
 from ..attention.words import file_size
 from . import model_files, node_status
+from .sentences import answer
 from .sockets import CATEGORY_DISTILL, AttentionStudent
 
 AS_DISTILLED = "auto"
@@ -78,6 +79,11 @@ class LinearizeSaveStudent(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str = "linearized"):
+        """Return whether a file can have this name."""
+        return answer(model_files.check_name, name)
+
+    @classmethod
     def execute(
         cls,
         student: Candidates,
@@ -93,7 +99,7 @@ class LinearizeSaveStudent(io.ComfyNode):
         given = {key: value.strip() for key, value in given.items() if value.strip()}
         given |= {} if role == AS_DISTILLED else {"role": role}
         saved = replace(one.student(), **given)
-        path = _save_under_new_name(name, saved)
+        path = _save_under_new_name(f"{name}_unfinished" if unfinished_stages(saved.recipe) else name, saved)
         lines = [
             f"saved {path}, {file_size(path.stat().st_size)}",
             *describe_student(saved),

@@ -18,6 +18,7 @@ from ..training.comfyui.sampling import Order, describe_samples, generate_sample
 from ..training.samples.index import INDEX, About
 from . import node_status
 from .model_files import WINDOWS_NAMES
+from .sentences import answer
 from .sockets import CATEGORY_DISTILL, TeacherSamples
 
 FOLDER = "linearize"  # in ComfyUI's output folder
@@ -95,6 +96,15 @@ class LinearizeTeacherSamples(io.ComfyNode):
         text = describe_samples(samples)
         show(text)
         return io.NodeOutput(samples, text, ui=ui.PreviewText(text))
+
+    @classmethod
+    def validate_inputs(cls, name: list[Any] | None = None, prompts_file: list[Any] | None = None):
+        """Return whether samples can have this name, and whether the file of prompts is there."""
+        for check, values in ((samples_folder, name), (read_prompts_file, prompts_file)):
+            found = answer(check, str(values[0])) if values else True
+            if found is not True:
+                return found
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: list[Any]) -> tuple[Any, ...]:

@@ -74,21 +74,27 @@ def train(
         gpus: how many processes train together.
         plans: of Distill Attention.
         student: of Fine-tune Student.
+
+    Raises:
+        InterruptProcessingException: the user cancelled; the state is saved.
     """
     job = Job(jobs_folder(), recipe, plans, student, gpus)
-    if gpus == 1:
-        return run(job, model, samples, watch)
-    with open_job(job, model, samples, ProcessGroup()) as folder:
-        result = finished(folder)
-    # the folder is closed: the processes open it
-    return result or train_in_processes(job, model, samples, watch, folder.path / "worker")
+    with watch.cancel_told():
+        if gpus == 1:
+            return run(job, model, samples, watch)
+        with open_job(job, model, samples, ProcessGroup()) as folder:
+            result = finished(folder)
+        # the folder is closed: the processes open it
+        return result or train_in_processes(job, model, samples, watch, folder.path / "worker")
 
 
 def check_count(gpus: int) -> None:
     """Raise ValueError if the machine has fewer GPUs, or processor cores, than the node asks for."""
     on_cpu = comfy.model_management.get_torch_device().type == "cpu"
     here = (os.cpu_count() or 1) if on_cpu else torch.accelerator.device_count()
-    if gpus > here:
+    if gpus < 1:
+        raise ValueError(f"gpus is 1 or more, got {gpus}")
+    if 1 < gpus > here:
         what = "processor cores and no GPU that ComfyUI uses" if on_cpu else "GPU" if here == 1 else "GPUs"
         raise ValueError(f"gpus is {gpus}, this machine has {here} {what}")
 

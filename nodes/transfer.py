@@ -8,9 +8,10 @@ from ..attention.plans import Plan
 from ..training.comfyui.model import ComfyModel
 from ..training.engine.recipe import VALUE_LOSSES, TransferRecipe
 from ..training.samples.folder import TeacherSamples as Samples
+from .sentences import answer
 from .sockets import CATEGORY_DISTILL, AttentionPlan, AttentionStudent, TeacherSamples
-from .training_run import NodeWatch, cancelled_runs
-from .training_worker import gpus_input, train
+from .training_run import NodeWatch, cancelled_runs, keep_unfinished_input
+from .training_worker import check_count, gpus_input, train
 
 MAX_PLANS = 12
 TITLE = "distilling attention"
@@ -57,21 +58,46 @@ class LinearizeTransfer(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, samples: Samples, plans: dict[str, Plan], updates: int, gpus: int = 1, **advanced: Any
+        cls,
+        model,
+        samples: Samples,
+        plans: dict[str, Plan],
+        updates: int,
+        gpus: int = 1,
+        keep_unfinished: bool = False,
+        **advanced: Any,
     ) -> io.NodeOutput:
         """Return the candidates and the losses."""
         subject = ComfyModel(model)
         note = subject.check(samples)
         given = tuple(plan for plan in plans.values() if plan is not None)
-        watch = NodeWatch(cls.hidden.unique_id, TITLE)
+        watch = NodeWatch(cls.hidden.unique_id, TITLE, keep_unfinished)
         result = train(subject, samples, TransferRecipe(updates=updates, **advanced), watch, gpus, plans=given)
         watch.show("\n".join(filter(None, (result.text, note))))
         return io.NodeOutput(result.candidates, {"loss": result.history.get("loss", [])})
 
     @classmethod
+    def validate_inputs(cls, updates: int = 1000, output_draws: int = 32, gpus: int = 1):
+        """Return whether there is something to learn, and as many GPUs."""
+        return answer(check_transfer, updates, output_draws, gpus)
+
+    @classmethod
     def fingerprint_inputs(cls, **_: Any) -> int:
-        """Return a value that changes when a run is cancelled, so that the next one resumes it."""
+        """Return a value that changes when an unfinished student is handed on, so that the next run resumes."""
         return cancelled_runs()
+
+
+def check_transfer(updates: int, output_draws: int, gpus: int) -> None:
+    """Refuse a run that would learn nothing, or asks for more GPUs than there are.
+
+    Raises:
+        ValueError: see there.
+    """
+    if updates < 0 or output_draws < 0:
+        raise ValueError("updates and output_draws are 0 or more")
+    if updates == output_draws == 0:
+        raise ValueError("with updates 0 and output_draws 0 nothing is learned; set one of them above 0")
+    check_count(gpus)
 
 
 def _advanced_inputs() -> list[Any]:
@@ -111,4 +137,5 @@ def _advanced_inputs() -> list[Any]:
         io.Int.Input("seed", default=default.seed, min=0, max=2**31, optional=True, advanced=True,
                      tooltip="Of noise, noise levels and queries. Equal seeds train equally."),
         gpus_input(),
+        keep_unfinished_input(),
     ]  # fmt: skip

@@ -17,7 +17,7 @@ from ..atomic_file import whole_file
 from ..checks import json_or_none
 from ..shown import one_line
 from .partial import CHUNK, Partial, Watch, append_missing, persist, writing
-from .transfer import Cut, Hub, HubError, HubFile
+from .transfer import Cut, Hub, HubError, HubFile, without_address
 
 log = logging.getLogger("linearize")
 RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try that follows one without a new byte
@@ -28,17 +28,18 @@ CLEAR_LICENCE = (
 
 
 def parse_hub_file(text: str) -> HubFile:
-    """Return the file that `owner/repo/path/to/file.safetensors[@revision]` names.
+    """Return the file that `owner/repo/path/to/file.safetensors[@revision]` or its address on the Hub names.
 
     Raises:
-        ValueError: as `HubFile`, or the text is an address, has a backslash, no file or an empty revision.
+        ValueError: as `HubFile`, or the text is another address, has a backslash, no file or an empty revision.
     """
+    text = without_address(text)
     path, at, revision = text.strip().partition("@")
     parts = path.split("/", 2)
     if ":" in text or "\\" in text or len(parts) != 3:
         raise ValueError(
             f"write a Hub file as owner/repo/file.safetensors or owner/repo/file.safetensors@revision, with forward "
-            f"slashes and no address before it, got {text!r}"
+            f"slashes, or paste its address on the Hub, got {text!r}"
         )
     if at and not revision:
         raise ValueError(f"write a branch, tag or commit after the '@', or leave it out, got {text!r}")

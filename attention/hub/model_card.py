@@ -15,7 +15,7 @@ from ..hosts import HOSTS
 from ..planning.report import describe_spec
 from ..shown import LONGEST_REASON, one_line
 from ..specs import DenseSpec, SiteSpec
-from ..students.file import StudentFile
+from ..students.file import StudentFile, unfinished_stages
 from ..words import file_size
 from .transfer import HubFile
 
@@ -82,7 +82,9 @@ def describe_student(student: StudentFile) -> tuple[str, ...]:
     licence = f"licence {one_line(student.licence, LONGEST_NAME)}"
     if not student.licence:
         licence = "no licence stated; name one before you share it"
-    lines = [f"student of {base} ({_title(student)}), {licence}"]
+    stages = unfinished_stages(student.recipe)
+    lines = [f"UNFINISHED: {stages}"] if stages else []
+    lines += [f"student of {base} ({_title(student)}), {licence}"]
     rows = spec_errors(student)
     lines += [
         f"{describe_spec(row.spec)} at {one_line(row.sites, LONGEST_REASON)}: {describe_errors(row.errors)}"
@@ -114,6 +116,7 @@ def model_card(student: StudentFile, file: HubFile, size: int) -> str:
         f"# {PurePosixPath(file.repo).name}", "",
         f"Attention of {_cell(_title(student))} with linear cost, distilled with [Linearize]({HOMEPAGE}) for ComfyUI.",
         "",
+        *_unfinished(student),
         *_facts(student, file, size), "",
         *_attention(student), "",
         "## How to use it", "",
@@ -126,6 +129,12 @@ def model_card(student: StudentFile, file: HubFile, size: int) -> str:
     ]  # fmt: skip
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body) + "\n")
     return str(card).encode("utf-8", "replace").decode("utf-8")  # JSON can spell half a character
+
+
+def _unfinished(student: StudentFile) -> list[str]:
+    stages = unfinished_stages(student.recipe)
+    words = f"**Unfinished**: training was cancelled ({_cell(stages)}). Expect less than of a finished run."
+    return [words, ""] if stages else []
 
 
 def _facts(student: StudentFile, file: HubFile, size: int) -> list[str]:

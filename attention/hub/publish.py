@@ -15,7 +15,7 @@ from ..students.file import StudentFile, load_student
 from ..words import file_size
 from .download import is_offline
 from .model_card import describe_student, model_card
-from .transfer import Hub, HubError, HubFile
+from .transfer import Hub, HubError, HubFile, without_address
 
 log = logging.getLogger("linearize")
 CARD = "README.md"
@@ -40,6 +40,15 @@ class Publication:
     student: StudentFile
 
 
+def check_repository(repo: str) -> str:
+    """Return a repository's name, written or pasted as an address.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return HubFile(without_address(repo), "student.safetensors").repo
+
+
 def prepare(path: Path, repo: str) -> Publication:
     """Return what publishing a file would upload; touches no network.
 
@@ -50,7 +59,7 @@ def prepare(path: Path, repo: str) -> Publication:
     Raises:
         ValueError: repository or file name could not be loaded again, or the file is no whole student; one sentence.
     """
-    file = HubFile(repo.strip(), path.name)
+    file = HubFile(check_repository(repo), path.name)
     student = load_student(path)
     size = path.stat().st_size
     return Publication(file, path, size, model_card(student, file, size), student)

@@ -11,11 +11,13 @@ import os
 import re
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urljoin
+from urllib.parse import unquote, urljoin, urlsplit
 
 log = logging.getLogger("linearize")
 MAX_REDIRECTS = 5
 MAX_NAME = 180
+HUB = "https://huggingface.co"
+HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
 
@@ -63,6 +65,31 @@ class HubFile:
 
     def __str__(self) -> str:
         return f"{self.repo}/{self.file}" + ("" if self.revision == "main" else f"@{self.revision}")
+
+
+def without_address(text: str) -> str:
+    """Return an address of the Hub in the form `owner/repo[/file][@revision]`; other texts as they are.
+
+    Read are pages of a repository, of a folder and of a file, and a file's download address.
+
+    Raises:
+        ValueError: it is an address of something else.
+    """
+    text = text.strip()
+    if not re.match(r"(https?://|hf\.co/|huggingface\.co/)", text, re.IGNORECASE):
+        return text
+    parts = urlsplit(text if "//" in text else f"https://{text}")
+    own = urlsplit(os.environ.get("HF_ENDPOINT") or HUB).hostname
+    if parts.hostname not in {*HUB_HOSTS, own}:
+        raise ValueError(f"{parts.hostname or text!r} is not the Hub; write owner/repo, or paste an address of the Hub")
+    owner, repo, kind, revision, *path = [*unquote(parts.path).strip("/").split("/"), *[""] * 4]
+    path = [each for each in path if each]
+    if not repo or kind not in ("", "blob", "resolve", "tree", "discussions", "commits"):
+        raise ValueError(f"that address names no repository of models: {text!r}; write owner/repo")
+    file = "/".join(path) if kind in ("blob", "resolve") else ""
+    if not file:
+        return f"{owner}/{repo}"
+    return f"{owner}/{repo}/{file}" + ("" if revision in ("", "main") else f"@{revision}")
 
 
 def _is_safe(path: str) -> bool:

@@ -281,6 +281,12 @@ def _student(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Stud
     )
 
 
+def unfinished_stages(recipe: Mapping[str, Any]) -> str:
+    """Return which stages of training were cancelled and handed on, how far they got; empty if none was."""
+    stages = [(name, facts) for name, facts in recipe.items() if isinstance(facts, dict) and "unfinished" in facts]
+    return ", ".join(f"{one_line(name)} {one_line(str(facts['unfinished']))}" for name, facts in stages)
+
+
 def _recipe(text: str) -> dict[str, Any]:
     recipe = _json_object("recipe", text)
     check_json("its recipe", recipe)

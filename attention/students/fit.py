@@ -8,7 +8,7 @@ from ..hosts.base import Site
 from ..kinds.feature_maps import Favor, FeatureMap, Maps
 from ..kinds.kind import Learned
 from ..plans import describe_sites
-from ..shown import quote
+from ..shown import one_line, quote
 from ..specs import DenseSpec, SiteSpec, groups_of
 from .file import PARAMETER, SHAPES, StudentFile
 from .learned import StudentParameters, empty_maps, map_shapes
@@ -33,7 +33,11 @@ def check_student(student: StudentFile, host_name: str, sites: Sequence[Site]) -
     if student.host != host_name:
         raise ValueError(f"the student is for host {quote(student.host)}, this model is {quote(host_name)}")
     ids = [site.id for site in sites]
-    specs = student.plan.resolve(ids)
+    try:
+        specs = student.plan.resolve(ids)
+    except ValueError as error:
+        base = one_line(student.base_model, 200) if student.base_model else "another model of this architecture"
+        raise ValueError(f"the student was made for {base}: {error}") from None
     for site in sites:
         try:
             groups_of(specs[site.id], site.num_heads)

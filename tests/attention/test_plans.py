@@ -20,6 +20,9 @@ SITES = tuple(f"double.{i}" for i in range(19)) + tuple(f"single.{i}" for i in r
         (" single.0 , double.18 ", ("double.18", "single.0")),
         ("double, all", SITES),
         ("single.36-99", ("single.36", "single.37")),
+        ("All", SITES),
+        ("Double single.0", (*SITES[:19], "single.0")),
+        ("double，single", SITES),
     ],
 )
 def test_expressions(expression, expected):

@@ -53,14 +53,14 @@ SCHEMAS = {
     "LinearizeTransfer": (
         "Distill Attention", "linearize/distill",
         ["model", "samples", "plans", "updates", "learning_rate", "loss", "queries", "replay", "repeats", "held_out",
-         "output_draws", "seed", "gpus"],
+         "output_draws", "seed", "gpus", "keep_unfinished"],
         ["ATTENTION_STUDENT", "LOSS_MAP"],
     ),
     "LinearizeFinetune": (
         "Fine-tune Student", "linearize/distill",
         ["model", "student", "samples", "updates", "preset", "rank", "block_updates", "full_rank", "map_rate",
          "delta_rate", "optimizer", "ema", "accumulation", "checkpointing", "warmup", "held_out", "seed",
-         "preview_every", "gpus"],
+         "preview_every", "gpus", "keep_unfinished"],
         ["ATTENTION_STUDENT", "LOSS_MAP"],
     ),
     "LinearizeBudgetPlan": (

@@ -17,7 +17,7 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...attention.words import counted, memory_size
+from ...attention.words import counted, memory_size, percent, time_left
 from ..samples.conditioning import Conditioning
 from ..samples.files import SamplesProblem
 from ..samples.folder import TeacherSamples
@@ -126,7 +126,13 @@ def generate_samples(
             files = _store_conditionings(writer, order, missing, show)
             size = folder_bytes(folder) + len(missing) * LATENT_FLOAT_BYTES * math.prod(order.about.latent_shape)
             show(f"{_counted(order, requests)}, {len(missing)} to make; {memory_size(size)} in {folder}")
-            _sample_all(model, writer, missing, files, order.live, show)
+            try:
+                _sample_all(model, writer, missing, files, order.live, show)
+            except comfy.model_management.InterruptProcessingException:
+                show(
+                    f"cancelled after {len(writer.finished)} of {counted(len(requests), 'sample')}, run again to go on"
+                )
+                raise
     return TeacherSamples.open(folder, order.live)
 
 
@@ -185,8 +191,10 @@ def _sample_all(
         )
         writer.add(each.number, each.prompt, latent, positive, negative)
         rest = len(missing) - done - 1
-        left = describe_seconds((time.monotonic() - start) / (done + 1) * rest)
-        show(f"{counted(len(writer.finished), 'sample')} finished, {rest} to make, {left}")
+        left = time_left((time.monotonic() - start) / (done + 1) * rest)
+        whole = len(writer.finished) + rest
+        share = percent(len(writer.finished) / whole)
+        show(f"{counted(len(writer.finished), 'sample')} finished of {whole}, {share}, {left}")
 
 
 def describe_samples(samples: TeacherSamples) -> str:
@@ -206,10 +214,3 @@ def _counted(order: Order, requests: Sequence[Request]) -> str:
 def folder_bytes(folder: Path) -> int:
     """Return the size of a folder's files, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def describe_seconds(seconds: float) -> str:
-    """Return the time that is left, roughly."""
-    if seconds < 90:
-        return f"about {seconds:.0f} s left"
-    return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"

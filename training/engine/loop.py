@@ -70,6 +70,11 @@ class Progress:
         return self.done >= total or bool(self.problem)
 
 
+def unfinished(progress: Progress, total: int) -> dict[str, str]:
+    """Return what a student's recipe says of a run that was cancelled and handed on; nothing for any other."""
+    return {} if progress.is_over(total) else {"unfinished": f"{progress.done} of {total} updates"}
+
+
 class OutOfMemory(RuntimeError):
     """Memory ran out and nothing is left to give up; one sentence with advice."""
 

@@ -22,6 +22,19 @@ AVERAGING = {"schedule_free"}  # its weights to be used are not those that are t
 NUMBER = "number."
 
 
+def check_optimizer(name: str) -> None:
+    """Refuse an optimiser that cannot be made here.
+
+    Raises:
+        ValueError: no optimiser has that name, or its package is not installed.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer is one of {', '.join(OPTIMIZERS)}, got {name!r}")
+    module, _, package, _ = OPTIMIZERS[name]
+    if importlib.util.find_spec(module.split(".")[0]) is None:
+        raise ValueError(f"optimizer {name} needs the package {package}, which is not installed; adamw needs nothing")
+
+
 def make_optimizer(name: str, groups: Iterable[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
     """Return an optimiser.
 
@@ -33,11 +46,8 @@ def make_optimizer(name: str, groups: Iterable[dict[str, Any]], **options: Any) 
     Raises:
         ValueError: no optimiser has that name, or its package is not installed.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer is one of {', '.join(OPTIMIZERS)}, got {name!r}")
-    module, kind, package, own = OPTIMIZERS[name]
-    if importlib.util.find_spec(module.split(".")[0]) is None:
-        raise ValueError(f"optimizer {name} needs the package {package}, which is not installed; adamw needs nothing")
+    check_optimizer(name)
+    module, kind, _, own = OPTIMIZERS[name]
     return getattr(importlib.import_module(module), kind)(list(groups), **own, **options)
 
 

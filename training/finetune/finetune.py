@@ -21,7 +21,7 @@ from torch import Tensor
 from ...attention.site_call import SiteCall
 from ...attention.students.candidates import Candidates
 from ...attention.students.tensor_values import below
-from ..engine.loop import Losses, NotFinite, Progress, Say, silent
+from ..engine.loop import Losses, NotFinite, Progress, Say, silent, unfinished
 from ..engine.losses import residual_loss, squared_loss
 from ..engine.protocols import BlockCall, Draw, Trainee
 from ..engine.recipe import FinetuneRecipe
@@ -202,6 +202,7 @@ class Finetune:
             **self.recipe.to_json(), "updates_done": progress.done,
             "notes": [*progress.notes, *filter(None, [progress.problem])],
             "error_before": json_number(before.velocity), "error_after": json_number(after.velocity),
+            **unfinished(progress, self.num_updates),
         }  # fmt: skip
         fell = after.velocity <= before.velocity or not math.isfinite(before.velocity)
         if not (fell and math.isfinite(after.velocity)):

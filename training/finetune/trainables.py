@@ -65,8 +65,11 @@ class Trainables(nn.Module):
         self.to(device)
         if not any(each.requires_grad for each in self.parameters()):
             raise ValueError(
-                "this student has no feature maps or pooling weights to train; set rank above 0 to train changes of "
-                "weights"
+                "every site of this student is dense, so there is nothing to train; lower the budget of Budget Plan, "
+                "or raise its max_error"
+                if not self.specs
+                else "this student has no feature maps or pooling weights to train; set rank above 0 to train changes "
+                "of weights"
             )
 
     @property

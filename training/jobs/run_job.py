@@ -20,7 +20,7 @@ from ...attention.specs import SiteSpec
 from ...attention.students.candidates import IN_MEMORY, Candidate, Candidates
 from ...attention.students.fit import check_student
 from ..engine.job_folder import RESULT, JobFolder, job_key
-from ..engine.loop import Losses, Progress, Stage, Stopped, progress_of, run_stage
+from ..engine.loop import Losses, Progress, Stage, Stopped, progress_of, run_stage, unfinished
 from ..engine.protocols import Model, Teacher, Trainee
 from ..engine.recipe import FinetuneRecipe, TransferRecipe
 from ..engine.results import Finished, pack, student_digest, unmeasured, unpack
@@ -144,6 +144,7 @@ class _Run:
             **recipe.to_json(), "updates_done": progress.done, "samples": len(self.samples.entries),
             "notes": [*notes, *filter(None, [progress.problem])],
             "error_before": mean_error(before), "error_after": mean_error(after),
+            **unfinished(progress, stage.num_updates),
         }  # fmt: skip
         student = Candidates(
             host=teacher.host.name,
@@ -252,5 +253,5 @@ def early_end(progress: Progress, total: int) -> list[str]:
     if progress.problem:
         return [f"ended after {progress.done} of {total} updates: {progress.problem}"]
     if progress.done < total:
-        return [f"cancelled after {progress.done} of {total} updates and saved; run the same workflow again to go on"]
+        return [f"UNFINISHED · cancelled after {progress.done} of {total} updates, run again to go on"]
     return []

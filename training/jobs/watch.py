@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ...attention.words import percent, seconds_as_text, time_left
 from ..engine.loop import Losses, Progress, Stage
 from ..engine.results import Finished
 
@@ -34,7 +35,8 @@ class Update:
 
     def __str__(self) -> str:
         losses = ", ".join(f"{name} {value:.4g}" for name, value in self.losses.items())
-        return f"update {self.done} of {self.total}, {losses}, {self.seconds:.2g} s per update"
+        pace = f"{percent(self.done / self.total)}, {time_left(self.seconds * (self.total - self.done))}"
+        return f"update {self.done} of {self.total}, {pace}, {losses}, {seconds_as_text(self.seconds)} s per update"
 
     def to_json(self) -> dict[str, Any]:
         """Return the update as a line of a progress file."""

@@ -12,9 +12,10 @@ import pytest
 import torch
 import yaml
 
+from linearize.attention.hub.download import parse_hub_file
 from linearize.attention.hub.model_card import describe_student, model_card, spec_errors
 from linearize.attention.hub.publish import describe_publication, prepare, publish
-from linearize.attention.hub.transfer import HubError
+from linearize.attention.hub.transfer import HubError, without_address
 from linearize.attention.plans import Plan
 from linearize.attention.specs import ClearSpec, HybridSpec
 from linearize.attention.students.file import StudentFile, save_student
@@ -147,11 +148,41 @@ def test_preparing_touches_no_network(path, monkeypatch):
     assert "licence mit" in text
 
 
-@pytest.mark.parametrize("repo", ["", "owner", "owner/../x", "owner/name/more", "https://hub/o/r", "o wner/r", "../r"])
+@pytest.mark.parametrize("repo", ["", "owner", "owner/../x", "owner/name/more", "o wner/r", "../r"])
 def test_repositories_that_are_none(path, repo):
     with pytest.raises(ValueError) as caught:
         prepare(path, repo)
     assert "a Hub repository is owner/name" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pasted", "read"),
+    [
+        ("https://huggingface.co/o/r", "o/r"),
+        ("huggingface.co/o/r/", "o/r"),
+        ("https://hf.co/o/r/tree/main/folder", "o/r"),
+        ("https://huggingface.co/o/r/blob/main/folder/file.safetensors", "o/r/folder/file.safetensors"),
+        ("https://huggingface.co/o/r/resolve/v2/file.safetensors?download=true", "o/r/file.safetensors@v2"),
+        ("o/r/file.safetensors@v2", "o/r/file.safetensors@v2"),
+    ],
+)
+def test_a_pasted_address_of_the_hub_is_read(path, pasted, read):
+    assert without_address(pasted) == read
+    if read.endswith(("safetensors", "v2")):
+        assert str(parse_hub_file(pasted)) == read
+    else:
+        assert prepare(path, pasted).file.repo == read
+        with pytest.raises(ValueError, match="write a Hub file as owner/repo/file.safetensors"):
+            parse_hub_file(pasted)
+
+
+@pytest.mark.parametrize("pasted", ["https://hub/o/r", "https://example.com/o/r/blob/main/f.safetensors"])
+def test_an_address_of_something_else_is_refused(path, pasted):
+    for read in (without_address, parse_hub_file, lambda text: prepare(path, text)):
+        with pytest.raises(ValueError, match="is not the Hub; write owner/repo, or paste an address of the Hub"):
+            read(pasted)
+    with pytest.raises(ValueError, match="names no repository of models"):
+        without_address("https://huggingface.co/datasets/o/r")
 
 
 def test_files_that_are_no_students(tmp_path):

@@ -80,15 +80,50 @@ def test_a_cancelled_run_returns_its_best_and_goes_on_bit_by_bit(lab, name, stop
     before = cancelled()
     with monkeypatch.context() as shows:
         shows.setattr(lab.module("nodes.node_status"), "show_on_node", lambda *_: cancel)
-        partial, some = lab.finetune(model, given, samples, **settings)
+        partial, some = lab.finetune(model, given, samples, keep_unfinished=True, **settings)
+    assert facts(partial)["unfinished"] == f"{stop} of 5 updates" and "unfinished" not in facts(whole)
     assert some["loss"] == losses["loss"][:stop] and facts(partial)["updates_done"] == stop
-    assert f"cancelled after {stop} of 5 updates and saved; run the same workflow again" in lab.shown[-1]
+    assert f"UNFINISHED · cancelled after {stop} of 5 updates, run again to go on" in lab.shown[-1]
     assert cancelled() == before + 1, "the next run is not taken from ComfyUI's cache"
     rest, all_losses = lab.finetune(model, given, samples, **settings)
     assert all_losses == losses and same(rest.deltas, whole.deltas)
     assert facts(rest) == facts(whole)
     for site, (each,) in whole.sites.items():
         assert same(rest.sites[site][0].parameters, each.parameters)
+
+
+@pytest.mark.parametrize("node", ["finetune", "distil"])
+def test_a_cancel_ends_the_prompt_and_the_same_run_goes_on(lab, node, monkeypatch, tmp_path):
+    """Nothing comes out of the node, so ComfyUI runs nothing behind it and keeps no result."""
+    import comfy.model_management
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(lab.module("nodes.training_run"), "TEXT_INTERVAL_S", 0.0)
+    model, samples = lab.models["flux"].model, lab.samples("flux")
+    given = lab.student("flux", lab.specs.HybridSpec(2, "polynomial"))
+    plan = lab.module("attention.plans").Plan("flux", lab.specs.HybridSpec(2, "polynomial"))
+
+    def run():
+        if node == "finetune":
+            return lab.finetune(model, given, samples, seed=5)
+        with torch.inference_mode():
+            few = {"updates": 5, "held_out": 1, "output_draws": 0}
+            return lab.node("LinearizeTransfer")(model=model, samples=samples, plans={"plan0": plan}, **few).args
+
+    def cancel(text):
+        lab.shown.append(text)
+        if "update 2 of 5" in text:
+            comfy.model_management.interrupt_current_processing()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lab.module("nodes.node_status"), "show_on_node", lambda *_: cancel)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run()
+    assert lab.shown[-1] == "cancelled after 2 of 5 updates, run again to go on"
+    lab.shown.clear()
+    _, losses = run()
+    assert len(losses["loss"]) == 5 and not any("update 1 of 5" in text for text in lab.shown)
 
 
 def test_a_cancel_is_heard_while_it_measures(lab, monkeypatch):
@@ -107,9 +142,10 @@ def test_a_cancel_is_heard_while_it_measures(lab, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(comfy.ops, "run_every_op", lambda: None)
         patch.setattr(lab.module("nodes.node_status"), "show_on_node", lambda *_: cancel)
-        lab.finetune(model, given, samples, seed=77)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            lab.finetune(model, given, samples, seed=77)
     assert not any("sample 2 of 2" in text for text in lab.shown)
-    assert "no update was finished" in lab.shown[-1] and "cancelled after 0 of 5" in lab.shown[-1]
+    assert lab.shown[-1] == "cancelled after 0 of 5 updates, run again to go on"
     _, losses = lab.finetune(model, given, samples, seed=77)
     assert len(losses["loss"]) == 5
 

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from linearize.attention.words import time_left
+
 SIZE = (1, 16, 16, 24)
 PROMPTS = "a lake\n\n  # not this\n a house \n"
 
@@ -94,12 +96,12 @@ def test_the_node_tells_how_many_how_large_and_how_long(studio, monkeypatch):
     studio.run(prompts=PROMPTS, clip=Clip())
     assert studio.shown[:2] == ["encoding prompt 1", "encoding prompt 2"]
     assert studio.shown[2].startswith("2 samples of 2 prompts, 2 to make; 0.1 MiB in ")
-    assert studio.shown[3].startswith("1 sample finished, 1 to make, about ") and studio.shown[3].endswith(" s left")
+    assert studio.shown[3].startswith("1 sample finished of 2, 50 %, about ") and studio.shown[3].endswith(" s left")
     studio.shown.clear()
     studio.run(prompts=PROMPTS + "more", clip=Clip())
     assert studio.shown[1].startswith("3 samples of 3 prompts, 1 to make; ")
     for seconds, words in ((5, "about 5 s left"), (600, "about 10 min left"), (9000, "about 2.5 h left")):
-        assert studio.sampling.describe_seconds(seconds) == words
+        assert time_left(seconds) == words
     assert [studio.sampling.memory_size(size) for size in (2**19, 3 * 2**30)] == ["0.5 MiB", "3.0 GiB"]
 
 
@@ -129,7 +131,10 @@ def test_what_is_cancelled_goes_on_with_equal_latents(studio, monkeypatch):
 
     whole, _ = studio.run(prompts=PROMPTS, clip=Clip(), seeds=2, name="whole")
 
+    shown = []
+
     def show(text):
+        shown.append(text)
         if text.startswith("2 samples finished"):
             management.interrupt_current_processing(True)
 
@@ -137,6 +142,7 @@ def test_what_is_cancelled_goes_on_with_equal_latents(studio, monkeypatch):
         patch.setattr(studio.node_status, "show_on_node", lambda *_: show)
         with pytest.raises(management.InterruptProcessingException):
             studio.run(prompts=PROMPTS, clip=Clip(), seeds=2)
+    assert shown[-1] == "cancelled after 2 of 4 samples, run again to go on"
     assert len(studio.open(studio.output / "linearize" / "teacher")) == 2
     clip = Clip()
     resumed, _ = studio.run(prompts=PROMPTS, clip=clip, seeds=2)
