@@ -57,8 +57,8 @@ class LinearizeUniformPlan(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, sites: str = "all"):
-        """Return whether the expression can be read."""
+    def validate_inputs(cls, sites: str = "all", kind: dict | None = None):
+        """Return whether the expression can be read. ComfyUI hands over `kind` whether it is asked for or not."""
         return answer(read_expression, sites)
 
     @classmethod

@@ -77,8 +77,8 @@ class LinearizeTransfer(io.ComfyNode):
         return io.NodeOutput(result.candidates, {"loss": result.history.get("loss", [])})
 
     @classmethod
-    def validate_inputs(cls, updates: int = 1000, output_draws: int = 32, gpus: int = 1):
-        """Return whether there is something to learn, and as many GPUs."""
+    def validate_inputs(cls, updates: int = 1000, output_draws: int = 32, gpus: int = 1, plans: dict | None = None):
+        """Return whether there is something to learn, and as many GPUs. ComfyUI hands over `plans` unasked."""
         return answer(check_transfer, updates, output_draws, gpus)
 
     @classmethod

@@ -364,6 +364,49 @@ def test_a_status_lasts_over_a_reload_in_both_modes_and_keeps_its_lines(frontend
     assert re.fullmatch(r"first\nsecond\nthird\nlast run \d\d:\d\d", status), status
 
 
+QUICK_DISTILLATION = {  # of the demo's workflow: seconds until updates begin, and more of them than a test waits for
+    4: {"prompts": "day sun left hills red house left oak", "name": "browser_cancel", "seeds": 2, "steps": 2},
+    8: {"updates": 5000, "held_out": 1, "output_draws": 0},
+}
+LISTEN = """() => {
+    window.executed = [];
+    app.api.addEventListener('executing', event => window.executed.push(String(event.detail)));
+    for (const name of ['execution_success', 'execution_error', 'execution_interrupted'])
+        app.api.addEventListener(name, event => window.ended = [name, event.detail.exception_message ?? '']);
+}"""
+
+
+def test_cancel_ends_the_prompt_and_the_node_says_how_far_it_came(frontend):
+    open_workflow(frontend, "lab/demo/distill_demo.json")
+    for key, values in QUICK_DISTILLATION.items():
+        frontend.evaluate(SET_WIDGETS, [key, values])
+    frontend.evaluate(LISTEN)
+    frontend.get_by_test_id("queue-button").click()
+    status = f"app.graph.getNodeById(8).widgets.find(w => w.name === '{STATUS}')?.value ?? ''"
+    frontend.wait_for_function(f"/update \\d+ of 5000/.test({status})")
+    frontend.evaluate("app.api.interrupt()")
+    frontend.wait_for_function("window.ended")
+    assert frontend.evaluate("window.ended[0]") == "execution_interrupted"
+    told, dated = frontend.evaluate(status).split("\n")
+    assert re.fullmatch(r"cancelled after \d+ of 5000 updates, run again to go on", told), told
+    assert dated.startswith("last run ")
+    assert not {"9", "10", "11", "14"} & set(frontend.evaluate("window.executed")), "nothing behind it runs"
+
+
+def test_an_errors_sentence_is_on_its_node(frontend):
+    open_workflow(frontend, "lab/demo/clear_demo.json")
+    frontend.evaluate("() => { app.graph.nodes.find(n => n.type === 'LinearizeCLEAR').widgets"
+                      ".find(w => w.name === 'sites').value = 'middle'; }")  # fmt: skip
+    frontend.evaluate(LISTEN)
+    frontend.get_by_test_id("queue-button").click()
+    frontend.wait_for_function("window.ended")
+    ended, message = frontend.evaluate("window.ended")
+    sentence = "'middle' names no site of this model, which has double.0, single.0-3"
+    assert ended == "execution_error" and message.strip() == sentence, message
+    shown, dated = status_of(frontend, "LinearizeCLEAR").split("\n")
+    assert shown == sentence and dated.startswith("last run ")
+
+
 def test_a_status_of_another_workflow_or_type_is_not_shown(frontend):
     open_workflow(frontend, "lab/demo/clear_demo.json")
     tell = """([workflow, type]) => app.api.dispatchEvent(new CustomEvent('linearize.status', { detail: {

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,34 @@ def test_the_schema_refuses_what_no_node_would_take(server, live, inputs):
     with pytest.raises(live.ServerProblem) as problem:
         server.queue(demo(**inputs))
     assert next(iter(inputs)) in str(problem.value)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"sites": "single.x"}, "cannot read 'single.x' in sites 'single.x'"),
+        ({"start_percent": 0.9, "end_percent": 0.1}, "start_percent must be below end_percent"),
+        ({"end_percent": 2.0}, "end_percent is from 0 to 1, got 2.0"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_it_is_queued(server, live, inputs, words):
+    with pytest.raises(live.ServerProblem) as problem:
+        server.queue(demo(**inputs))
+    assert words in str(problem.value)
+
+
+def test_every_shipped_workflow_of_the_demo_is_accepted_whole(server):
+    """ComfyUI runs what it accepts of a prompt and drops the rest, so its list of refused nodes has to be empty."""
+    for path in sorted((ROOT / "lab" / "demo" / "api").glob("*.json")):
+        body = json.dumps({"prompt": json.loads(path.read_text(encoding="utf-8"))}).encode()
+        request = urllib.request.Request(server.url + "/prompt", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            queued = json.load(reply)
+        stop = json.dumps({"delete": [queued["prompt_id"]]}).encode()
+        for where, what in (("/queue", stop), ("/interrupt", b"{}")):
+            post = urllib.request.Request(server.url + where, what, {"Content-Type": "application/json"})
+            urllib.request.urlopen(post, timeout=60).close()
+        assert queued["node_errors"] == {}, path.name
 
 
 def test_a_taken_port_is_one_sentence(server, live):
