@@ -5,7 +5,7 @@ A plan is data; `attention/runtime/run_site.py` acts on it.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .checks import parse_json
@@ -17,6 +17,7 @@ PLAN_FORMAT = "linearize/plan/1"
 PART = re.compile(r"(?P<group>[a-z][a-z0-9_]*)(?:\.(?P<first>[0-9]{1,6})(?:-(?P<last>[0-9]{1,6}))?)?")
 MOST_PARTS = 4096  # of all expressions of a plan together; no model has so many sites
 MOST_HOST = 100  # characters of a host's name
+ANY_HOST = "auto"  # as a plan's host: whichever the model has that it meets
 
 
 def select_sites(expression: str, sites: Sequence[str]) -> tuple[str, ...]:
@@ -106,7 +107,7 @@ class Plan:
     """The spec of every site of one host.
 
     Args:
-        host: the architecture it was written for, such as "flux".
+        host: the architecture it was written for, such as "flux", or ANY_HOST.
         default: the spec of sites that no rule names.
         rules: (site expression, spec) pairs; where two name the same site, the later one holds.
     """
@@ -119,6 +120,19 @@ class Plan:
     def of_sites(cls, host: str, specs: Mapping[str, SiteSpec]) -> "Plan":
         """Return the plan that gives each site its spec; sites that are not named stay dense."""
         return cls(host, rules=group_sites(specs))
+
+    def for_host(self, name: str, title: str) -> "Plan":
+        """Return the plan as that of a model's host.
+
+        Args:
+            name, title: of the host.
+
+        Raises:
+            ValueError: it was written for another one.
+        """
+        if self.host not in (name, ANY_HOST):
+            raise ValueError(f"the plan is for host {one_line(self.host)}, this model is {name} ({title})")
+        return replace(self, host=name)
 
     def resolve(self, sites: Sequence[str]) -> dict[str, SiteSpec]:
         """Return the spec of each of `sites`.

@@ -16,6 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+import webbrowser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 from .comfyui import BASE, COMFYUI, prepare_base
 
 START_SECONDS = 180
+DEMO = "/?template=side_by_side&source=linearize_demo"  # what a person is shown first
 
 
 class ServerProblem(Exception):
@@ -189,7 +191,10 @@ def main() -> int:
     port = parser.parse_args().port
     try:
         with live_server(port) as server:
-            print(f"ComfyUI is open at {server.url}; press Ctrl+C to stop it. Its output: {server.log}", flush=True)
+            address = server.url + DEMO
+            print(f"ComfyUI is open at {address}; press Ctrl+C to stop it. Its output: {server.log}", flush=True)
+            if sys.stdout.isatty():
+                webbrowser.open(address)
             server.process.wait()
     except ServerProblem as problem:
         print(problem, file=sys.stderr)

@@ -24,8 +24,7 @@ def apply_plan(model: Any, plan: Plan, node_id: str | None) -> Any:
         ValueError: the plan is for another host, or names a site that the model lacks.
     """
     host, module = patching.host_of(model)
-    if plan.host != host.name:
-        raise ValueError(f"the plan is for host {one_line(plan.host)}, this model is {host.name} ({host.title})")
+    plan = plan.for_host(host.name, host.title)
     sites = [site.id for site in host.sites(module)]
     try:
         named = {site for expression, _ in plan.rules for site in select_sites(expression, sites)}

@@ -9,7 +9,7 @@ from ..attention.plans import read_expression
 from ..attention.students.candidates import Candidates
 from . import node_status
 from .sentences import answer
-from .sockets import CATEGORY_PLAN, AttentionPlan, AttentionStudent
+from .sockets import CATEGORY_PLAN, EXPERIMENTAL, AttentionPlan, AttentionStudent
 
 
 class LinearizeBudgetPlan(io.ComfyNode):
@@ -22,6 +22,7 @@ class LinearizeBudgetPlan(io.ComfyNode):
             node_id="LinearizeBudgetPlan",
             display_name="Budget Plan",
             category=CATEGORY_PLAN,
+            is_experimental=EXPERIMENTAL,
             description="Chooses for every site the candidate that it runs, or dense attention, so that the errors "
             "that were measured add up to the least that a budget of operations allows.",
             search_aliases=["block rate selection", "knapsack", "choose layers", "per layer attention"],

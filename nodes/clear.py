@@ -15,7 +15,7 @@ from . import model_files, node_status
 from .clear_source import AUTO, choices, clear_source, published_name, read_weights
 from .kind_inputs import PlacedNode, clear_inputs, place_inputs
 from .model_takers import NOT_SAMPLED, taker_notes
-from .sockets import CATEGORY, AttentionPlan
+from .sockets import CATEGORY, EXPERIMENTAL, AttentionPlan
 
 WINDOWS = ClearSpec()
 
@@ -31,14 +31,24 @@ class LinearizeCLEAR(PlacedNode):
             node_id="LinearizeCLEAR",
             display_name="CLEAR Attention",
             category=CATEGORY,
+            is_experimental=EXPERIMENTAL,
             description="Lets each image token see only the tokens inside a disc around it, and all of the text. "
             "Time and memory of attention grow with the number of pixels instead of its square.",
             search_aliases=[
                 "linear attention",
                 "local attention",
                 "window attention",
+                "sparse attention",
                 "faster flux",
+                "speed up",
+                "accelerate",
+                "memory",
+                "sage",
                 "high resolution",
+                "加速",
+                "窗口",
+                "稀疏",
+                "高分辨率",
             ],
             inputs=[
                 io.Model.Input(

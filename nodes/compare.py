@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from . import node_status
 from .picture_metrics import compare
-from .sockets import CATEGORY_INSPECT
+from .sockets import CATEGORY_INSPECT, EXPERIMENTAL
 
 
 class LinearizeCompare(io.ComfyNode):
@@ -17,6 +17,7 @@ class LinearizeCompare(io.ComfyNode):
             node_id="LinearizeCompare",
             display_name="Compare with Teacher",
             category=CATEGORY_INSPECT,
+            is_experimental=EXPERIMENTAL,
             description="Measures how far a picture is from the one that the untouched model makes with the same seed: "
             "PSNR, SSIM and a map of the difference.",
             search_aliases=["psnr", "ssim", "image difference", "compare images"],

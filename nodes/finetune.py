@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
-import latent_preview
 from comfy_api.latest import io
 
 from ..attention.site_call import SiteCall
@@ -19,8 +18,9 @@ from ..training.finetune.estimate import Estimate, estimate
 from ..training.finetune.finetune import Finetune
 from ..training.jobs.watch import Update
 from ..training.samples.folder import TeacherSamples as Samples
+from .latent_pictures import as_preview, shower, side_by_side, vae_input
 from .sentences import answer
-from .sockets import CATEGORY_DISTILL, AttentionStudent, TeacherSamples
+from .sockets import CATEGORY_DISTILL, EXPERIMENTAL, AttentionStudent, TeacherSamples
 from .training_run import NodeWatch, cancelled_runs, keep_unfinished_input
 from .training_worker import check_count, gpus_input, train
 
@@ -37,10 +37,11 @@ class LinearizeFinetune(io.ComfyNode):
             node_id="LinearizeFinetune",
             display_name="Fine-tune Student",
             category=CATEGORY_DISTILL,
+            is_experimental=EXPERIMENTAL,
             description="Trains a student further with changes of the model's attention weights: each block alone, "
             "then the whole model, against what the teacher predicts. Needs the memory of training. Stopped, it goes "
             "on when it is run again.",
-            search_aliases=["finetune", "distill weights", "train lora", "attention surgery", "clear"],
+            search_aliases=["finetune", "distill weights", "train lora", "attention surgery", "clear", "微调", "训练"],
             inputs=[
                 io.Model.Input("model", tooltip="The teacher: the model from before any Linearize node. It is not "
                                "changed; training loads a copy of it."),
@@ -82,6 +83,7 @@ class LinearizeFinetune(io.ComfyNode):
         preview_every: int = 0,
         gpus: int = 1,
         keep_unfinished: bool = False,
+        vae: Any = None,
         **advanced: Any,
     ) -> io.NodeOutput:
         """Return the student and the losses."""
@@ -90,7 +92,7 @@ class LinearizeFinetune(io.ComfyNode):
         chosen, note = decided(student)
         kind = "maps" if rank == 0 else "full" if full_rank else "lora"
         recipe = FinetuneRecipe(updates=updates, trainables=kind, rank=max(rank, 1), **PRESETS[preset], **advanced)
-        watch = FinetuneWatch(cls.hidden.unique_id, preview_every, keep_unfinished)
+        watch = FinetuneWatch(cls.hidden.unique_id, preview_every, keep_unfinished, vae)
         result = train(subject, samples, recipe, watch, gpus, student=chosen)
         watch.show("\n".join(filter(None, (result.text, note, *notes))))
         return io.NodeOutput(result.candidates, {"loss": result.history.get("loss", [])})
@@ -127,11 +129,12 @@ class FinetuneWatch(NodeWatch):
         node_id: of the node.
         preview_every: updates between pictures; 0 makes none.
         keep_unfinished: as in `NodeWatch`.
+        vae: decodes the pictures; None takes ComfyUI's previews.
     """
 
-    def __init__(self, node_id: str | None, preview_every: int, keep_unfinished: bool = False) -> None:
+    def __init__(self, node_id: str | None, preview_every: int, keep_unfinished: bool = False, vae: Any = None) -> None:
         super().__init__(node_id, TITLE, keep_unfinished)
-        self._preview_every, self._needed = preview_every, ""
+        self._preview_every, self._needed, self._vae = preview_every, "", vae
         self._preview: Callable[[], Any] | None = None
 
     def begin(self, stage: Finetune) -> None:
@@ -142,7 +145,7 @@ class FinetuneWatch(NodeWatch):
         # the model is there already
         self._needed = f"{TITLE} {needed.text(free + needed.base)}"
         self.show(self._needed)
-        self._preview = previewer(trainee, stage) if self._preview_every else None
+        self._preview = previewer(trainee, stage, self._vae) if self._preview_every else None
         super().begin(stage)
 
     def say(self, text: str) -> None:
@@ -178,13 +181,24 @@ def needed_memory(trainee: ComfyTrainee, stage: Finetune) -> Estimate:
     )
 
 
-def previewer(trainee: ComfyTrainee, stage: Finetune) -> Any:
-    """Return a function that gives a picture of what the student sees in a held-out sample, or None for no pictures."""
-    decoder = latent_preview.get_previewer(trainee.device, trainee.latent_format)
+def previewer(trainee: ComfyTrainee, stage: Finetune, vae: Any = None) -> Any:
+    """Return a function that gives a picture of what the student sees in a held-out sample, or None for no pictures.
+
+    With a VAE it stands beside what the student saw before this run.
+    """
+    show = shower(vae, trainee.device, trainee.latent_format)
     draw = stage.held_out[len(stage.held_out) // 2]
-    if decoder is None:
+    if show is None:
         return None
-    return lambda: decoder.decode_latent_to_preview_image("JPEG", trainee.clean_picture(draw))
+    before = show(trainee.clean_picture(draw)) if vae is not None else None
+
+    def picture() -> Any:
+        now = show(trainee.clean_picture(draw))
+        if now is None:
+            return None
+        return as_preview(side_by_side([before, now]) if before is not None else now)
+
+    return picture
 
 
 def _advanced_inputs() -> list[Any]:
@@ -246,4 +260,5 @@ def _advanced_inputs() -> list[Any]:
         ),
         gpus_input(),
         keep_unfinished_input(),
+        vae_input("the student before this run and now, every preview_every updates,"),
     ]  # fmt: skip

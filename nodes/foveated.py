@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from .. import patching
 from ..attention.specs import MOST_LEVELS, MOST_TILE, FoveatedSpec
 from .kind_inputs import PlacedNode, place_inputs, run_kind
-from .sockets import CATEGORY, AttentionPlan
+from .sockets import CATEGORY, EXPERIMENTAL, AttentionPlan
 
 LEAST_KEEP = 0.02
 CLIP_FRAMES = 5  # of a tile: long in time and small in space errs least at equal keys
@@ -45,9 +45,13 @@ class LinearizeFoveated(PlacedNode):
             node_id="LinearizeFoveated",
             display_name="Foveated Attention",
             category=CATEGORY,
+            is_experimental=EXPERIMENTAL,
             description="Sees the image exactly where it matters and as averages elsewhere, so that attention costs a "
             "part of dense. Works without trained weights, on every supported model. Text stays exact.",
-            search_aliases=["sparse attention", "fast attention", "foveated", "speed up", "no training"],
+            search_aliases=[
+                "sparse attention", "fast attention", "foveated", "speed up", "accelerate", "memory", "vram", "sage",
+                "flux", "qwen", "wan", "video", "no training", "加速", "稀疏", "省显存", "注视", "视频",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="A loaded diffusion transformer. It is not changed; a patched copy "
                                "comes out."),

@@ -6,7 +6,7 @@ from .. import patching
 from ..attention.planning.high_res import HighResRecipe, describe_recipe, high_res_sigmas, size_note
 from ..attention.planning.report import describe_costs, site_costs
 from . import node_status
-from .sockets import CATEGORY
+from .sockets import CATEGORY, EXPERIMENTAL
 
 DEFAULTS = HighResRecipe()
 HOST = "flux"
@@ -22,6 +22,7 @@ class LinearizeHighRes(io.ComfyNode):
             node_id="LinearizeHighRes",
             display_name="High-Resolution FLUX",
             category=CATEGORY,
+            is_experimental=EXPERIMENTAL,
             description="Prepares FLUX to repaint an enlarged picture at 2048 x 2048 and more, as CLEAR's authors do: "
             "positions stretched, attention sharpened for the larger size, sampling from partial noise.",
             search_aliases=["upscale", "4k", "ntk rope", "img2img sigmas", "hires fix"],

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..attention.specs import STABILIZERS, HybridSpec, LinearSpec
 from .kind_inputs import PlacedNode, feature_map_inputs, hybrid_inputs, place_inputs, run_kind
-from .sockets import CATEGORY, AttentionPlan
+from .sockets import CATEGORY, EXPERIMENTAL, AttentionPlan
 
 MODEL_TOOLTIP = "A loaded diffusion transformer. It is not changed; a patched copy comes out."
 
@@ -26,9 +26,10 @@ class LinearizeLinear(PlacedNode):
             node_id="LinearizeLinear",
             display_name="Linear Attention",
             category=CATEGORY,
+            is_experimental=EXPERIMENTAL,
             description="Replaces softmax attention by linear attention, whose cost grows with the number of tokens. "
             "Text stays exact. Without a trained student the picture falls apart on most sites.",
-            search_aliases=["linear attention", "performer", "hedgehog", "feature map"],
+            search_aliases=["linear attention", "performer", "hedgehog", "feature map", "线性"],
             inputs=[io.Model.Input("model", tooltip=MODEL_TOOLTIP), *feature_map_inputs(), *place_inputs()],
             outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -51,9 +52,18 @@ class LinearizeHybrid(PlacedNode):
             node_id="LinearizeHybrid",
             display_name="Hybrid Attention",
             category=CATEGORY,
+            is_experimental=EXPERIMENTAL,
             description="Attention Surgery's hybrid: every rate-th token stays an exact key, the others go through a "
             "feature map. For video models above all. Wants a trained student to look right.",
-            search_aliases=["attention surgery", "hybrid attention", "linear attention", "wan"],
+            search_aliases=[
+                "attention surgery",
+                "hybrid attention",
+                "linear attention",
+                "wan",
+                "video",
+                "混合",
+                "视频",
+            ],
             inputs=[io.Model.Input("model", tooltip=MODEL_TOOLTIP), *hybrid_inputs(), *place_inputs()],
             outputs=_outputs(),
             hidden=[io.Hidden.unique_id],

@@ -13,7 +13,7 @@ from ..attention.students.fit import check_student
 from . import model_files
 from .apply import apply_student
 from .sentences import answer
-from .sockets import CATEGORY, AttentionStudent
+from .sockets import CATEGORY, EXPERIMENTAL, AttentionStudent
 
 NO_FILE = "none"
 
@@ -28,9 +28,17 @@ class LinearizeLoadStudent(io.ComfyNode):
             node_id="LinearizeLoadStudent",
             display_name="Load Linearized Attention",
             category=CATEGORY,
+            is_experimental=EXPERIMENTAL,
             description="Loads distilled attention that others share, as one file: its plan, its learned "
             "parameters and its changes to weights. LoRAs before and after keep working.",
-            search_aliases=["load student", "distilled attention", "linear attention weights"],
+            search_aliases=[
+                "load student",
+                "distilled attention",
+                "linear attention weights",
+                "sparse attention",
+                "加载",
+                "加速",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model the student was distilled from, or a fine-tune of it."),
                 io.Combo.Input(

@@ -1,15 +1,17 @@
 """Uniform Plan, which makes a plan, and Apply Linearized Attention, which puts one on a model."""
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 
 from ..attention.hosts import HOSTS
-from ..attention.plans import Plan, read_expression
+from ..attention.plans import ANY_HOST, Plan, read_expression
 from ..attention.spec_json import spec_from_json
 from ..attention.students.candidates import Candidates
 from .apply import apply_plan, apply_student
 from .kind_inputs import chunked_inputs, clear_inputs, feature_map_inputs, foveated_inputs, hybrid_inputs
 from .sentences import answer
-from .sockets import CATEGORY, CATEGORY_PLAN, AttentionPlan, AttentionStudent
+from .sockets import CATEGORY, CATEGORY_PLAN, EXPERIMENTAL, AttentionPlan, AttentionStudent
 
 
 class LinearizeUniformPlan(io.ComfyNode):
@@ -22,6 +24,7 @@ class LinearizeUniformPlan(io.ComfyNode):
             node_id="LinearizeUniformPlan",
             display_name="Uniform Plan",
             category=CATEGORY_PLAN,
+            is_experimental=EXPERIMENTAL,
             description="Writes a plan: one kind of attention for the sites you name. Chain several to mix kinds; "
             "where two name the same site, the later one holds.",
             search_aliases=["attention plan", "per layer attention"],
@@ -47,9 +50,10 @@ class LinearizeUniformPlan(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "host",
-                    options=[host.name for host in HOSTS],
-                    default=HOSTS[0].name,
-                    tooltip="Architecture the plan is for. A plan that comes in decides instead.",
+                    options=[ANY_HOST, *(host.name for host in HOSTS)],
+                    default=ANY_HOST,
+                    tooltip="Architecture the plan is for. auto is that of the model which the plan meets. A plan that "
+                    "comes in decides instead.",
                 ),
                 AttentionPlan.Input("plan", optional=True, tooltip="A plan that this one goes on top of."),
             ],
@@ -65,6 +69,7 @@ class LinearizeUniformPlan(io.ComfyNode):
     def execute(cls, kind: dict, sites: str, host: str, plan: Plan | None = None) -> io.NodeOutput:
         """Return the plan."""
         base = plan or Plan(host)
+        base = base if base.host != ANY_HOST else replace(base, host=host)
         kind = {name: value for name, value in kind.items() if value is not None}  # left out, ComfyUI gives it so
         return io.NodeOutput(Plan(base.host, base.default, (*base.rules, (sites, spec_from_json(kind)))))
 
@@ -79,6 +84,7 @@ class LinearizeApply(io.ComfyNode):
             node_id="LinearizeApply",
             display_name="Apply Linearized Attention",
             category=CATEGORY,
+            is_experimental=EXPERIMENTAL,
             description="Runs a plan or a student on a model. What ran is shown on the node when sampling ends.",
             inputs=[
                 io.Model.Input("model", tooltip="A loaded diffusion transformer. It is not changed; a copy comes out."),

@@ -12,7 +12,7 @@ from ..attention.planning.report import describe_costs, describe_sampled, site_c
 from ..attention.runtime.runtime import Runtime, SiteSettings
 from . import node_status
 from .plan_picture import draw_plan
-from .sockets import CATEGORY_INSPECT
+from .sockets import CATEGORY_INSPECT, EXPERIMENTAL
 
 
 class LinearizeReport(io.ComfyNode):
@@ -25,9 +25,10 @@ class LinearizeReport(io.ComfyNode):
             node_id="LinearizeReport",
             display_name="Attention Report",
             category=CATEGORY_INSPECT,
+            is_experimental=EXPERIMENTAL,
             description="Says what the attention of a model costs at a size, site by site. Connect something that "
             "comes from the sampler to after, and it also says what really ran.",
-            search_aliases=["attention cost", "flops", "profile attention"],
+            search_aliases=["attention cost", "flops", "profile attention", "memory", "seconds", "报告"],
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The same model that goes into the sampler, patched or not."),

@@ -12,7 +12,7 @@ from ..attention.students.file import ROLES, StudentFile, save_student, unfinish
 from ..attention.words import file_size
 from . import model_files, node_status
 from .sentences import answer
-from .sockets import CATEGORY_DISTILL, AttentionStudent
+from .sockets import CATEGORY_DISTILL, EXPERIMENTAL, AttentionStudent
 
 AS_DISTILLED = "auto"
 
@@ -27,6 +27,7 @@ class LinearizeSaveStudent(io.ComfyNode):
             node_id="LinearizeSaveStudent",
             display_name="Save Linearized Attention",
             category=CATEGORY_DISTILL,
+            is_experimental=EXPERIMENTAL,
             description="Saves distilled attention as one file in models/linearize, where Load Linearized Attention "
             "finds it. A number is added to the name, so nothing is ever replaced.",
             search_aliases=["save student", "export linear attention", "save distilled attention"],

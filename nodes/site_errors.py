@@ -8,7 +8,7 @@ from ..attention.hosts import HOSTS
 from ..attention.shown import one_line
 from ..attention.students.candidates import IN_MEMORY, Candidate, Candidates
 from .error_picture import draw_errors
-from .sockets import CATEGORY_INSPECT, AttentionStudent
+from .sockets import CATEGORY_INSPECT, EXPERIMENTAL, AttentionStudent
 
 
 class LinearizeSiteErrors(io.ComfyNode):
@@ -21,6 +21,7 @@ class LinearizeSiteErrors(io.ComfyNode):
             node_id="LinearizeSiteErrors",
             display_name="Plot Site Errors",
             category=CATEGORY_INSPECT,
+            is_experimental=EXPERIMENTAL,
             description="Draws how far each site of a student is from the attention it replaces, one bar per "
             "candidate. Sites with long bars are those to keep dense.",
             search_aliases=["plot errors", "distillation error", "block error", "sensitivity"],

@@ -1,12 +1,14 @@
 """Generate Teacher Samples: samples the untouched model and keeps the results for distillation."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import comfy.samplers
 import folder_paths
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from .. import patching
 from ..attention.checks import MOST_SEED
@@ -15,11 +17,13 @@ from ..patching.patcher import model_fingerprint
 from ..training.comfyui.conditioning import ready_conditioning
 from ..training.comfyui.identity import model_digest
 from ..training.comfyui.sampling import Order, describe_samples, generate_samples, latent_shape
+from ..training.samples.folder import TeacherSamples as Samples
 from ..training.samples.index import INDEX, About
 from . import node_status
+from .latent_pictures import MOST_PICTURES, contact_sheet, decoded, vae_input
 from .model_files import WINDOWS_NAMES
 from .sentences import answer
-from .sockets import CATEGORY_DISTILL, TeacherSamples
+from .sockets import CATEGORY_DISTILL, EXPERIMENTAL, TeacherSamples
 
 FOLDER = "linearize"  # in ComfyUI's output folder
 NAME = re.compile(r"\w([\w .-]{0,78}\w)?")
@@ -37,6 +41,7 @@ class LinearizeTeacherSamples(io.ComfyNode):
             node_id="LinearizeTeacherSamples",
             display_name="Generate Teacher Samples",
             category=CATEGORY_DISTILL,
+            is_experimental=EXPERIMENTAL,
             description="Samples your prompts with the untouched model and keeps what came out, for distillation to "
             "learn from. What is finished is kept: run it again after a stop and it goes on; a finished folder "
             "returns at once.",
@@ -95,7 +100,11 @@ class LinearizeTeacherSamples(io.ComfyNode):
         samples = generate_samples(one["model"], folder, order, show)
         text = describe_samples(samples)
         show(text)
-        return io.NodeOutput(samples, text, ui=ui.PreviewText(text))
+        shown = {**ui.PreviewText(text).as_dict()}
+        sheet = contact_sheet(partial(decoded, one["vae"]), newest(samples)) if one.get("vae") is not None else None
+        if sheet is not None:
+            shown |= ui.PreviewImage(sheet, cls=cls).as_dict()
+        return io.NodeOutput(samples, text, ui=shown)
 
     @classmethod
     def validate_inputs(cls, name: list[Any] | None = None, prompts_file: list[Any] | None = None):
@@ -171,7 +180,13 @@ def _sampling_inputs() -> list[Any]:
             advanced=True,
             tooltip="A .txt file in ComfyUI's input folder with more prompts, one per line.",
         ),
+        vae_input("the newest samples"),
     ]
+
+
+def newest(samples: Samples) -> list[Tensor]:
+    """Return the latents of the last samples of a folder, as ComfyUI's sampler gave them."""
+    return [samples.latent(entry.number) for entry in samples.entries[-MOST_PICTURES:]]
 
 
 def _single(name: str, values: list[Any]) -> Any:

@@ -9,7 +9,7 @@ from ..training.comfyui.model import ComfyModel
 from ..training.engine.recipe import VALUE_LOSSES, TransferRecipe
 from ..training.samples.folder import TeacherSamples as Samples
 from .sentences import answer
-from .sockets import CATEGORY_DISTILL, AttentionPlan, AttentionStudent, TeacherSamples
+from .sockets import CATEGORY_DISTILL, EXPERIMENTAL, AttentionPlan, AttentionStudent, TeacherSamples
 from .training_run import NodeWatch, cancelled_runs, keep_unfinished_input
 from .training_worker import check_count, gpus_input, train
 
@@ -28,9 +28,10 @@ class LinearizeTransfer(io.ComfyNode):
             node_id="LinearizeTransfer",
             display_name="Distill Attention",
             category=CATEGORY_DISTILL,
+            is_experimental=EXPERIMENTAL,
             description="Teaches feature maps, pooling weights and biases of averages the model's own attention, site "
             "by site. The model is not changed and needs no gradient. Stopped, it goes on when it is run again.",
-            search_aliases=["distill attention", "attention transfer", "train linear attention"],
+            search_aliases=["distill attention", "attention transfer", "train linear attention", "蒸馏", "训练"],
             inputs=[
                 io.Model.Input("model", tooltip="The teacher: the model from before any Linearize node."),
                 TeacherSamples.Input("samples", tooltip="The teacher's samples, from Generate Teacher Samples."),
@@ -70,7 +71,8 @@ class LinearizeTransfer(io.ComfyNode):
         """Return the candidates and the losses."""
         subject = ComfyModel(model)
         note = subject.check(samples)
-        given = tuple(plan for plan in plans.values() if plan is not None)
+        host = subject.host
+        given = tuple(plan.for_host(host.name, host.title) for plan in plans.values() if plan is not None)
         watch = NodeWatch(cls.hidden.unique_id, TITLE, keep_unfinished)
         result = train(subject, samples, TransferRecipe(updates=updates, **advanced), watch, gpus, plans=given)
         watch.show("\n".join(filter(None, (result.text, note))))

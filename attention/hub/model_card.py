@@ -93,13 +93,14 @@ def describe_student(student: StudentFile) -> tuple[str, ...]:
     return (*lines, *(() if rows else ("every site stays dense",)))
 
 
-def model_card(student: StudentFile, file: HubFile, size: int) -> str:
+def model_card(student: StudentFile, file: HubFile, size: int, picture: str = "") -> str:
     """Return a model card: YAML that the Hub reads, then Markdown.
 
     Args:
         student: as the file holds it.
         file: what it is called on the Hub.
         size: of the file, in bytes.
+        picture: name of a picture that lies beside the card; empty for none.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -118,6 +119,7 @@ def model_card(student: StudentFile, file: HubFile, size: int) -> str:
         "",
         *_unfinished(student),
         *_facts(student, file, size), "",
+        *_picture(picture),
         *_attention(student), "",
         "## How to use it", "",
         f"1. Install [Linearize]({HOMEPAGE}) in ComfyUI.",
@@ -129,6 +131,13 @@ def model_card(student: StudentFile, file: HubFile, size: int) -> str:
     ]  # fmt: skip
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body) + "\n")
     return str(card).encode("utf-8", "replace").decode("utf-8")  # JSON can spell half a character
+
+
+def _picture(name: str) -> list[str]:
+    if not name:
+        return []
+    words = "One prompt and one seed: an impression, not a measurement."
+    return ["## What it paints", "", f"![Pictures of this student and of its teacher]({name})", "", words, ""]
 
 
 def _unfinished(student: StudentFile) -> list[str]:

@@ -6,7 +6,7 @@ The token is the Hub's own login on this machine; it goes to the endpoint only a
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Publication:
         size: of the student, in bytes.
         card: text of the model card.
         student: what the file holds.
+        picture: a JPEG that the card shows; empty for none.
     """
 
     file: HubFile
@@ -38,6 +39,12 @@ class Publication:
     size: int
     card: str
     student: StudentFile
+    picture: bytes = b""
+
+    @property
+    def picture_name(self) -> str:
+        """Where the picture goes, beside the file; empty for none."""
+        return f"{self.file.file.removesuffix('.safetensors')}.jpg" if self.picture else ""
 
 
 def check_repository(repo: str) -> str:
@@ -49,12 +56,13 @@ def check_repository(repo: str) -> str:
     return HubFile(without_address(repo), "student.safetensors").repo
 
 
-def prepare(path: Path, repo: str) -> Publication:
+def prepare(path: Path, repo: str, picture: bytes = b"") -> Publication:
     """Return what publishing a file would upload; touches no network.
 
     Args:
         path: of a student.
         repo: "owner/name" on the Hub.
+        picture: a JPEG for the card; empty for none.
 
     Raises:
         ValueError: repository or file name could not be loaded again, or the file is no whole student; one sentence.
@@ -62,7 +70,8 @@ def prepare(path: Path, repo: str) -> Publication:
     file = HubFile(check_repository(repo), path.name)
     student = load_student(path)
     size = path.stat().st_size
-    return Publication(file, path, size, model_card(student, file, size), student)
+    publication = Publication(file, path, size, "", student, picture)
+    return replace(publication, card=model_card(student, file, size, publication.picture_name))
 
 
 def publish(publication: Publication, *, private: bool, replace_card: bool = False) -> str:
@@ -88,6 +97,8 @@ def publish(publication: Publication, *, private: bool, replace_card: bool = Fal
         if private and not info.private:
             raise HubError(f"{repo} is there and public; switch private off, or make it private on the Hub first")
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(publication.path))]
+        if publication.picture:
+            operations.append(CommitOperationAdd(publication.picture_name, publication.picture))
         if replace_card or CARD not in {each.rfilename for each in info.siblings or ()}:
             operations.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=publication.card.encode()))
         commit = api.create_commit(repo, operations=operations, commit_message=f"Add {name}")
@@ -100,6 +111,7 @@ def describe_publication(publication: Publication, private: bool, card_path: Pat
     lines = [
         f"to {publication.file.repo}, {'private' if private else 'public'} if it is made now:",
         f"- {publication.file.file}, {file_size(publication.size)}",
+        *([f"- {publication.picture_name}, {file_size(len(publication.picture))}"] if publication.picture else []),
         f"- {CARD}, written to {card_path}",
         *describe_student(publication.student),
     ]

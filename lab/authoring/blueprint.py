@@ -63,7 +63,7 @@ BLUEPRINTS = (
     Blueprint(
         name="Linearize my model",
         description="Distils cheaper attention for your model from your prompts and saves it: samples, three "
-        "candidates per site, a choice under a budget, fine-tuning. host is the architecture. Steps, cfg and the size "
+        "candidates per site, a choice under a budget, fine-tuning. Steps, cfg and the size "
         "that the budget is counted at are those of FLUX.1 at 1024 x 1024; open the node to change them.",
         template="flux_dev_distill",
         columns=("5", "6 7 8", "9 12", "13 14"),
@@ -73,12 +73,12 @@ BLUEPRINTS = (
             "latent: 5.latent_image",
             "prompts: 5.prompts",
             "name: 5.name 14.name",
-            "host: 6.host 7.host 8.host",
             "budget: 12.budget",
         ),
         outputs=("student: 13.0",),
         values={
-            "5.name": "my-model", "5.guidance": 0.0, "14.name": "my-model", "14.base_model": "", "14.licence": "",
+            "6.host": "auto", "7.host": "auto", "8.host": "auto", "5.name": "my-model",
+            "5.guidance": 0.0, "14.name": "my-model", "14.base_model": "", "14.licence": "",
         },
         height=320,
     ),

@@ -23,6 +23,7 @@ from ..comfyui import COMFYUI
 from ..server import LiveServer, live_server
 from .blueprint import identity, write_blueprints
 from .layouts import LAYOUTS, MODELS, SIZES, USERS_OWN, WIDTH
+from .thumbnails import draw_thumbnail
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
@@ -38,12 +39,14 @@ BOUNDS = """() => {
             x(Math.max(...boxes.map(b => b[0] + b[2]))), y(Math.max(...boxes.map(b => b[1] + b[3])))];
 }"""
 OURS = "Linearize"
+ROOMY = ("LinearizeCLEAR", "LinearizeFoveated", "LinearizeReport", "LinearizeCompare")  # their heights hold a status
 LOADERS = (
     "UNETLoader", "CheckpointLoaderSimple", "CLIPLoader", "DualCLIPLoader", "VAELoader", "LoraLoaderModelOnly",
 )  # fmt: skip
 PICTURE = "example.png"  # every ComfyUI has it in its input folder, which is not the one of `run.py`'s
 GAP, TITLE = 60, 58  # pixels between columns; between nodes of a column, for the title bar and the badge on it
-THUMBNAIL, QUALITY = (1024, 1024), 65  # the Registry's archive holds all of them and is small
+STATUS = 70  # pixels that a node of ours grows by when it has told what it did; SIZES of others have room for that
+QUALITY = 75  # of thumbnails; the Registry's archive holds all of them and is small
 VIEWPORT: ViewportSize = {"width": 5000, "height": 1400}  # far out, the frontend draws boxes without their texts
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
@@ -107,7 +110,8 @@ def stack(nodes: list[dict[str, Any]], x: int) -> int:
     for node in nodes:
         height = SIZES.get(node["type"], (WIDTH, None))[1] or node["size"][1]
         node["pos"], node["size"] = [x, y], [width, height]
-        y += height + TITLE
+        tells = node["type"].startswith(OURS) and node["type"] not in ROOMY
+        y += height + TITLE + (STATUS if tells else 0)
     return width
 
 
@@ -180,8 +184,7 @@ def write_workflows(server: LiveServer, browser: Any, names: list[str]) -> None:
         picture = screenshot(page)
         picture.save(ROOT / "lab" / "demo" / "output" / f"{name}.png")
         if folder.name == "workflows":
-            picture.thumbnail(THUMBNAIL)
-            picture.convert("RGB").save(folder / f"{name}.jpg", quality=QUALITY, optimize=True)
+            draw_thumbnail(name, picture).save(folder / f"{name}.jpg", quality=QUALITY, optimize=True)
         page.close()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from linearize.lab.comfyui import BASE, COMFYUI
-from linearize.lab.server import live_server
+from linearize.lab.server import DEMO, live_server
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PICTURES = ROOT / "lab" / "demo" / "output"
@@ -29,7 +29,8 @@ HAS_OURS = "window.app?.graph?.nodes.some(node => node.type.startsWith('Lineariz
 MILLISECONDS = 60_000  # the longest that one step may take
 TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "workflows").glob("*.json"))
 DEMOS = [f"lab/demo/{name}.json" for name in ("foveated_demo", "clear_demo", "distill_demo", "distill_clips")]
-WORKFLOWS = [*DEMOS, *TEMPLATES]
+SIDE_BY_SIDE = "lab/demo/nodes/example_workflows/side_by_side.json"
+WORKFLOWS = [*DEMOS, SIDE_BY_SIDE, *TEMPLATES]
 STATUS = "linearize_status"  # our widget for a node's status
 CODEC = re.compile(r"(format\.)?codec(\..+)?")  # of SaveVideo, inside `format` since ComfyUI 0.34
 OUTCOME = r"UNTRAINED · \d+ % of attention · 5 of 5 sites · [\d.]+ s a step, dense (about )?[\d.]+(: costs more .*)?"
@@ -178,6 +179,19 @@ def test_the_template_opens_by_its_address(page, server):
     assert prompt_of(page) == api_form("workflows/flux_dev_clear.json")
 
 
+def test_what_serve_opens_is_the_demo_and_it_runs(page, server, version):
+    page.goto(server.url + DEMO)
+    page.wait_for_function(HAS_OURS)
+    assert prompt_of(page) == api_form(SIDE_BY_SIDE)
+    page.evaluate(LISTEN)
+    page.get_by_test_id("queue-button").click()
+    page.wait_for_function("window.ended")
+    assert page.evaluate("window.ended[0]") == "execution_success", page.evaluate("window.ended[1]")
+    assert re.match(OUTCOME, status_of(page, "LinearizeFoveated"))
+    assert status_of(page, "LinearizeCompare").startswith("512 x 512, 1 frame\nPSNR ")
+    take_picture(page, PICTURES / f"serve-{version}.png")
+
+
 @pytest.mark.parametrize("path", WORKFLOWS)
 def test_both_forms_of_a_workflow_say_the_same_and_nodes_do_not_overlap(frontend, path):
     open_workflow(frontend, path)
@@ -261,17 +275,17 @@ def test_the_blueprint_for_any_model_is_its_template_and_runs(frontend, server, 
                     inner = f"{OUTER}:{value[0]}"
                     node["inputs"][name] = [inner, value[1]] if inner in shipped else outside.get(value[0], value)
     template["5"]["inputs"].update(name="my-model", guidance=0.0)
+    for plan in ("6", "7", "8"):
+        template[plan]["inputs"]["host"] = "auto"
     template["14"]["inputs"].update(name="my-model", base_model="", licence="")
     inside = {key.removeprefix(f"{OUTER}:"): node for key, node in shipped.items() if ":" in key}
     assert inside == {key: template[key] for key in ("5", "6", "7", "8", "9", "12", "13", "14")}
 
     prompts = "night moon left hills red house left oak right\nday sun right hills blue house right pine left"
-    frontend.evaluate(SET_WIDGETS, [OUTER, {"prompts": prompts, "name": NAME, "host": "wan", "budget": 0.35}])
+    frontend.evaluate(SET_WIDGETS, [OUTER, {"prompts": prompts, "name": NAME, "budget": 0.35}])
     queued = prompt_of(frontend)
     plans = [node["inputs"] for node in queued.values() if node["class_type"] == "LinearizeUniformPlan"]
-    assert [plan["host"] for plan in plans] == ["wan"] * 3
-    for plan in plans:
-        plan["host"] = "flux"
+    assert [plan["host"] for plan in plans] == ["auto"] * 3, "the host is found by itself"
     assert queued[f"{OUTER}:5"]["inputs"]["prompts"] == prompts
     assert {queued[f"{OUTER}:{key}"]["inputs"]["name"] for key in ("5", "14")} == {NAME}
     assert queued[f"{OUTER}:12"]["inputs"]["budget"] == 0.35

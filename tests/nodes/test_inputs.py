@@ -47,7 +47,7 @@ SCHEMAS = {
     "LinearizeTeacherSamples": (
         "Generate Teacher Samples", "linearize/distill",
         ["model", "prompts", "latent_image", "name", "clip", "positive", "negative", "seeds", "steps", "cfg",
-         "sampler_name", "scheduler", "guidance", "first_seed", "prompts_file"],
+         "sampler_name", "scheduler", "guidance", "first_seed", "prompts_file", "vae"],
         ["TEACHER_SAMPLES", "STRING"],
     ),
     "LinearizeTransfer": (
@@ -60,7 +60,7 @@ SCHEMAS = {
         "Fine-tune Student", "linearize/distill",
         ["model", "student", "samples", "updates", "preset", "rank", "block_updates", "full_rank", "map_rate",
          "delta_rate", "optimizer", "ema", "accumulation", "checkpointing", "warmup", "held_out", "seed",
-         "preview_every", "gpus", "keep_unfinished"],
+         "preview_every", "gpus", "keep_unfinished", "vae"],
         ["ATTENTION_STUDENT", "LOSS_MAP"],
     ),
     "LinearizeBudgetPlan": (
@@ -73,7 +73,7 @@ SCHEMAS = {
         ["student", "name", "base_model", "licence", "role", "pair_id"], ["STRING"],
     ),
     "LinearizePublish": (
-        "Publish to Hub", "linearize/distill", ["student", "repo_id", "private", "dry_run", "replace_card"], ["STRING"],
+        "Publish to Hub", "linearize/distill", ["student", "repo_id", "private", "dry_run", "replace_card", "picture"], ["STRING"],
     ),
     "LinearizeSiteErrors": ("Plot Site Errors", "linearize/inspect", ["student"], ["IMAGE"]),
     "LinearizeCompare": ("Compare with Teacher", "linearize/inspect", ["image", "teacher"], ["STRING", "IMAGE"]),

@@ -213,8 +213,7 @@ def resolved_plans(host: Host, sites: Sequence[Site], plans: Sequence[Plan]) -> 
         raise ValueError("no plan came in; connect Uniform Plan to say what the sites are to run")
     resolved = []
     for plan in plans:
-        if plan.host != host.name:
-            raise ValueError(f"the plan is for host {plan.host}, this model is {host.name} ({host.title})")
+        plan = plan.for_host(host.name, host.title)
         specs = plan.resolve([site.id for site in sites])
         for site in sites:
             reason = refused(specs[site.id], site.num_heads, site.head_dim)

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -18,7 +19,7 @@ from linearize.attention.hub.publish import describe_publication, prepare, publi
 from linearize.attention.hub.transfer import HubError, without_address
 from linearize.attention.plans import Plan
 from linearize.attention.specs import ClearSpec, HybridSpec
-from linearize.attention.students.file import StudentFile, save_student
+from linearize.attention.students.file import StudentFile, load_student, save_student
 from linearize.attention.students.tensor_file import FileProblem
 from linearize.attention.words import file_size
 
@@ -183,6 +184,25 @@ def test_an_address_of_something_else_is_refused(path, pasted):
             read(pasted)
     with pytest.raises(ValueError, match="names no repository of models"):
         without_address("https://huggingface.co/datasets/o/r")
+
+
+def test_a_picture_lies_beside_the_file_and_on_the_card(path):
+    name = f"{NAME.removesuffix('.safetensors')}.jpg"
+    publication = prepare(path, REPO, b"jpeg")
+    assert publication.picture_name == name and f"]({name})" in publication.card
+    assert "One prompt and one seed: an impression, not a measurement." in publication.card
+    assert f"- {name}, " in describe_publication(publication, True, path.with_name("README.md"))
+    assert prepare(path, REPO).picture_name == "" and "## What it paints" not in prepare(path, REPO).card
+
+
+def test_an_unfinished_student_says_so_on_its_card(path, tmp_path):
+    student = replace(load_student(path), recipe={"transfer": {"unfinished": "35 of 61 updates"}})
+    unfinished = tmp_path / "other.safetensors"
+    save_student(unfinished, student)
+    publication = prepare(unfinished, REPO)
+    assert "**Unfinished**: training was cancelled (transfer 35 of 61 updates)" in publication.card
+    assert describe_student(student)[0] == "UNFINISHED: transfer 35 of 61 updates"
+    assert "nfinished" not in prepare(path, REPO).card
 
 
 def test_files_that_are_no_students(tmp_path):

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -299,6 +300,25 @@ def test_pictures_of_the_student_are_shown(lab, monkeypatch):
     )  # fmt: skip
     pictures = {value: picture[1].size for value, picture in seen if picture is not None}
     assert pictures == {2: (12, 8), 4: (12, 8)}, "one pixel per cell of the latent"
+
+
+def test_with_a_vae_the_picture_shows_before_and_now(lab, monkeypatch):
+    import comfy.utils
+
+    seen, decoded = [], []
+    patcher = SimpleNamespace(load_device=torch.device("cpu"))
+
+    def decode(latent):
+        decoded.append(tuple(latent.shape))
+        return torch.zeros(1, 64, 96, 3)
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, picture, **_: seen.append(picture))
+    lab.finetune(
+        lab.models["flux"].model, lab.student("flux", lab.specs.ClearSpec(radius=2)), lab.samples("flux"), seed=4,
+        preview_every=2, vae=SimpleNamespace(decode=decode, patcher=patcher),
+    )  # fmt: skip
+    assert [picture[1].size for picture in seen if picture is not None] == [(2 * 96 + 4, 64)] * 2
+    assert len(decoded) == 3, "before, and after updates 2 and 4"
 
 
 def test_memory_is_told_to_a_factor_of_three(lab, monkeypatch):

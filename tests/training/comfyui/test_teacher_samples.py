@@ -126,6 +126,18 @@ def test_the_users_preview_is_shown(studio, monkeypatch):
     assert previews == [SIZE, SIZE]
 
 
+def test_with_a_vae_the_newest_samples_are_shown(studio):
+    decoded = []
+
+    def decode(latent):
+        decoded.append(tuple(latent.shape))
+        return torch.zeros(1, 16, 24, 3)
+
+    vae = SimpleNamespace(decode=decode, patcher=SimpleNamespace(load_device=torch.device("cpu")))
+    studio.run(prompts=PROMPTS, clip=Clip(), vae=vae)
+    assert decoded == [SIZE, SIZE]
+
+
 def test_what_is_cancelled_goes_on_with_equal_latents(studio, monkeypatch):
     import comfy.model_management as management
 
