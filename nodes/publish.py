@@ -65,8 +65,8 @@ class LinearizePublish(io.ComfyNode):
                 io.Image.Input(
                     "picture",
                     optional=True,
-                    tooltip="A picture for the card, best the sheet of Compare with Teacher. It is stored beside the file "
-                    "without any metadata.",
+                    tooltip="A picture for the card, best the sheet of Compare with Teacher. It is stored beside the "
+                    "file without any metadata.",
                 ),
             ],
             outputs=[io.String.Output(display_name="text", tooltip="What was or would be uploaded, and the card.")],

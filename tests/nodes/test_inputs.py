@@ -73,7 +73,8 @@ SCHEMAS = {
         ["student", "name", "base_model", "licence", "role", "pair_id"], ["STRING"],
     ),
     "LinearizePublish": (
-        "Publish to Hub", "linearize/distill", ["student", "repo_id", "private", "dry_run", "replace_card", "picture"], ["STRING"],
+        "Publish to Hub", "linearize/distill",
+        ["student", "repo_id", "private", "dry_run", "replace_card", "picture"], ["STRING"],
     ),
     "LinearizeSiteErrors": ("Plot Site Errors", "linearize/inspect", ["student"], ["IMAGE"]),
     "LinearizeCompare": ("Compare with Teacher", "linearize/inspect", ["image", "teacher"], ["STRING", "IMAGE"]),
