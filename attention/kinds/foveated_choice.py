@@ -60,8 +60,9 @@ def choose_tiles(
             asking.split(rows, 2), squares.split(rows, 2), table.near.split(rows), strict=True
         ):
             deviation = (square.neg() @ variances.transpose(-1, -2)).expm1_().abs_().clamp_min_(TINY).log_()
-            scores = (part @ asked).add_(deviation, alpha=0.5)
-            parts.append(_best(scores.masked_fill_(mask_of(near, scores.shape[-1]), -math.inf), count))
+            deviation.flatten(0, 1).baddbmm_(part.flatten(0, 1), asked.flatten(0, 1), beta=0.5)
+            scores = deviation.masked_fill_(mask_of(near, deviation.shape[-1]), -math.inf)
+            parts.append(_best(scores, count))
         return torch.cat(parts, 2)
 
 
@@ -72,7 +73,8 @@ def _most_scores(tensor: Tensor) -> int:
 def _best(scores: Tensor, count: int) -> Tensor:
     """Return the indices of the `count` largest of each row in order, the first of equal ones; -1 for -inf."""
     least = scores.topk(count, -1).values[..., -1:]
-    above, equal = scores > least, scores == least
+    above = scores > least
+    equal = (scores < least) == above  # a NaN too, which topk takes for the largest: it must not leave a row short
     room = count - above.sum(-1, keepdim=True)
     taken = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
     ids = taken.nonzero()[:, -1].reshape(*scores.shape[:-1], count)
