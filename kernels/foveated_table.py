@@ -12,6 +12,7 @@ from torch import Tensor
 
 WORD = 32  # bits of a word
 MOST_MARKED = 2**26  # marks that are held at once
+MOST_SORTED = 2**22  # listed cells that are sorted at once
 NUM_FIELDS = 3  # of a list
 
 
@@ -74,15 +75,19 @@ def foveated_table(
         shared: (G,) global tokens. tiles: (U, n), cells: (C, m) tokens. exact: (Z, U, K) cells. means: (Z, U, L), or
         None for the means of all cells that a tile does not see exactly. All are whole numbers, -1 fills.
     """
-    is_whole = F.pad((cells >= 0).all(1), (0, 1))  # the last is for -1
-    order = torch.where(exact < 0, 2, torch.where(is_whole[exact.long()], 0, 1)).to(torch.uint8)
-    order, places = order.sort(dim=2, stable=True)
-    counts = torch.stack([(order < 2).sum(2), (order < 1).sum(2)], -1)
+    rank = F.pad(1 - (cells >= 0).all(1).to(torch.uint8), (0, 1), value=2)  # the last is for -1
+    ids = torch.empty_like(exact, dtype=torch.int32)
+    counts = torch.empty(*exact.shape[:2], 2, dtype=torch.int64, device=exact.device)
+    rows = max(1, MOST_SORTED // max(1, exact.shape[0] * exact.shape[2]))
+    for given, own, count in zip(exact.split(rows, 1), ids.split(rows, 1), counts.split(rows, 1), strict=True):
+        order, places = rank[given.long()].sort(dim=2, stable=True)
+        own.copy_(given.gather(2, places))
+        count.copy_(torch.stack([(order < 2).sum(2), (order < 1).sum(2)], -1))
     everything = torch.arange(num_means, device=exact.device)[None, None]
     return FoveatedTable(
         queries=torch.cat([shared, tiles.flatten()]).to(torch.int32),
         keys=torch.cat([shared, cells.flatten()]).to(torch.int32),
-        cell_ids=exact.gather(2, places).to(torch.int32),
+        cell_ids=ids,
         cell_counts=counts,
         mean_ids=(everything if means is None else means).to(torch.int32).contiguous(),
         hidden=marks(exact, num_means, True) if means is None else torch.empty(0, dtype=torch.int32).to(exact.device),

@@ -5,7 +5,6 @@ Nothing here falls back to anything else.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import FoveatedTable, foveated_attend
@@ -84,15 +83,23 @@ def _table(cells: CellTable, spec: FoveatedSpec, choice: Tensor) -> FoveatedTabl
     """Return what the kernels are given: lists of all tiles, made for some at a time."""
     batch, heads, tiles, _ = choice.shape
     step = max(1, CHUNK_MARKS // max(1, batch * heads * len(cells.sizes)))
-    parts = [lists_of(slice(first, first + step), cells, spec, choice) for first in range(0, tiles, step)]
-    exact = _joined([near for near, _ in parts]) if parts else choice.new_empty(1, 0, 0)
-    means = [means for _, means in parts if means is not None]
+    exact, means = [], []
+    for first in range(0, tiles, step):
+        near, seen = lists_of(slice(first, first + step), cells, spec, choice)
+        exact.append(near.to(torch.int32))
+        if seen is not None:
+            means.append(seen.to(torch.int32))
     listed = _joined(means) if means else None
+    exact = _joined(exact) if exact else torch.empty(1, 0, 0, dtype=torch.int32, device=choice.device)
     return foveated_table(cells.globals, cells.tiles, cells.cells, exact, listed, len(cells.sizes))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Return (b, h, T, K) lists of some tiles each as those of all, (b h, U, K) int32."""
-    most = max(part.shape[-1] for part in parts)
-    filled = [F.pad(part.to(torch.int32), (0, most - part.shape[-1]), value=-1) for part in parts]
-    return torch.cat(filled, 2).flatten(0, 1)
+    """Return (b, h, T, K) lists of some tiles each as those of all, (b h, U, K). `parts` is empty afterwards."""
+    most, tiles = max(part.shape[-1] for part in parts), sum(part.shape[2] for part in parts)
+    joined = parts[0].new_full((*parts[0].shape[:2], tiles, most), -1)
+    while parts:
+        part = parts.pop()
+        joined[:, :, tiles - part.shape[2] : tiles, : part.shape[-1]] = part
+        tiles -= part.shape[2]
+    return joined.flatten(0, 1)

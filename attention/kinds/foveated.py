@@ -18,7 +18,7 @@ from ..specs import FoveatedSpec
 from .clear import accumulator
 from .foveated_cells import CellTable, cell_table
 from .foveated_choice import choose_tiles, mean_bias, means_of
-from .foveated_chunks import Chunk, Inputs, Plan, add_rows, chunk_of, gather, own_bias, shared_bias
+from .foveated_chunks import Chunk, Inputs, Plan, add_rows, chunk_of, gather, most_listed, own_bias, shared_bias
 
 CHUNK_VALUES = {"cpu": 2**20}  # values of gathered keys and of scores that are held at once
 CHUNK_VALUES_GPU = 2**26
@@ -102,7 +102,7 @@ def tiles_of(
     scale: float | None = None,
     memory: LongLived | None = None,
 ) -> Tensor:
-    """Return the tiles that content chooses, as `foveated_attention` takes them: (B, H, U, K) int64."""
+    """Return the tiles that content chooses, as `foveated_attention` takes them: (B, H, U, K) int32."""
     layout = layout.with_all_grids
     table = table_of(layout, spec, query.device, memory or LongLived())
     factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -149,8 +149,7 @@ def _forward(inputs: Inputs, plan: Plan) -> Tensor:
 def _chunks(query: Tensor, plan: Plan) -> Iterator[Chunk]:
     table = plan.table
     copies, head_dim = query.shape[0] * query.shape[1], query.shape[-1]
-    most_cells = table.exact.shape[1] + plan.choice.shape[-1]
-    listed = most_cells * table.cells.shape[1] + (0 if table.means is None else table.means.shape[1])
+    listed = most_listed(plan)
     shared = len(table.globals) + plan.num_shared
     per_tile = copies * (2 * listed * head_dim + table.tiles.shape[1] * (listed + shared))
     tiles = max(1, CHUNK_VALUES.get(query.device.type, CHUNK_VALUES_GPU) // max(1, per_tile))

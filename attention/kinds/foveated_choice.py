@@ -39,12 +39,12 @@ def choose_tiles(
 
     Shapes:
         query, key, value: (B, H, N, D). means: plain ones of the tiles' keys and values, (B, H, U, D) in fp32 or more,
-        where they are known. Output: (B, H, U, K) int64, U tiles of all grids in order; -1 where no candidate was left.
+        where they are known. Output: (B, H, U, K) int32, U tiles of all grids in order; -1 where no candidate was left.
     """
     count = chosen_tiles(spec, len(table.tiles))
     batch, heads = query.shape[:2]
     if not count:
-        return torch.empty(batch, heads, len(table.tiles), 0, dtype=torch.int64, device=query.device)
+        return torch.empty(batch, heads, len(table.tiles), 0, dtype=torch.int32, device=query.device)
     with torch.no_grad():
         sizes = (table.tiles >= 0).sum(1, keepdim=True)
         queries, squares = _frame_moments(query, layout, spec, scale)
@@ -54,16 +54,16 @@ def choose_tiles(
         gains = (lengths - values.square().sum(-1)).clamp_min(TINY).log().unsqueeze(2) / 2  # (B, H, 1, U)
         asking = torch.cat([queries, squares, torch.ones_like(gains).transpose(2, 3)], -1)
         asked = torch.cat([keys, variances, gains.transpose(2, 3)], -1).transpose(-1, -2)
-        parts = []
         rows = max(1, _most_scores(query) // max(1, batch * heads * len(table.tiles)))
-        for part, square, near in zip(
-            asking.split(rows, 2), squares.split(rows, 2), table.near.split(rows), strict=True
+        choice = torch.empty(batch, heads, len(table.tiles), count, dtype=torch.int32, device=query.device)
+        for part, square, near, chosen in zip(
+            asking.split(rows, 2), squares.split(rows, 2), table.near.split(rows), choice.split(rows, 2), strict=True
         ):
             deviation = (square.neg() @ variances.transpose(-1, -2)).expm1_().abs_().clamp_min_(TINY).log_()
             deviation.flatten(0, 1).baddbmm_(part.flatten(0, 1), asked.flatten(0, 1), beta=0.5)
             scores = deviation.masked_fill_(mask_of(near, deviation.shape[-1]), -math.inf)
-            parts.append(_best(scores, count))
-        return torch.cat(parts, 2)
+            chosen.copy_(_best(scores, count))
+        return choice
 
 
 def _most_scores(tensor: Tensor) -> int:

@@ -71,12 +71,26 @@ def lists_of(rows: slice, table: CellTable, spec: FoveatedSpec, choice: Tensor) 
 
     b and h are the batch and heads, or 1 where all see the same. None stands for the means of all other cells.
     """
-    near, chosen = table.exact[None, None, rows], choice[:, :, rows]
+    near, chosen = table.exact[None, None, rows], choice[:, :, rows].long()
     if spec.levels == 1:
         return (torch.cat([near.expand(*chosen.shape[:3], -1), chosen], -1) if chosen.shape[-1] else near), None
     if table.means is None:
         return _lists_beside(chosen, rows, table)
     return near, table.means[None, None, rows]
+
+
+def most_listed(plan: Plan) -> int:
+    """Return how many tokens and means the lists of one tile hold at most."""
+    table, spec, num_chosen = plan.table, plan.spec, plan.choice.shape[-1]
+    cells = table.exact.shape[1] + num_chosen * (spec.tile // spec.cell_side) ** 2
+    tokens = min(cells, len(table.cells)) * table.cells.shape[1]
+    if spec.levels == 1:
+        return tokens
+    if table.means is not None:
+        return tokens + table.means.shape[1]
+    standing = int(table.standing.max()) if len(table.standing) else 0
+    # each larger cell around a chosen tile gives way to its parts, of which the others stand
+    return tokens + min(len(table.sizes), standing + 3 * num_chosen * (spec.levels - 2))
 
 
 def _lists_beside(chosen: Tensor, rows: slice, table: CellTable) -> tuple[Tensor, Tensor]:
