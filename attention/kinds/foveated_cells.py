@@ -95,21 +95,26 @@ def squared_distances(tiles: Cells, grid: Grid, cells: Cells, other: Grid) -> Te
     The distance of two boxes is that of their nearest tokens; a frame counts as one token. Grids of one proportion lie
     on each other, whatever their sizes. None means that the grids have nothing to do with each other.
 
+    Args:
+        tiles: some of those of `grid`.
+        cells: all of those of `other`.
+
     Shapes:
         output: (U, C) float64.
     """
     if grid != other and not are_aligned(grid, other):
         return None
-    total = torch.zeros(len(tiles.first), len(cells.first), dtype=torch.float64)
+    total = torch.zeros(len(tiles.first), 1, 1, 1, dtype=torch.float64)
     for axis in range(3):
         if axis == 0 and grid[0] != other[0]:
             continue  # a picture beside a clip belongs to every frame
         factor = other[axis] / grid[axis]
         first, last = tiles.first[:, axis] * factor, (tiles.last[:, axis] + 1) * factor - 1
-        before = cells.first[None, :, axis] - last[:, None]
-        after = first[:, None] - cells.last[None, :, axis]
-        total += torch.maximum(before, after).clamp_min(0) ** 2
-    return total
+        starts, ends = (corner.unflatten(0, cells.counts).movedim(axis, 0)[:, 0, 0, axis] for corner in
+                        (cells.first, cells.last))  # fmt: skip
+        gaps = torch.maximum(starts - last[:, None], first[:, None] - ends).clamp_min(0) ** 2
+        total = total + gaps.reshape(-1, *(len(starts) if each == axis else 1 for each in range(3)))
+    return total.expand(-1, *cells.counts).flatten(1)
 
 
 def is_far(spec: FoveatedSpec, level: int, tiles: Cells, grid: Grid, cells: Cells, other: Grid) -> Tensor:
@@ -217,9 +222,10 @@ class _Rows:
         accepted = torch.cat(accepted_cells(fit, parents), 1)
         is_listed = spec.levels > 1 and not spec.top
         means = ids_of(accepted) if is_listed else torch.empty(len(accepted), 0, dtype=torch.int64)
-        near = ids_of(~(fit[0] if spec.levels == 1 else far(0, tiles)))
+        exact = ids_of(~fit[0])
+        near = exact if spec.levels == 1 else ids_of(~far(0, tiles))
         kept = fit if spec.levels > 1 and spec.top else ()
-        return cls(kept, near, ids_of(~fit[0]), means, accepted.sum(1))
+        return cls(kept, near, exact, means, accepted.sum(1))
 
 
 def accepted_cells(fit: Sequence[Tensor], parents: Sequence[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Foveated attention where it could break: numbers without an order, and the memory that choices and lists take."""
+"""Foveated attention where it could break: numbers without an order, and the memory and time that choices and lists take."""
 
 import weakref
 
@@ -11,6 +11,7 @@ from linearize.attention import Segment, TokenLayout, grid_segment
 from linearize.attention.gpu import foveated as on_triton
 from linearize.attention.kinds import foveated, foveated_choice
 from linearize.attention.kinds.foveated import foveated_attention, table_of, tiles_of
+from linearize.attention.kinds.foveated_cells import cell_table
 from linearize.attention.kinds.foveated_chunks import Plan
 from linearize.attention.memory import LongLived
 from linearize.attention.specs import FoveatedSpec
@@ -44,6 +45,19 @@ class Held(TorchDispatchMode):
                 self.sizes[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
                 self.peak = max(self.peak, sum(self.sizes.values()))
+        return output
+
+
+class Distances(TorchDispatchMode):
+    """Count the numbers in double precision that operations write; distances are."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = (each for each in tree_leaves(output) if isinstance(each, torch.Tensor))
+            self.total += sum(each.numel() for each in tensors if each.dtype == torch.float64)
         return output
 
 
@@ -97,3 +111,13 @@ def test_chunks_hold_no_more_than_they_may(monkeypatch):
             listed = chunk.tokens.shape[-1] + (0 if chunk.means is None else chunk.means.shape[-1])
             seen = listed + len(table.globals) + plan.num_shared
             assert tiles == 1 or 2 * tiles * (2 * listed * 8 + queries * seen) <= most, spec
+
+
+@pytest.mark.parametrize("grid", [(1, 64, 128), (9, 16, 24)], ids=("picture", "clip"))
+def test_a_table_computes_each_distance_about_once(grid):
+    """They count: 8192 pixels a side have 270 million pairs of tiles of 4 x 4, and each axis apart has few."""
+    layout, spec = TokenLayout.of((grid_segment("main", *grid),)), FoveatedSpec(radius=1, top=0.1, tile=2, frames=3)
+    cell_table(layout, spec, torch.device("cpu"))
+    with Distances() as written:
+        table = cell_table(layout, spec, torch.device("cpu"))
+    assert 1 <= written.total / len(table.tiles) ** 2 < 3
