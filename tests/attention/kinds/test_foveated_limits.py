@@ -1,4 +1,4 @@
-"""Foveated attention where it could break: numbers without an order, and the memory and time that choices and lists take."""
+"""Foveated attention where it could break: numbers without an order, and what choices and tables take."""
 
 import weakref
 
