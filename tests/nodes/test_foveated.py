@@ -47,6 +47,16 @@ def test_keep_is_about_the_share_that_is_seen(comfy):
             assert keep - tile <= share <= keep + tile, (keep, grid)  # the tile itself, and a share rounded down
 
 
+def test_tiles_are_wider_on_a_gpu_and_keep_stays_what_it_says(comfy):
+    spec_of, cost = comfy.module("nodes.foveated").spec_of_keep, comfy.module("attention.planning.cost")
+    layouts = comfy.module("attention.layout")
+    layout = layouts.TokenLayout.of([layouts.grid_segment("main", 1, 64, 64)])
+    assert [spec_of(0.15, is_clip, on_gpu=True).tile for is_clip in (False, True)] == [8, 4]
+    assert spec_of(0.15, False, tile=4, on_gpu=True).tile == 4, "a tile that is given stays"
+    share = cost.attention_cost(spec_of(0.15, False, on_gpu=True), layout, 1, 64).pairs / layout.num_tokens**2
+    assert abs(share - 0.15) <= 64 / 4096
+
+
 def test_a_reference_as_large_as_the_picture_keeps_a_quarter_of_the_pairs(comfy):
     """Of 64 x 64 tokens, a reference of 64 x 64 and 512 of text; windows keep most, since they see every reference."""
     spec_of, cost = comfy.module("nodes.foveated").spec_of_keep, comfy.module("attention.planning.cost")
