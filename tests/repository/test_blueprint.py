@@ -16,7 +16,7 @@ ENDS = {  # file: sockets that take something, widgets, what comes out
         [f"{side}_noise_{name}" for side in ("high", "low") for name in ("keep", "start_percent")],
         ["high_noise", "low_noise"],
     ),
-    "Linearize my model": (["model", "clip", "latent"], ["prompts", "name", "host", "budget"], ["student"]),
+    "Linearize my model": (["model", "clip", "latent"], ["prompts", "name", "budget"], ["student"]),
 }
 
 

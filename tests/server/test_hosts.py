@@ -74,7 +74,7 @@ def on_tiny_models(name, steps=None, **settings):
             }
             inputs["steps"] = steps
         if kind == "LinearizeFoveated":
-            inputs |= settings
+            inputs |= {"min_tokens": 0, **settings}  # tiny sizes pay nowhere
             settings = {}
         elif kind == "LinearizeUniformPlan" and inputs["sites"] != "all":
             inputs["sites"] = tiny.hybrid

@@ -139,7 +139,7 @@ def on_the_demo_model(workflow):
         if "steps" in inputs:
             inputs["steps"] = 4
         if kind == "LinearizeCLEAR":
-            inputs.update(radius=2, weights="none")
+            inputs.update(radius=2, weights="none", min_tokens=0)
         if kind not in ("DualCLIPLoader", "LoraLoaderModelOnly"):
             changed[key] = stand_ins.get(kind, {"class_type": kind, "inputs": inputs})
     for node in changed.values():
