@@ -181,7 +181,9 @@ class RunRecord:
             return " · ".join(["DENSE", *(text for text, _ in reasons.most_common(1)), *self._seconds_words()])
         trained = "TRAINED" if sites <= self.trained else "PARTLY TRAINED" if sites & self.trained else "UNTRAINED"
         share = f"{percent(self.share_computed)} of attention"
-        if self.share_computed >= NO_LESS:
+        if self.share_computed > 2 - NO_LESS:
+            share += ": computes more than dense"
+        elif self.share_computed >= NO_LESS:
             share += ": covers the whole picture, saves nothing"
         planned = max(len(self.planned), len(sites))
         return " · ".join([trained, share, f"{len(sites)} of {counted(planned, 'site')}", *self._seconds_words()])

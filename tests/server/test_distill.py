@@ -66,7 +66,7 @@ def test_the_shipped_workflow_mixes_kinds_under_its_budget(server, chain):
     outputs, _ = server.measure(quick(chain.shipped()))
     assert measures_of(outputs)[0] > 0 and outputs["PreviewImage"]["images"]
     ran = outputs["LinearizeReport"]["text"][0].partition("\n\nplanned:")[0]
-    assert re.match(r"TRAINED · \d+ % of attention · ", ran), ran
+    assert re.match(r"TRAINED · \d+ % of attention.* · \d of \d sites", ran), ran
 
 
 def test_mistakes_are_one_sentence(live, server):

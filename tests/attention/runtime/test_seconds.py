@@ -167,6 +167,7 @@ def ran(*, pairs=17, seconds=None, dense=None, trained=(), kinds=("clear", "clea
             "PARTLY TRAINED · 17 % of attention · 2 of 2 sites · 2.0 s a step, dense 1.0: costs more than dense at "
             "this size",
         ),
+        ({"pairs": 139}, "UNTRAINED · 139 % of attention: computes more than dense · 2 of 2 sites"),
         ({"pairs": 100}, "UNTRAINED · 100 % of attention: covers the whole picture, saves nothing · 2 of 2 sites"),
         ({"pairs": 0.4, "kinds": ("clear", "dense")}, "UNTRAINED · 50 % of attention · 1 of 2 sites"),
         ({"kinds": ("dense",), "dense": DenseSeconds(4)}, "DENSE · 4.0 s a step"),
