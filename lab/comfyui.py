@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,19 +15,29 @@ BASE = Path(os.environ.get("LINEARIZE_BASE", ROOT / ".comfyui" / "base"))
 PACKS = (ROOT, ROOT / "lab" / "demo" / "nodes")  # what ComfyUI loads as custom nodes
 MODELS = {"linearize_lake_flux.safetensors": "diffusion_models", "linearize_lake_vae.safetensors": "vae",
           "linearize_clips_wan.safetensors": "diffusion_models"}  # fmt: skip
+SETTINGS = {  # of the interface, for whoever opens it first: no first-run dialogs, and nodes that draw sliders
+    "Comfy.TutorialCompleted": True,
+    "Comfy.InstalledVersion": "1.47.12",
+    "Comfy.VueNodes.Enabled": True,
+}
 
 
 def prepare_base() -> None:
-    """Put the demo's models and the settings that keep first-run dialogs away where ComfyUI looks for them."""
+    """Put the demo's models and the interface's settings where ComfyUI looks for them."""
     for name, folder in MODELS.items():
         source, target = ROOT / "lab" / "models" / name, BASE / "models" / folder / name
         if not target.exists() or target.read_bytes() != source.read_bytes():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    settings = BASE / "user" / "default" / "comfy.settings.json"
+    write_settings(BASE / "user")
+
+
+def write_settings(users: Path) -> None:
+    """Write the interface's settings into a folder of users that has none yet."""
+    settings = users / "default" / "comfy.settings.json"
     if not settings.exists():
         settings.parent.mkdir(parents=True, exist_ok=True)
-        settings.write_text('{"Comfy.TutorialCompleted": true, "Comfy.InstalledVersion": "1.47.12"}', encoding="utf-8")
+        settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
 
 
 def start(on_cpu: bool) -> Any:

@@ -134,6 +134,16 @@ WIDTH = 280  # of other types; a node is as wide as the widest of its column
 # frontend opens a workflow so that all of it is seen, and below 0.6 of its size draws no texts: 2300 pixels of width
 # fit a screen of 1920
 LAYOUTS = {  # workflow: columns; `note` is the note
+    "lab/demo/nodes/workflows/side_by_side": (
+        "note 1 2 3",
+        "Turn these: 4 13",
+        "Sampling: 5 6 10",
+        "Sampling: 7 14",
+        "Pictures: 11 12",
+        "Pictures: 8 9",
+        "Pictures: 15 16",
+        "Dense and foveated: 17 18",
+    ),
     "lab/demo/clear_demo": ("1 2 3", "4 5 6", "7", "8 9", "10"),
     "lab/demo/foveated_demo": ("1 2 3", "4 5 6", "7", "8 9", "10"),
     "lab/demo/nodes/example_workflows/side_by_side": (
