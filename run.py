@@ -94,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     test = commands.add_parser("test", parents=[common], help="everything that continuous integration runs")
     test.add_argument("--all", action="store_true", help="the long versions of the tests")
     test.add_argument("--only", default="", help="some stages, such as unit,hosts")
-    serve = commands.add_parser("serve", parents=[common], help="open ComfyUI with the pack")
+    serve = commands.add_parser("serve", parents=[common], help="open ComfyUI with the pack and a graph of the demo")
     serve.add_argument("--port", type=int, default=8188)
     bench = commands.add_parser("bench", parents=[common], help="measure; rows go to lab/benchmarks/results.csv")
     bench.epilog = "Other arguments go to lab/benchmarks/run.py, for example --suite declined."

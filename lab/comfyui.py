@@ -32,12 +32,12 @@ def prepare_base() -> None:
     write_settings(BASE / "user")
 
 
-def write_settings(users: Path) -> None:
-    """Write the interface's settings into a folder of users that has none yet."""
+def write_settings(users: Path, **changes: Any) -> None:
+    """Write the interface's settings, and `changes` to them, into a folder of users that has none yet."""
     settings = users / "default" / "comfy.settings.json"
     if not settings.exists():
         settings.parent.mkdir(parents=True, exist_ok=True)
-        settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
+        settings.write_text(json.dumps({**SETTINGS, **changes}), encoding="utf-8")
 
 
 def start(on_cpu: bool) -> Any:

@@ -1,6 +1,7 @@
 """A real ComfyUI server as a child process, and a small client for it. Standard library only.
 
-`python -m lab.server --port 8188` keeps one open for a person; the demo and the tests use `LiveServer`.
+`python -m lab.server --port 8188` keeps one open for a person, and opens a graph of the demo in the browser; the demo and
+the tests use `LiveServer`.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 from .comfyui import BASE, COMFYUI, prepare_base
 
 START_SECONDS = 180
-DEMO = "/?template=side_by_side&source=linearize_demo"  # what a person is shown first
+FIRST_GRAPH = "?template=side_by_side&source=linearize_demo"  # a template of the demo's nodes
 
 
 class ServerProblem(Exception):
@@ -185,16 +186,28 @@ def _wait_until_up(server: LiveServer) -> None:
     raise ServerProblem(f"ComfyUI did not start with the pack; the end of {server.log}:\n{why}")
 
 
+def first_address(server: LiveServer) -> str:
+    """Return the address at which the interface opens the demo's graph instead of ComfyUI's own."""
+    return f"{server.url}/{FIRST_GRAPH}"
+
+
+def show(address: str) -> None:
+    """Open an address in the browser of whoever sits at this machine; a terminal without a screen opens none."""
+    has_screen = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if has_screen and sys.stdout.isatty():
+        webbrowser.open(address)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Keep a ComfyUI server with the pack open.")
     parser.add_argument("--port", type=int, default=8188)
     port = parser.parse_args().port
     try:
         with live_server(port) as server:
-            address = server.url + DEMO
-            print(f"ComfyUI is open at {address}; press Ctrl+C to stop it. Its output: {server.log}", flush=True)
-            if sys.stdout.isatty():
-                webbrowser.open(address)
+            address = first_address(server)
+            print(f"Dense and cheaper attention side by side: {address}", flush=True)
+            print(f"Press Ctrl+C to stop ComfyUI. Its output: {server.log}", flush=True)
+            show(address)
             server.process.wait()
     except ServerProblem as problem:
         print(problem, file=sys.stderr)

@@ -105,6 +105,18 @@ MODELS = {  # file: (address, models folder)
         "linearize",
     ),
 }
+TITLES = {  # workflow: titles of nodes by id, where their own would not tell them apart
+    "lab/demo/nodes/workflows/side_by_side": {
+        "10": "KSampler: dense",
+        "7": "KSampler: foveated",
+        "14": "KSampler: windows",
+        "12": "Dense",
+        "9": "Foveated",
+        "16": "Windows",
+        "17": "Compare Images: dense, foveated",
+        "18": "Compare with Teacher: foveated",
+    },
+}
 USERS_OWN = ("flux_lora.safetensors",)  # names that stand for a file that only the user has
 
 SIZES = {  # type: (width, height); no height keeps what the frontend chose
@@ -124,7 +136,7 @@ SIZES = {  # type: (width, height); no height keeps what the frontend chose
     "LinearizeReport": (440, 600),
     "LinearizeTeacherSamples": (280, 400),
     "LinearizeSaveStudent": (340, None),
-    "LinearizeCompare": (440, 320),
+    "LinearizeCompare": (440, 400),
     "PreviewImage": (280, 280),
     "SaveImage": (440, 320),
 }
@@ -135,25 +147,16 @@ WIDTH = 280  # of other types; a node is as wide as the widest of its column
 # fit a screen of 1920
 LAYOUTS = {  # workflow: columns; `note` is the note
     "lab/demo/nodes/workflows/side_by_side": (
-        "note 1 2 3",
+        "note",
+        "Model and caption: 1 3 2 5 6",
         "Turn these: 4 13",
-        "Sampling: 5 6 10",
-        "Sampling: 7 14",
-        "Pictures: 11 12",
-        "Pictures: 8 9",
-        "Pictures: 15 16",
+        "Sampling: 10 7",
+        "Sampling: 14 11 8 15",
+        "Pictures: 12 9 16",
         "Dense and foveated: 17 18",
     ),
     "lab/demo/clear_demo": ("1 2 3", "4 5 6", "7", "8 9", "10"),
     "lab/demo/foveated_demo": ("1 2 3", "4 5 6", "7", "8 9", "10"),
-    "lab/demo/nodes/example_workflows/side_by_side": (
-        "note 1 2 3",
-        "Dense: 9 10",
-        "Foveated: 4 6 5",
-        "Foveated: 7 8",
-        "Result: 11",
-        "Result: 12 13",
-    ),
     "lab/demo/distill_demo": (
         "1 2 3 16",
         "Teacher: 4",

@@ -14,6 +14,7 @@ KINDS = {  # badge: its colour
     "DISTIL": (70, 150, 90),
 }
 CARDS = {  # template: (model, what is made, badge)
+    "side_by_side": ("Side by side", "dense, foveated, windows: the demo", "FOVEATED"),
     "flux_dev_clear": ("FLUX.1 dev", "picture, 1024 x 1024", "CLEAR WINDOWS"),
     "flux_dev_clear_2k": ("FLUX.1 dev 2K", "picture, 2048 x 2048", "CLEAR WINDOWS"),
     "flux_dev_lora_clear": ("FLUX.1 dev + LoRA", "picture, 1024 x 1024", "CLEAR WINDOWS"),

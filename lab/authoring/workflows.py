@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +23,8 @@ from .. import ROOT
 from ..comfyui import COMFYUI
 from ..server import LiveServer, live_server
 from .blueprint import identity, write_blueprints
-from .layouts import LAYOUTS, MODELS, SIZES, USERS_OWN, WIDTH
+from .layouts import LAYOUTS, MODELS, SIZES, TITLES, USERS_OWN, WIDTH
+from .rooms import draw_as, rooms
 from .thumbnails import draw_thumbnail
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -39,13 +41,11 @@ BOUNDS = """() => {
             x(Math.max(...boxes.map(b => b[0] + b[2]))), y(Math.max(...boxes.map(b => b[1] + b[3])))];
 }"""
 OURS = "Linearize"
-ROOMY = ("LinearizeCLEAR", "LinearizeFoveated", "LinearizeReport", "LinearizeCompare")  # their heights hold a status
 LOADERS = (
     "UNETLoader", "CheckpointLoaderSimple", "CLIPLoader", "DualCLIPLoader", "VAELoader", "LoraLoaderModelOnly",
 )  # fmt: skip
 PICTURE = "example.png"  # every ComfyUI has it in its input folder, which is not the one of `run.py`'s
 GAP, TITLE = 60, 58  # pixels between columns; between nodes of a column, for the title bar and the badge on it
-STATUS = 70  # pixels that a node of ours grows by when it has told what it did; SIZES of others have room for that
 QUALITY = 75  # of thumbnails; the Registry's archive holds all of them and is small
 VIEWPORT: ViewportSize = {"width": 5000, "height": 1400}  # far out, the frontend draws boxes without their texts
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
@@ -58,6 +58,7 @@ def open_frontend(browser: Any, url: str) -> Page:
     page.route(f"**/api/view?*{PICTURE}*", lambda route: route.fulfill(path=COMFYUI / "input" / PICTURE))
     page.goto(url)
     page.wait_for_function(READY, timeout=60000)
+    draw_as(page, False)
     return page
 
 
@@ -83,48 +84,54 @@ def convert(page: Page, api: dict[str, Any], name: str) -> dict[str, Any]:
 
 def tidy(workflow: dict[str, Any], columns: tuple[str, ...], note: str, name: str) -> None:
     """Lay the nodes out in titled columns, and set the properties that templates carry."""
-    nodes = {str(node["id"]): node for node in workflow["nodes"]}
     if note:
-        nodes["note"] = note_node(workflow, note)
-    x, placed = 0, []
-    for column in columns:
-        title, _, ids = column.rpartition(":")
-        members = [nodes[key] for key in ids.split()]
-        x += stack(members, x) + GAP
-        placed.append((title, members))
+        note_node(workflow, note)
     for node in workflow["nodes"]:
         set_properties(node)
     drop_nothings(workflow)
-    for title, group in groupby(placed, key=lambda each: each[0]):
-        if title:
-            members = [node for _, column in group for node in column]
-            workflow["groups"].append(frame(len(workflow["groups"]) + 1, title, members))
+    place(workflow, columns, {})
     workflow["id"], workflow["revision"] = identity(f"workflow {name}"), 0
     workflow["extra"] = {}
 
 
-def stack(nodes: list[dict[str, Any]], x: int) -> int:
+def place(workflow: dict[str, Any], columns: tuple[str, ...], room: Mapping[int, int]) -> None:
+    """Set the places and sizes of nodes, and the frames; `room` is what a node takes after a run, by its id."""
+    nodes = {"note" if node["type"] == "MarkdownNote" else str(node["id"]): node for node in workflow["nodes"]}
+    x, placed = 0, []
+    for column in columns:
+        title, _, ids = column.rpartition(":")
+        members = [nodes[key] for key in ids.split()]
+        x += stack(members, x, room) + GAP
+        placed.append((title, members))
+    workflow["groups"] = []
+    for title, group in groupby(placed, key=lambda each: each[0]):
+        if title:
+            members = [node for _, column in group for node in column]
+            workflow["groups"].append(frame(len(workflow["groups"]) + 1, title, members, room))
+
+
+def stack(nodes: list[dict[str, Any]], x: int, room: Mapping[int, int]) -> int:
     """Place the nodes of one column below each other, all as wide as the widest, and return that width."""
     width = max(SIZES.get(node["type"], (WIDTH, None))[0] for node in nodes)
     y = 0
     for node in nodes:
         height = SIZES.get(node["type"], (WIDTH, None))[1] or node["size"][1]
         node["pos"], node["size"] = [x, y], [width, height]
-        tells = node["type"].startswith(OURS) and node["type"] not in ROOMY
-        y += height + TITLE + (STATUS if tells else 0)
+        y += max(height, room.get(node["id"], 0)) + TITLE
     return width
 
 
-def frame(number: int, title: str, nodes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a titled group around nodes."""
+def frame(number: int, title: str, nodes: list[dict[str, Any]], room: Mapping[int, int]) -> dict[str, Any]:
+    """Return a titled group around nodes and what they show after a run."""
     left, top = (min(node["pos"][axis] for node in nodes) for axis in (0, 1))
-    right, bottom = (max(node["pos"][axis] + node["size"][axis] for node in nodes) for axis in (0, 1))
+    right = max(node["pos"][0] + node["size"][0] for node in nodes)
+    bottom = max(node["pos"][1] + max(node["size"][1], room.get(node["id"], 0)) for node in nodes)
     bounding = [left - 20, top - 90, right - left + 40, bottom - top + 110]
     return {"id": number, "title": title, "bounding": bounding, "color": "#3f789e", "font_size": 24, "flags": {}}
 
 
-def note_node(workflow: dict[str, Any], text: str) -> dict[str, Any]:
-    """Add a note to the workflow and return it."""
+def note_node(workflow: dict[str, Any], text: str) -> None:
+    """Add a note to the workflow."""
     workflow["last_node_id"] += 1
     node = {
         "id": workflow["last_node_id"], "type": "MarkdownNote", "pos": [0, 0], "size": [0, 0], "flags": {},
@@ -132,7 +139,6 @@ def note_node(workflow: dict[str, Any], text: str) -> dict[str, Any]:
         "widgets_values": [text], "color": "#222", "bgcolor": "#000",
     }  # fmt: skip
     workflow["nodes"].append(node)
-    return node
 
 
 def set_properties(node: dict[str, Any]) -> None:
@@ -178,7 +184,10 @@ def write_workflows(server: LiveServer, browser: Any, names: list[str]) -> None:
         api = json.loads((folder / "api" / f"{name}.json").read_text(encoding="utf-8"))
         note = folder / "api" / f"{name}.md"
         workflow = convert(page, api, name)
+        for node in workflow["nodes"]:
+            node["title"] = TITLES.get(path, {}).get(str(node["id"]), node.get("title"))
         tidy(workflow, columns, note.read_text(encoding="utf-8") if note.exists() else "", name)
+        place(workflow, columns, rooms(page, workflow, PICTURE))
         (folder / f"{name}.json").write_text(json.dumps(workflow, indent=2) + "\n", encoding="utf-8")
         page.evaluate("async w => { await app.loadGraphData(w); }", workflow)
         picture = screenshot(page)

@@ -286,6 +286,7 @@ def run_demo(timed_size: int) -> None:
     save_pictures({**columns, **maps})
     print_table(rows, sizes, time.monotonic() - start)
     print(f"\nThe pictures are in {OUTPUT.relative_to(ROOT)}: open sheet.png there to see them side by side.")
+    print("python run.py serve opens such a graph in the browser, to turn keep and radius yourself.")
 
 
 def main() -> int:

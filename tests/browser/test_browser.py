@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from linearize.lab.comfyui import BASE, COMFYUI
-from linearize.lab.server import DEMO, live_server
+from linearize.lab.comfyui import BASE, COMFYUI, write_settings
+from linearize.lab.server import first_address, live_server
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PICTURES = ROOT / "lab" / "demo" / "output"
@@ -29,8 +29,8 @@ HAS_OURS = "window.app?.graph?.nodes.some(node => node.type.startsWith('Lineariz
 MILLISECONDS = 60_000  # the longest that one step may take
 TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "workflows").glob("*.json"))
 DEMOS = [f"lab/demo/{name}.json" for name in ("foveated_demo", "clear_demo", "distill_demo", "distill_clips")]
-SIDE_BY_SIDE = "lab/demo/nodes/example_workflows/side_by_side.json"
-WORKFLOWS = [*DEMOS, SIDE_BY_SIDE, *TEMPLATES]
+SERVED = "lab/demo/nodes/workflows/side_by_side.json"
+WORKFLOWS = [SERVED, *DEMOS, *TEMPLATES]
 STATUS = "linearize_status"  # our widget for a node's status
 CODEC = re.compile(r"(format\.)?codec(\..+)?")  # of SaveVideo, inside `format` since ComfyUI 0.34
 OUTCOME = r"UNTRAINED · \d+ % of attention · 5 of 5 sites · [\d.]+ s a step, dense (about )?[\d.]+(: costs more .*)?"
@@ -102,10 +102,12 @@ def version(request):
 
 @pytest.fixture(scope="session")
 def server(version, tmp_path_factory):
-    """A live server in strict mode, where a fall-back to dense fails the run, with an output folder of its own."""
+    """A live server in strict mode, where a fall-back to dense fails the run; output and settings are its own."""
     if not (COMFYUI / "main.py").exists():
         pytest.skip("no ComfyUI here; run the tests with: python run.py test")
-    options = ["--output-directory", str(tmp_path_factory.mktemp("output"))]
+    users = tmp_path_factory.mktemp("user")
+    write_settings(users, **{"Comfy.VueNodes.Enabled": False})
+    options = ["--output-directory", str(tmp_path_factory.mktemp("output")), "--user-directory", str(users)]
     if FRONTENDS[version]:
         options += ["--front-end-root", str(FRONTENDS[version])]
     with live_server(environment={"LINEARIZE_STRICT": "1"}, options=options) as running:
@@ -177,19 +179,6 @@ def test_the_template_opens_by_its_address(page, server):
     page.goto(f"{server.url}/?template=flux_dev_clear&source=linearize")
     page.wait_for_function(HAS_OURS)
     assert prompt_of(page) == api_form("workflows/flux_dev_clear.json")
-
-
-def test_what_serve_opens_is_the_demo_and_it_runs(page, server, version):
-    page.goto(server.url + DEMO)
-    page.wait_for_function(HAS_OURS)
-    assert prompt_of(page) == api_form(SIDE_BY_SIDE)
-    page.evaluate(LISTEN)
-    page.get_by_test_id("queue-button").click()
-    page.wait_for_function("window.ended")
-    assert page.evaluate("window.ended[0]") == "execution_success", page.evaluate("window.ended[1]")
-    assert re.match(OUTCOME, status_of(page, "LinearizeFoveated"))
-    assert status_of(page, "LinearizeCompare").startswith("512 x 512, 1 frame\nPSNR ")
-    take_picture(page, PICTURES / f"serve-{version}.png")
 
 
 @pytest.mark.parametrize("path", WORKFLOWS)
@@ -357,6 +346,35 @@ def mode(frontend, request):
     in_mode(frontend, False)
 
 
+LISTEN = """() => {
+    window.executed = [];
+    app.api.addEventListener('executing', event => window.executed.push(String(event.detail)));
+    for (const name of ['execution_success', 'execution_error', 'execution_interrupted'])
+        app.api.addEventListener(name, event => window.ended = [name, event.detail.exception_message ?? '']);
+}"""
+SLIDER = "[...document.querySelectorAll('[data-node-id=\"17\"] img')].map(each => new URL(each.src).search)"
+
+
+def test_serve_opens_a_graph_that_runs_dense_and_cheaper_attention_side_by_side(frontend, server, version, mode):
+    """By the address that it names, in a tab that had ComfyUI's own graph; Nodes 2.0 draws the slider."""
+    frontend.goto(first_address(server))
+    frontend.wait_for_function(HAS_OURS)
+    served = api_form(SERVED)
+    assert prompt_of(frontend) == served
+    assert served["4"]["class_type"] == "LinearizeFoveated" and served["17"]["class_type"] == "ImageCompare"
+    frontend.evaluate(LISTEN)
+    frontend.evaluate(SET_WIDGETS, [4, {"keep": 0.3 if mode else 0.25}])  # or the server's cache answers
+    frontend.get_by_test_id("queue-button").click()
+    frontend.wait_for_function("window.ended")
+    assert frontend.evaluate("window.ended") == ["execution_success", ""]
+    if mode:
+        frontend.wait_for_function(f"{SLIDER}.length === 2")
+        assert len({*frontend.evaluate(SLIDER)}) == 2
+    take_picture(frontend, PICTURES / f"served-{version}-{'new' if mode else 'classic'}.png")
+    assert status_of(frontend, "LinearizeFoveated").startswith("UNTRAINED")
+    assert "PSNR" in status_of(frontend, "LinearizeCompare")
+
+
 LINES = """() => {
     const shown = [...document.querySelectorAll('.linearize-status .linearize-status')].find(each => each.offsetHeight);
     return shown && [shown.innerText.split('\\n').length, Math.round(shown.offsetHeight / 14)];
@@ -382,12 +400,6 @@ QUICK_DISTILLATION = {  # of the demo's workflow: seconds until updates begin, a
     4: {"prompts": "day sun left hills red house left oak", "name": "browser_cancel", "seeds": 2, "steps": 2},
     8: {"updates": 5000, "held_out": 1, "output_draws": 0},
 }
-LISTEN = """() => {
-    window.executed = [];
-    app.api.addEventListener('executing', event => window.executed.push(String(event.detail)));
-    for (const name of ['execution_success', 'execution_error', 'execution_interrupted'])
-        app.api.addEventListener(name, event => window.ended = [name, event.detail.exception_message ?? '']);
-}"""
 
 
 def test_cancel_ends_the_prompt_and_the_node_says_how_far_it_came(frontend):

@@ -12,12 +12,14 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted((ROOT / "workflows").glob("*.json"))
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 DEMOS = ("foveated_demo", "clear_demo", "distill_demo", "distill_clips")
-WORKFLOWS = [*TEMPLATES, *(ROOT / "lab" / "demo" / f"{name}.json" for name in DEMOS)]
+SERVED = ROOT / "lab" / "demo" / "nodes" / "workflows" / "side_by_side.json"
+WORKFLOWS = [*TEMPLATES, SERVED, *(ROOT / "lab" / "demo" / f"{name}.json" for name in DEMOS)]
 SHIPPED = [*WORKFLOWS, *BLUEPRINTS, *(path.parent / "api" / path.name for path in WORKFLOWS)]
 TITLE_BAR = 30  # pixels that the frontend draws above a node's position
 USERS_OWN = {"flux_lora.safetensors"}  # a name that stands for a file of the user's
 SEEDS = ("seed", "noise_seed")
 UPLOAD = "upload"  # the button of Load Image, whose value is never sent
+SLIDER = {"compare_view": {"__value__": ["", ""]}}  # of Compare Images, whose value is sent and never stored
 FOLDERS = {"checkpoints", "diffusion_models", "text_encoders", "vae", "loras", "linearize"}
 FORBIDDEN_TEXT = re.compile(r"^(/|~|\\|[A-Za-z]:[\\/]|file:)|hf_[A-Za-z0-9]{8,}|[?&](token|key)=", re.IGNORECASE)
 
@@ -43,7 +45,7 @@ def widget_values(node):
     """Return a node's values by name, without what the frontend adds behind seeds and pictures; and what it adds."""
     values, found, controls = list(node.get("widgets_values", [])), {}, []
     for name in (slot["widget"]["name"] for slot in node["inputs"] if "widget" in slot):
-        found[name] = values.pop(0)
+        found[name] = SLIDER[name] if name in SLIDER else values.pop(0)
         if name == UPLOAD:
             del found[name]
         if name in SEEDS:

@@ -170,7 +170,7 @@ def test_what_needs_no_model_is_refused_before_it_is_queued(server, live, inputs
 
 def test_every_shipped_workflow_of_the_demo_is_accepted_whole(server):
     """ComfyUI runs what it accepts of a prompt and drops the rest, so its list of refused nodes has to be empty."""
-    for path in sorted((ROOT / "lab" / "demo" / "api").glob("*.json")):
+    for path in sorted((ROOT / "lab" / "demo").rglob("api/*.json")):
         body = json.dumps({"prompt": json.loads(path.read_text(encoding="utf-8"))}).encode()
         request = urllib.request.Request(server.url + "/prompt", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as reply:

@@ -17,6 +17,7 @@ DEMO = ROOT / "lab" / "demo" / "api" / "clear_demo.json"
 OTHER_DEMOS = [
     ROOT / "lab" / "demo" / "api" / f"{name}.json" for name in ("foveated_demo", "distill_demo", "distill_clips")
 ]
+SERVED = ROOT / "lab" / "demo" / "nodes" / "workflows" / "api" / "side_by_side.json"
 TEMPLATES = sorted((ROOT / "workflows" / "api").glob("*.json"))
 DISTILL = ROOT / "workflows" / "api" / "flux_dev_distill.json"  # runs in test_distill_templates.py
 FLUX_TEMPLATES = [path for path in TEMPLATES if re.match("flux_(dev|schnell)", path.stem) and path != DISTILL]
@@ -71,7 +72,7 @@ def sockets_of(info, inputs):
     return required, known
 
 
-@pytest.mark.parametrize("path", [*TEMPLATES, DEMO, *OTHER_DEMOS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*TEMPLATES, DEMO, *OTHER_DEMOS, SERVED], ids=lambda path: path.stem)
 def test_api_workflows_fit_object_info(server, path, tmp_path):
     """Every node exists, every input is known, every link has the type its socket wants; comfy-lint agrees."""
     workflow, known = load(path), server.get("/object_info")
