@@ -1,7 +1,7 @@
 """A real ComfyUI server as a child process, and a small client for it. Standard library only.
 
-`python -m lab.server --port 8188` keeps one open for a person, and opens a graph of the demo in the browser; the demo and
-the tests use `LiveServer`.
+`python -m lab.server --port 8188` keeps one open for a person and opens a graph of the demo in the browser; the demo
+and the tests use `LiveServer`.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 // The server sends `linearize.status` events; ComfyUI's own progress texts are taken off nodes when a job ends.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { inWordsOf, lastRun } from "./words.js";
 
 const EVENT = "linearize.status";
 const STORE = "linearize.status"; // in the tab's session storage: {workflow id: {node id: status}}
@@ -11,7 +12,6 @@ const WIDGET = "linearize_status";
 const MOST_PIXELS = 240; // of a text's height; longer ones scroll
 const MARGIN = 4; // that the frontend leaves around it
 const ERROR = "color-mix(in srgb, var(--error-text) 60%, var(--input-text))"; // readable in every theme
-const LAST_RUN = { en: "last run", zh: "上次运行" };
 
 const heights = new WeakMap(); // by element, in pixels at the graph's own scale
 
@@ -54,10 +54,7 @@ function dateOf(seconds) {
   return new Intl.DateTimeFormat(undefined, { ...options, hourCycle: "h23" }).format(when);
 }
 
-function lastRun(status) {
-  const language = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
-  return `${LAST_RUN[language] ?? LAST_RUN.en} ${dateOf(status.at)}`;
-}
+const language = () => app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
 
 function newElement(node) {
   const element = document.createElement("div");
@@ -98,8 +95,8 @@ function widgetOf(node) {
 // Puts a status on a node: the first line is the outcome, the others are smaller.
 function show(node, status) {
   const text = widgetOf(node).element.firstChild;
-  const [outcome, ...more] = status.text.split("\n");
-  if (status.over) more.push(lastRun(status));
+  const [outcome, ...more] = inWordsOf(language(), status.text).split("\n");
+  if (status.over) more.push(lastRun(language(), dateOf(status.at)));
   const first = document.createElement("span");
   first.textContent = outcome;
   first.style.color = status.failed ? ERROR : "var(--input-text)";

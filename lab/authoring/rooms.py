@@ -1,4 +1,4 @@
-"""How tall the nodes of a workflow are after a run, on LiteGraph's canvas and as Nodes 2.0, so that none lies on another."""
+"""How tall nodes are after a run, on LiteGraph's canvas and as Nodes 2.0, so that none lies on another."""
 
 from typing import Any
 
@@ -55,5 +55,6 @@ def rooms(page: Page, workflow: dict[str, Any], picture: str) -> dict[int, int]:
         pretend_a_run(page, picture)
         for key, height in page.evaluate(AS_ELEMENTS if is_vue else ON_CANVAS).items():
             found[int(key)] = max(found.get(int(key), 0), round(height) - TITLE_BAR)
+    page.evaluate("sessionStorage.clear()")  # or the pictures that follow would tell of a run
     draw_as(page, False)
     return found

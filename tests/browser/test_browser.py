@@ -193,6 +193,26 @@ def test_both_forms_of_a_workflow_say_the_same_and_nodes_do_not_overlap(frontend
     assert overlapping(boxes) == []
 
 
+@pytest.mark.parametrize("path", [SERVED, "lab/demo/distill_demo.json", *TEMPLATES[::4]])
+def test_nodes_lie_apart_after_a_run_as_nodes_2(frontend, path):
+    """With statuses of several lines and with pictures, which the frontend puts below them."""
+    from linearize.lab.authoring.rooms import pretend_a_run
+
+    picture = COMFYUI / "input" / "example.png"
+    frontend.route("**/api/view?*example.png*", lambda route: route.fulfill(path=picture))
+    in_mode(frontend, True)
+    try:
+        open_workflow(frontend, path)
+        pretend_a_run(frontend, "example.png")
+        boxes = frontend.evaluate(
+            "[...document.querySelectorAll('[data-node-id]')].map(each => [each, each.getBoundingClientRect()])"
+            ".map(([each, box]) => [each.dataset.nodeId, box.left, box.top, box.width, box.height])"
+        )
+        assert len(boxes) > 5 and overlapping(boxes) == []
+    finally:
+        in_mode(frontend, False)
+
+
 def overlapping(boxes: list) -> list[str]:
     """Return which of (name, left, top, width, height) lie on which."""
     return [
@@ -476,6 +496,21 @@ def test_a_node_speaks_the_users_language_and_explains_itself(frontend, language
         frontend.evaluate(f"app.canvas.selectNode({clear})")
         frontend.get_by_test_id("info-button").click()
         frontend.locator(".node-help-content").get_by_text(help_words).first.wait_for()
+    finally:
+        frontend.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'en')")
+        frontend.wait_for_timeout(1000)
+
+
+def test_a_status_is_told_in_the_users_language(frontend):
+    """Every part of an outcome has its Chinese words; what no rule knows stays as it came."""
+    frontend.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    try:
+        open_workflow(frontend, "lab/demo/clear_demo.json")
+        outcome = "UNTRAINED · 17 % of attention · 5 of 5 sites · 0.31 s a step, dense about 0.69"
+        frontend.evaluate(TELL_ALL, f"{outcome}\nclear (torch): 5 sites\na sentence")
+        told = status_of(frontend, "LinearizeCLEAR")
+        expected = "未训练 · 注意力运算的 17 % · 5 / 5 个位置 · 每步 0.31 秒，稠密约 0.69"
+        assert told == f"{expected}\nclear (torch): 5 sites\na sentence", told
     finally:
         frontend.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'en')")
         frontend.wait_for_timeout(1000)
