@@ -19,10 +19,14 @@ import folder_paths
 from ..attention.hub.download import CLEAR_FILES, HubFile, download, parse_hub_file, recorded_sha256
 from ..attention.shown import one_line
 from ..attention.students.tensor_file import MAX_NAME
+from ..attention.words import file_size, percent, time_left
+from ..patching.prompt_graph import executing
+from .node_status import show_on_node
 
 FOLDER = "linearize"
 EXTENSION = ".safetensors"
 HASHED_BYTES = 512 * 2**20
+TELL_S = 1.0  # between texts while something is downloaded
 FRESH_NS = 4 * 10**9  # some file systems tell times to 2 s
 T = TypeVar("T")
 PART = re.compile(r"(?![. ])[^\x00-\x1f<>:\"|?*\\/]{1,100}(?<![. ])")  # of a path, on every system
@@ -178,11 +182,20 @@ def _folder() -> Path:
 
 def _download(file: HubFile, allow_download: bool) -> Path:
     bar: comfy.utils.ProgressBar | None = None
+    place = executing()
+    show = show_on_node(place.node_id if place else None)
+    began = told = time.monotonic()
+    first: int | None = None  # bytes that an earlier run fetched
 
     def progress(done: int, total: int) -> None:
-        nonlocal bar
+        nonlocal bar, told, first
         bar = bar or comfy.utils.ProgressBar(total)
         bar.update_absolute(done, total)
+        first, now = done if first is None else first, time.monotonic()
+        if now - told >= TELL_S and done > first:
+            told = now
+            left = time_left((now - began) / (done - first) * (total - done))
+            show(f"downloading {file.file} · {percent(done / total)} of {file_size(total)} · {left}")
 
     stop = comfy.model_management.throw_exception_if_processing_interrupted
     return download(file, _folder(), allow_download=allow_download, progress=progress, should_stop=stop).path

@@ -136,7 +136,7 @@ def model_card(student: StudentFile, file: HubFile, size: int, picture: str = ""
 def _picture(name: str) -> list[str]:
     if not name:
         return []
-    words = "One prompt and one seed: an impression, not a measurement."
+    words = "One picture: an impression, not a measurement."
     return ["## What it paints", "", f"![Pictures of this student and of its teacher]({name})", "", words, ""]
 
 

@@ -75,9 +75,10 @@ def prepare(path: Path, repo: str, picture: bytes = b"") -> Publication:
 
 
 def publish(publication: Publication, *, private: bool, replace_card: bool = False) -> str:
-    """Upload a student and its card in one commit, and return the commit's address.
+    """Upload a student and its card in one commit, and return the commit's address, with what was left out.
 
-    A repository that is not there is made. The card of one that is there stays, unless it is to be replaced.
+    A repository that is not there is made. The card of one that is there stays, unless it is to be replaced; a picture
+    goes only with a card that shows it.
 
     Args:
         publication: from `prepare`.
@@ -97,13 +98,15 @@ def publish(publication: Publication, *, private: bool, replace_card: bool = Fal
         if private and not info.private:
             raise HubError(f"{repo} is there and public; switch private off, or make it private on the Hub first")
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(publication.path))]
-        if publication.picture:
-            operations.append(CommitOperationAdd(publication.picture_name, publication.picture))
-        if replace_card or CARD not in {each.rfilename for each in info.siblings or ()}:
+        writes_card = replace_card or CARD not in {each.rfilename for each in info.siblings or ()}
+        if writes_card:
             operations.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=publication.card.encode()))
+        if writes_card and publication.picture:
+            operations.append(CommitOperationAdd(publication.picture_name, publication.picture))
         commit = api.create_commit(repo, operations=operations, commit_message=f"Add {name}")
     log.info("published %s: %s", publication.file, one_line(commit.commit_url, 300))
-    return one_line(commit.commit_url, 300)
+    kept = "; the card that was there stays, without the picture: switch replace_card on to show it"
+    return one_line(commit.commit_url, 300) + (kept if publication.picture and not writes_card else "")
 
 
 def describe_publication(publication: Publication, private: bool, card_path: Path) -> str:

@@ -34,9 +34,9 @@ class Update:
     seconds: float
 
     def __str__(self) -> str:
-        losses = ", ".join(f"{name} {value:.4g}" for name, value in self.losses.items())
-        pace = f"{percent(self.done / self.total)}, {time_left(self.seconds * (self.total - self.done))}"
-        return f"update {self.done} of {self.total}, {pace}, {losses}, {seconds_as_text(self.seconds)} s per update"
+        losses = " · ".join(f"{name} {value:.4g}" for name, value in self.losses.items())
+        pace = f"{percent(self.done / self.total)} · {time_left(self.seconds * (self.total - self.done))}"
+        return f"update {self.done} of {self.total} · {pace} · {losses} · {seconds_as_text(self.seconds)} s per update"
 
     def to_json(self) -> dict[str, Any]:
         """Return the update as a line of a progress file."""

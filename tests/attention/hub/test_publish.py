@@ -190,7 +190,7 @@ def test_a_picture_lies_beside_the_file_and_on_the_card(path):
     name = f"{NAME.removesuffix('.safetensors')}.jpg"
     publication = prepare(path, REPO, b"jpeg")
     assert publication.picture_name == name and f"]({name})" in publication.card
-    assert "One prompt and one seed: an impression, not a measurement." in publication.card
+    assert "One picture: an impression, not a measurement." in publication.card
     assert f"- {name}, " in describe_publication(publication, True, path.with_name("README.md"))
     assert prepare(path, REPO).picture_name == "" and "## What it paints" not in prepare(path, REPO).card
 
@@ -350,6 +350,16 @@ def test_a_card_that_is_there_stays_unless_told(hub, path):
     assert [entry["value"].get("path") for entry in hub.commit[1:]] == [NAME]
     publish(prepare(path, REPO), private=True, replace_card=True)
     assert {entry["value"].get("path") for entry in hub.commit[1:]} == {NAME, "README.md"}
+
+
+def test_a_picture_goes_with_a_card_that_shows_it_and_only_then(hub, path):
+    publication = prepare(path, REPO, b"jpeg")
+    assert publish(publication, private=True).endswith(f"/{REPO}/commit/1")
+    assert {entry["value"].get("path") for entry in hub.commit[1:]} == {NAME, "README.md", publication.picture_name}
+    hub.is_there, hub.files = True, ["README.md"]
+    told = publish(publication, private=True)
+    assert [entry["value"].get("path") for entry in hub.commit[1:]] == [NAME]
+    assert told.endswith("the card that was there stays, without the picture: switch replace_card on to show it")
 
 
 def test_a_public_repository_is_not_mistaken_for_a_private_one(hub, path):
