@@ -44,6 +44,7 @@ class LinearizeCLEAR(PlacedNode):
                 "accelerate",
                 "memory",
                 "sage",
+                "sage attention",
                 "high resolution",
                 "加速",
                 "窗口",

@@ -61,7 +61,8 @@ class LinearizeFoveated(PlacedNode):
             "part of dense. Works without trained weights, on every supported model. Text stays exact.",
             search_aliases=[
                 "sparse attention", "fast attention", "foveated", "speed up", "accelerate", "memory", "vram", "sage",
-                "flux", "qwen", "wan", "video", "no training", "加速", "稀疏", "省显存", "注视", "视频",
+                "sage attention",
+                "flux", "qwen", "wan", "video", "faster video", "no training", "加速", "稀疏", "省显存", "注视", "视频",
             ],
             inputs=[
                 io.Model.Input("model", tooltip="A loaded diffusion transformer. It is not changed; a patched copy "

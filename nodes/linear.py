@@ -61,6 +61,7 @@ class LinearizeHybrid(PlacedNode):
                 "linear attention",
                 "wan",
                 "video",
+                "faster video",
                 "混合",
                 "视频",
             ],

@@ -10,7 +10,7 @@ STATUS = (
 )
 REPORT = "\n".join([STATUS, *["double.0-18: foveated, keep 0.15, tile 4, top 0.13: 17.2 % of dense"] * 12])
 TELL = """([status, report]) => {
-    for (const { id, type } of app.graph.nodes.filter(node => node.type.startsWith('Linearize'))) {
+    for (const { id, type } of app.graph.nodes.filter(node => /^Linearize(?!Demo)/.test(node.type))) {
         const text = type === 'LinearizeReport' ? report : status;
         const detail = { node: String(id), type, workflow: '', text, failed: false, at: Date.now() / 1000 };
         app.api.dispatchEvent(new CustomEvent('linearize.status', { detail }));
@@ -26,6 +26,7 @@ GIVE_PICTURES = """([types, filename]) => {
         app.api.dispatchEvent(new CustomEvent('executed', { detail }));
     }
 }"""
+SEE_ALL = "app.extensionManager.command.execute('Comfy.Canvas.FitView')"
 ON_CANVAS = "Object.fromEntries(app.graph.nodes.map(node => [node.id, node.getBounding()[3]]))"
 AS_ELEMENTS = """() => Object.fromEntries([...document.querySelectorAll('[data-node-id]')].map(element =>
     [element.dataset.nodeId, element.getBoundingClientRect().height / app.canvas.ds.scale]))"""
@@ -34,9 +35,12 @@ TITLE_BAR = 30  # pixels above a node's position, part of its height here
 
 def pretend_a_run(page: Page, picture: str) -> None:
     """Let the nodes show what they show after a run: statuses of several lines, and a picture of the input folder."""
+    page.evaluate(SEE_ALL)  # what is out of sight takes no room
     page.evaluate(TELL, [STATUS, REPORT])
     page.evaluate(GIVE_PICTURES, [SHOWS_PICTURES, picture])
-    page.wait_for_timeout(1500)
+    page.wait_for_timeout(1000)
+    page.evaluate(SEE_ALL)
+    page.wait_for_timeout(500)
 
 
 def draw_as(page: Page, is_vue: bool) -> None:
@@ -55,6 +59,6 @@ def rooms(page: Page, workflow: dict[str, Any], picture: str) -> dict[int, int]:
         pretend_a_run(page, picture)
         for key, height in page.evaluate(AS_ELEMENTS if is_vue else ON_CANVAS).items():
             found[int(key)] = max(found.get(int(key), 0), round(height) - TITLE_BAR)
-    page.evaluate("sessionStorage.clear()")  # or the pictures that follow would tell of a run
     draw_as(page, False)
+    page.evaluate("sessionStorage.clear()")  # or the workflow shows these statuses when it is opened again
     return found

@@ -46,6 +46,7 @@ LOADERS = (
 )  # fmt: skip
 PICTURE = "example.png"  # every ComfyUI has it in its input folder, which is not the one of `run.py`'s
 GAP, TITLE = 60, 58  # pixels between columns; between nodes of a column, for the title bar and the badge on it
+ISSUES = 30  # pixels that Nodes 2.0 adds below a loader whose file is missing
 QUALITY = 75  # of thumbnails; the Registry's archive holds all of them and is small
 VIEWPORT: ViewportSize = {"width": 5000, "height": 1400}  # far out, the frontend draws boxes without their texts
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
@@ -117,7 +118,7 @@ def stack(nodes: list[dict[str, Any]], x: int, room: Mapping[int, int]) -> int:
     for node in nodes:
         height = SIZES.get(node["type"], (WIDTH, None))[1] or node["size"][1]
         node["pos"], node["size"] = [x, y], [width, height]
-        y += max(height, room.get(node["id"], 0)) + TITLE
+        y += max(height, room.get(node["id"], 0)) + TITLE + (ISSUES if node["type"] in LOADERS else 0)
     return width
 
 

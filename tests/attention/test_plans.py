@@ -115,3 +115,11 @@ def test_the_spec_of_one_site_is_that_of_all_of_them():
     for plan in (Plan("flux", ClearSpec(8), rules), Plan("flux", rules=(*rules, ("all", ClearSpec(2)))), Plan("flux")):
         specs = plan.resolve(SITES)
         assert {site: plan.spec_of(site) for site in SITES} == specs
+
+
+def test_a_plan_for_any_host_becomes_that_of_a_model():
+    rules = (("all", ClearSpec(3)),)
+    for host in ("auto", "flux"):
+        assert Plan(host, rules=rules).for_host("flux", "FLUX.1") == Plan("flux", rules=rules)
+    with pytest.raises(ValueError, match=r"the plan is for host wan, this model is flux \(FLUX.1\)"):
+        Plan("wan").for_host("flux", "FLUX.1")

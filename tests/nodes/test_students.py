@@ -448,6 +448,21 @@ def test_a_plan_for_another_host_is_refused(comfy, studio, make):
         comfy.node("LinearizeApply")(model=studio.model, attention=make("wan"))
 
 
+def test_a_plan_for_any_host_takes_the_models(comfy, studio):
+    """Beneath a plan for a named host it is that host's; what names no site of the model is a sentence."""
+    uniform, kind = comfy.node("LinearizeUniformPlan"), {"kind": "clear", "radius": 2}
+    plan = uniform(kind=kind, sites="double", host="auto", plan=None)[0]
+    assert plan.host == "auto" and type(plan).from_json(plan.to_json()) == plan
+    (model,) = comfy.node("LinearizeApply")(model=studio.model, attention=plan).args
+    studio.sample(model)
+    assert studio.ran(model) == dict.fromkeys(SITES[:2], ("clear", "torch"))
+    named = uniform(kind=kind, sites="blocks", host="wan", plan=plan)[0]
+    assert named.host == uniform(kind=kind, sites="all", host="auto", plan=named)[0].host == "wan"
+    unknown = uniform(kind=kind, sites="blocks.3", host="auto", plan=None)[0]
+    with pytest.raises(ValueError, match="'blocks.3' names no site of this model, which has double.0-1, single.0-1"):
+        comfy.node("LinearizeApply")(model=studio.model, attention=unknown)
+
+
 def test_a_saved_student_is_found_again_after_a_restart_of_the_list(comfy, studio, make, files):
     name = files("found.safetensors", host="flux", plan=make(default=make.clear(3)))
     options = comfy.nodes.NODE_CLASS_MAPPINGS["LinearizeLoadStudent"].define_schema().inputs[1].options
