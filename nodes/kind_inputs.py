@@ -254,7 +254,7 @@ def check_place(sites: str, start_percent: float, end_percent: float) -> None:
 
 
 def untrained_notes(specs: Iterable[SiteSpec]) -> list[str]:
-    """Return what a node says when specs run without a student."""
+    """Return what a node says, beside that they are untrained, when specs run without a student."""
     names = {part.feature_map for spec in specs for part in spec.parts if part.has_maps}
     learned = sorted(name for name in names if any(True for _ in MAPS[name](1, 2).parameters()))
     return [f"feature map {', '.join(learned)} gives noise until it is trained; load a student"] if learned else []

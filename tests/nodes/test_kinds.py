@@ -101,5 +101,5 @@ def test_wrong_input_is_one_sentence(comfy, studio, node, inputs, words):
 
 def test_a_map_that_nobody_trained_is_named(comfy):
     specs, notes = comfy.module("attention.specs"), comfy.module("nodes.kind_inputs").untrained_notes
-    assert len(notes([specs.ClearSpec(3), specs.HybridSpec(2, "favor")])) == 1
-    assert "polynomial gives noise" in notes([specs.LinearSpec("polynomial")])[1]
+    assert len(notes([specs.ClearSpec(3), specs.HybridSpec(2, "favor")])) == 0
+    assert "polynomial gives noise" in notes([specs.LinearSpec("polynomial")])[0]
