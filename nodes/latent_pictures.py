@@ -85,8 +85,8 @@ def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def as_preview(image: Image.Image) -> tuple[str, Image.Image, int]:
-    """Return a picture as ComfyUI's progress bar takes it."""
-    return "JPEG", image, max(image.size)
+    """Return a picture as ComfyUI's progress bar takes it: small ones are enlarged, none is made smaller."""
+    return "JPEG", image, max(MOST_PIXELS, *image.size)
 
 
 def contact_sheet(show: Callable[[Tensor], Image.Image | None], latents: Sequence[Tensor]) -> Tensor | None:

@@ -77,6 +77,9 @@ class LinearizeReport(io.ComfyNode):
         text = describe_costs(host.title, size, layout, rows)
         if any(each.percents and not each.trained for each in settings.values()):
             text += "\nin the part of sampling from start_percent to end_percent; dense in the rest"
+        kept = {each.spec.kind for site, each in settings.items() if site not in specs and not each.spec.is_dense}
+        if kept:
+            text += f"\n{', '.join(sorted(kept))} stays dense at this size, by min_tokens"
         if after is not None:
             text = f"{what_ran(host, module, runtime)}\n\nplanned:\n{text}"
         node_status.show_on_node(cls.hidden.unique_id)(text)

@@ -278,6 +278,13 @@ def test_report_costs_are_those_of_the_cost_model(comfy, studio):
     assert f"{4 * 2 * 4 * 128 * 4352**2 / 1e9:.1f} GFLOP dense" in text
 
 
+@pytest.mark.parametrize(("min_tokens", "size", "kept"), [(-1, 512, True), (-1, 1024, False), (0, 512, False)])
+def test_report_says_which_kind_stays_dense_at_a_size(comfy, studio, min_tokens, size, kept):
+    patched = studio.clear(studio.model, radius=8, min_tokens=min_tokens)
+    text = comfy.node("LinearizeReport")(model=patched, width=size, height=size)[0]
+    assert ("clear stays dense at this size, by min_tokens" in text) == kept == ("(100.0%)" in text)
+
+
 def test_the_status_is_shown_on_the_node(studio, comfy, monkeypatch):
     import types
 
