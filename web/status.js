@@ -13,6 +13,7 @@ const MOST_PIXELS = 240; // of a text's height; longer ones scroll
 const MARGIN = 4; // that the frontend leaves around it
 const ERROR = "color-mix(in srgb, var(--error-text) 60%, var(--input-text))"; // readable in every theme
 
+const refusing = new WeakSet(); // nodes that take no widget
 const heights = new WeakMap(); // by element, in pixels at the graph's own scale
 
 function stored() {
@@ -73,9 +74,11 @@ function newElement(node) {
   return element;
 }
 
+// Returns our widget of a node, null where a node takes none: subgraphs' own before frontend 1.58.
 function widgetOf(node) {
-  const found = node.widgets?.find((widget) => widget.name === WIDGET);
-  if (found) return found;
+  const find = () => node.widgets?.find((widget) => widget.name === WIDGET);
+  if (find()) return find();
+  if (refusing.has(node)) return null;
   const element = newElement(node);
   const height = () => Math.min(heights.get(element) ?? 18, MOST_PIXELS) + 2 * MARGIN;
   const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
@@ -89,12 +92,16 @@ function widgetOf(node) {
   });
   widget.serialize = false; // nor in the workflow
   widget.label = "";
-  return widget;
+  if (find()) return widget;
+  refusing.add(node);
+  widget.onRemove?.();
+  return null;
 }
 
 // Puts a status on a node: the first line is the outcome, the others are smaller.
 function show(node, status) {
-  const text = widgetOf(node).element.firstChild;
+  const text = widgetOf(node)?.element.firstChild;
+  if (!text) return;
   const [outcome, ...more] = inWordsOf(language(), status.text).split("\n");
   if (status.over) more.push(lastRun(language(), dateOf(status.at)));
   const first = document.createElement("span");

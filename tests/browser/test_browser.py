@@ -164,7 +164,7 @@ def test_a_status_of_another_workflow_or_type_is_not_shown(frontend):
         assert status_of(frontend, "LinearizeCLEAR") == shown
 
 
-def test_a_status_inside_a_subgraph_is_shown_outside_too(frontend):
+def test_a_status_inside_a_subgraph_is_shown_outside_too(frontend, version):
     blueprint = json.loads((ROOT / "subgraphs" / "Linearize my model.json").read_text(encoding="utf-8"))
     frontend.evaluate("workflow => app.loadGraphData(workflow)", beside_the_demos_model(blueprint))
     frontend.wait_for_function(f"window.app?.graph?.getNodeById({OUTER})?.title === 'Linearize my model'")
@@ -172,7 +172,8 @@ def test_a_status_inside_a_subgraph_is_shown_outside_too(frontend):
         node, type: '', workflow: '', text: 'update 3 of 8\\nmore', failed: false, at: 0 } }))"""
     frontend.evaluate(tell, f"{OUTER}:9")
     find = "([id, name]) => app.graph.getNodeById(id).widgets.find(w => w.name === name)?.value"
-    assert frontend.evaluate(find, [OUTER, STATUS]) == "Distill Attention\nupdate 3 of 8"
+    takes_widgets = tuple(map(int, version.split(".")[:2])) >= (1, 58)  # of its subgraphs' nodes
+    assert frontend.evaluate(find, [OUTER, STATUS]) == ("Distill Attention\nupdate 3 of 8" if takes_widgets else None)
 
 
 @pytest.mark.parametrize(
