@@ -24,7 +24,7 @@ STAGES: tuple[tuple[str, int, list[str]], ...] = (  # name, minutes it may take 
     ("distill", 7, ["tests/training"]),
     ("demo", 2, ["tests/lab/demo", "tests/lab/models"]),
     ("server", 6, ["tests/server"]),
-    ("browser", 6, ["tests/browser"]),
+    ("browser", 13, ["tests/browser"]),
 )
 
 

@@ -218,9 +218,10 @@ def test_people_find_the_nodes_by_the_words_that_they_type(frontend):
 
 def test_a_status_is_told_in_the_users_language(frontend):
     """Every part of an outcome has its Chinese words; what no rule knows stays as it came."""
+    open_workflow(frontend, "lab/demo/clear_demo.json")
     frontend.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'zh')")
     try:
-        open_workflow(frontend, "lab/demo/clear_demo.json")
+        frontend.wait_for_timeout(1000)
         outcome = "UNTRAINED · 17 % of attention · 5 of 5 sites · 0.31 s a step, dense about 0.69"
         frontend.evaluate(TELL_ALL, f"{outcome}\nclear (torch): 5 sites\na sentence")
         told = status_of(frontend, "LinearizeCLEAR")
