@@ -1,6 +1,6 @@
 """The exact choice of one candidate per site under a budget: Attention Surgery's block-rate selection.
 
-Nothing here knows a model: sites come in with what they can run, its FLOPs and its error; `budget.py` counts them.
+Nothing here knows a model: sites come in with what they can run, what that costs (operations or time) and its error.
 """
 
 import math
@@ -26,21 +26,21 @@ class Option:
         number: of the candidate at its site.
         spec: kind and parameters.
         error: of the candidate, 0 or more.
-        flops: of one forward.
+        cost: of one forward, in whole units: operations, or nanoseconds.
     """
 
     number: int
     spec: SiteSpec
     error: float
-    flops: int
+    cost: int
 
 
 @dataclass(frozen=True, slots=True)
 class SiteOptions:
-    """One site with the FLOPs of dense attention, which has no error, and what else it can run."""
+    """One site with the cost of dense attention, which has no error, and what else it can run."""
 
     site: str
-    dense_flops: int
+    dense_cost: int
     options: tuple[Option, ...] = ()
 
 
@@ -50,22 +50,22 @@ class BudgetPlan:
 
     Args:
         chosen: the option of each site that is not dense, in the order of the model.
-        flops: of all sites together, per forward.
-        dense_flops: the same with dense attention everywhere.
+        cost: of all sites together, per forward.
+        dense_cost: the same with dense attention everywhere.
         is_proven: whether no other choice within the budget has a lower summed error (to PRECISION), by the solver's
             own bound; false where the time for the search was over or its digits did not suffice, and for homogeneous
             plans.
     """
 
     chosen: Mapping[str, Option]
-    flops: int
-    dense_flops: int
+    cost: int
+    dense_cost: int
     is_proven: bool
 
     @property
     def share(self) -> float:
-        """FLOPs as a share of dense attention."""
-        return self.flops / self.dense_flops
+        """Cost as a share of dense attention."""
+        return self.cost / self.dense_cost
 
     @property
     def error(self) -> float:
@@ -81,13 +81,13 @@ class BudgetPlan:
 def plan_under_budget(
     sites: Sequence[SiteOptions], budget: float, method: str = METHODS[0]
 ) -> tuple[BudgetPlan, BudgetPlan | None]:
-    """Return the plan of lowest summed error whose FLOPs are within the budget, and the homogeneous plan beside it.
+    """Return the plan of lowest summed error whose cost is within the budget, and the homogeneous plan beside it.
 
         minimise sum_i e_i(z_i)   subject to   sum_i c_i(z_i) <= budget * sum_i dense_i
 
     Args:
         sites: of one model.
-        budget: share of the FLOPs of dense attention, above 0, at most 1.
+        budget: share of the cost of dense attention, above 0, at most 1.
         method: "optimal" chooses among all options of all sites. "homogeneous" is the paper's baseline: one spec for
             all sites that are converted, those with the lowest error first, as many as the budget needs; the best of
             such plans.
@@ -104,17 +104,17 @@ def plan_under_budget(
         raise ValueError(f"budget is a share of dense attention, above 0 and at most 1, got budget={budget}")
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}, got method={method!r}")
-    dense = sum(site.dense_flops for site in sites)
+    dense = sum(site.dense_cost for site in sites)
     # as a float, 0.3 lies below three tenths, which a plan may have exactly
     limit = math.floor(Fraction(budget).limit_denominator(10**9) * dense)
     ends = [_homogeneous(sites, spec, limit) for spec in _specs(sites)] or [_plan(sites, {})]
-    baseline = min((plan for plan in ends if plan.flops <= limit), key=lambda plan: plan.error, default=None)
+    baseline = min((plan for plan in ends if plan.cost <= limit), key=lambda plan: plan.error, default=None)
     if method == "homogeneous":
         if baseline is None:
-            raise _unreachable(budget, min(plan.flops for plan in ends) / dense, "one kind alone")
+            raise _unreachable(budget, min(plan.cost for plan in ends) / dense, "one kind alone")
         return baseline, baseline
     choices = [_worthwhile(site) for site in sites]
-    lowest = sum(each[0].flops for each in choices)
+    lowest = sum(each[0].cost for each in choices)
     if lowest > limit:
         raise _unreachable(budget, lowest / dense, "these candidates")
     found = _optimal(sites, choices, limit)
@@ -130,8 +130,8 @@ def _unreachable(budget: float, lowest: float, what: str) -> ValueError:
 
 
 def _plan(sites: Sequence[SiteOptions], chosen: Mapping[str, Option], is_proven: bool = False) -> BudgetPlan:
-    flops = sum(chosen[site.site].flops if site.site in chosen else site.dense_flops for site in sites)
-    return BudgetPlan(chosen, flops, sum(site.dense_flops for site in sites), is_proven)
+    cost = sum(chosen[site.site].cost if site.site in chosen else site.dense_cost for site in sites)
+    return BudgetPlan(chosen, cost, sum(site.dense_cost for site in sites), is_proven)
 
 
 def _specs(sites: Sequence[SiteOptions]) -> tuple[SiteSpec, ...]:
@@ -143,13 +143,13 @@ def _homogeneous(sites: Sequence[SiteOptions], spec: SiteSpec, limit: int) -> Bu
     usable = {
         site.site: min(options, key=lambda option: option.error)
         for site in sites
-        if (options := [each for each in site.options if each.spec == spec and each.flops < site.dense_flops])
+        if (options := [each for each in site.options if each.spec == spec and each.cost < site.dense_cost])
     }
     order = sorted(usable, key=lambda site: usable[site].error)
-    dense = {site.site: site.dense_flops for site in sites}
+    dense = {site.site: site.dense_cost for site in sites}
     total, count = sum(dense.values()), 0
     while total > limit and count < len(order):
-        total += usable[order[count]].flops - dense[order[count]]
+        total += usable[order[count]].cost - dense[order[count]]
         count += 1
     converted = set(order[:count])
     return _plan(sites, {site: option for site, option in usable.items() if site in converted})
@@ -157,9 +157,9 @@ def _homogeneous(sites: Sequence[SiteOptions], spec: SiteSpec, limit: int) -> Bu
 
 def _worthwhile(site: SiteOptions) -> list[Option]:
     """Return what a site can run that has a lower error than all that is as cheap, the cheapest first."""
-    everything = [Option(DENSE, DenseSpec(), 0.0, site.dense_flops), *site.options]
+    everything = [Option(DENSE, DenseSpec(), 0.0, site.dense_cost), *site.options]
     kept: list[Option] = []
-    for option in sorted(everything, key=lambda option: (option.flops, option.error)):
+    for option in sorted(everything, key=lambda option: (option.cost, option.error)):
         if not kept or option.error < kept[-1].error:
             kept.append(option)
     return kept
@@ -171,16 +171,16 @@ def _optimal(sites: Sequence[SiteOptions], choices: Sequence[Sequence[Option]], 
     picked, is_proven = _solve(choices, limit)
     # a plan that the solver's tolerance let through bounds the others from below, as it would within the limit
     lowest, step = _error(picked) if is_proven else -math.inf, 0
-    while _flops(picked) > limit:
-        step = max(10 * step, _flops(picked) - limit)
-        picked = _solve(choices, limit - step)[0] if limit - step >= _flops(cheapest) else cheapest
+    while _cost(picked) > limit:
+        step = max(10 * step, _cost(picked) - limit)
+        picked = _solve(choices, limit - step)[0] if limit - step >= _cost(cheapest) else cheapest
     pairs = zip(sites, picked, strict=True)
     chosen = {site.site: option for site, option in pairs if option.number != DENSE}
     return _plan(sites, chosen, _error(picked) <= lowest * (1 + PRECISION))
 
 
-def _flops(picked: Sequence[Option]) -> int:
-    return sum(option.flops for option in picked)
+def _cost(picked: Sequence[Option]) -> int:
+    return sum(option.cost for option in picked)
 
 
 def _error(picked: Sequence[Option]) -> float:
@@ -225,7 +225,7 @@ def _search(choices: Sequence[Sequence[Option]], limit: int, deadline: float) ->
     errors = np.array([option.error for option in options])
     # both sums well above 1, where the solver's absolute tolerances are far below what counts
     factor = 100 / max(errors.max(), 1e-300)
-    costs = np.array([option.flops / limit for option in options]) * len(choices)
+    costs = np.array([option.cost / limit for option in options]) * len(choices)
     result = milp(
         errors * factor,
         integrality=np.ones(len(options)),

@@ -36,7 +36,7 @@ def test_clips_have_tiles_of_several_frames(comfy, wan):
 
 
 def test_keep_is_about_the_share_that_is_seen(comfy):
-    spec_of, cost = comfy.module("nodes.foveated").spec_of_keep, comfy.module("attention.planning.cost")
+    spec_of, cost = comfy.module("attention.planning.keep").spec_of_keep, comfy.module("attention.planning.cost")
     layouts = comfy.module("attention.layout")
     for keep in (0.05, 0.1, 0.15, 0.3, 0.6):
         for is_clip, grid in ((False, (1, 64, 64)), (False, (1, 48, 80)), (True, (10, 24, 32))):
@@ -48,7 +48,7 @@ def test_keep_is_about_the_share_that_is_seen(comfy):
 
 
 def test_tiles_are_wider_on_a_gpu_and_keep_stays_what_it_says(comfy):
-    spec_of, cost = comfy.module("nodes.foveated").spec_of_keep, comfy.module("attention.planning.cost")
+    spec_of, cost = comfy.module("attention.planning.keep").spec_of_keep, comfy.module("attention.planning.cost")
     layouts = comfy.module("attention.layout")
     layout = layouts.TokenLayout.of([layouts.grid_segment("main", 1, 64, 64)])
     assert [spec_of(0.15, is_clip, on_gpu=True).tile for is_clip in (False, True)] == [8, 4]
@@ -59,7 +59,7 @@ def test_tiles_are_wider_on_a_gpu_and_keep_stays_what_it_says(comfy):
 
 def test_a_reference_as_large_as_the_picture_keeps_a_quarter_of_the_pairs(comfy):
     """Of 64 x 64 tokens, a reference of 64 x 64 and 512 of text; windows keep most, since they see every reference."""
-    spec_of, cost = comfy.module("nodes.foveated").spec_of_keep, comfy.module("attention.planning.cost")
+    spec_of, cost = comfy.module("attention.planning.keep").spec_of_keep, comfy.module("attention.planning.cost")
     layouts, specs = comfy.module("attention.layout"), comfy.module("attention.specs")
     layout = layouts.TokenLayout.of((
         layouts.Segment("text", 512), layouts.grid_segment("main", 1, 64, 64), layouts.reference_segment((1, 64, 64)),

@@ -45,7 +45,7 @@ def instance(seed, ties=False, num_sites=4, num_options=3):
 
 def every_plan(sites):
     """Return (FLOPs, summed error) of every choice."""
-    entries = [[(site.dense_flops, 0.0), *((o.flops, o.error) for o in site.options)] for site in sites]
+    entries = [[(site.dense_cost, 0.0), *((o.cost, o.error) for o in site.options)] for site in sites]
     return [tuple(map(sum, zip(*picked, strict=True))) for picked in itertools.product(*entries)]
 
 
@@ -54,7 +54,7 @@ def test_optimal_against_every_choice(ties):
     solved = 0
     for seed in range(120):
         sites = instance(seed, ties, num_sites=1 + seed % 5)
-        dense = sum(site.dense_flops for site in sites)
+        dense = sum(site.dense_cost for site in sites)
         plans = every_plan(sites)
         for share in (0.05, 0.3, 0.5, 0.75, 1.0):
             within = [error for flops, error in plans if flops <= share * dense]
@@ -65,10 +65,10 @@ def test_optimal_against_every_choice(ties):
                 assert f"{math.ceil(1000 * lowest) / 1000:g} can" in str(caught.value)
                 continue
             plan, baseline = plan_under_budget(sites, share)
-            assert plan.flops <= share * dense and (plan.is_proven or plan is baseline)
+            assert plan.cost <= share * dense and (plan.is_proven or plan is baseline)
             assert plan.error == pytest.approx(min(within), rel=2e-6, abs=1e-12)
-            assert (plan.flops, pytest.approx(plan.error)) in plans, "its figures are those of a choice that exists"
-            assert baseline is None or (plan.error <= baseline.error and baseline.flops <= share * dense)
+            assert (plan.cost, pytest.approx(plan.error)) in plans, "its figures are those of a choice that exists"
+            assert baseline is None or (plan.error <= baseline.error and baseline.cost <= share * dense)
             solved += 1
     assert solved > 150
 
@@ -98,14 +98,14 @@ def test_proven_is_proven():
     proven = 0
     for seed in range(77):
         sites, chance = uneven(seed), random.Random(seed)
-        dense, plans = sum(site.dense_flops for site in sites), every_plan(sites)
+        dense, plans = sum(site.dense_cost for site in sites), every_plan(sites)
         for share in (chance.uniform(0.3, 0.9), Fraction(chance.choice(plans)[0], dense)):
             limit = math.floor(Fraction(share).limit_denominator(10**9) * dense)
             within = [error for flops, error in plans if flops <= limit]
             if not within or not 0 < share <= 1:
                 continue
             plan, baseline = plan_under_budget(sites, share)
-            assert plan.flops <= limit and (plan is baseline or baseline is None or plan.error <= baseline.error)
+            assert plan.cost <= limit and (plan is baseline or baseline is None or plan.error <= baseline.error)
             if plan.is_proven:
                 assert plan.error <= min(within) * (1 + 2 * knapsack.PRECISION), seed
                 proven += 1
@@ -126,7 +126,7 @@ def test_a_budget_that_is_met_exactly():
     """Three tenths, which the float 0.3 is not."""
     sites = [SiteOptions(f"single.{i}", 10**15, (Option(0, SPECS[0], 1.0 + i, 0),)) for i in range(10)]
     plan, baseline = plan_under_budget(sites, 0.3)
-    assert plan.flops == 3 * 10**15 and sorted(plan.choice) == [f"single.{i}" for i in range(7)]
+    assert plan.cost == 3 * 10**15 and sorted(plan.choice) == [f"single.{i}" for i in range(7)]
     assert baseline is not None and baseline.choice == plan.choice
     assert plan_under_budget(sites, 1.0)[0].choice == {}
 
@@ -134,7 +134,7 @@ def test_a_budget_that_is_met_exactly():
 def test_candidates_of_equal_cost_and_error():
     same = tuple(Option(n, SPECS[n], 0.5, 5) for n in range(4))
     plan, _ = plan_under_budget([SiteOptions("single.0", 10, same), SiteOptions("single.1", 10, same)], 0.8)
-    assert plan.flops <= 16 and plan.error == 0.5 and list(plan.choice.values()) == [0]
+    assert plan.cost <= 16 and plan.error == 0.5 and list(plan.choice.values()) == [0]
 
 
 def test_what_costs_more_than_dense_is_never_taken():
@@ -148,7 +148,7 @@ def test_the_homogeneous_plan_is_the_papers():
     errors = {"single.0": (0.3, 0.4), "single.1": (0.1, 0.05), "single.2": (0.2, 0.01)}
     sites = [SiteOptions(s, 10, (Option(0, a, e[0], 1), Option(1, b, e[1], 5))) for s, e in errors.items()]
     plan, baseline = plan_under_budget(sites, 0.7, "homogeneous")
-    assert plan is baseline and plan.choice == {"single.1": 1, "single.2": 1} and plan.flops == 20
+    assert plan is baseline and plan.choice == {"single.1": 1, "single.2": 1} and plan.cost == 20
     assert plan_under_budget(sites, 0.71, "homogeneous")[0].error == pytest.approx(0.06)
     assert plan_under_budget(sites, 0.4, "homogeneous")[0].choice == {"single.1": 0, "single.2": 0}
     with pytest.raises(ValueError, match=r"0\.05 cannot be reached with one kind alone, 0\.1 can"):
@@ -158,7 +158,7 @@ def test_the_homogeneous_plan_is_the_papers():
 def test_no_kind_alone_reaches_what_several_do():
     sites = [SiteOptions(f"single.{i}", 10, (Option(0, SPECS[i], 0.1, 2),)) for i in range(2)]
     plan, baseline = plan_under_budget(sites, 0.2)
-    assert plan.flops == 4 and baseline is None
+    assert plan.cost == 4 and baseline is None
     assert describe_plan(sites, 0.2, plan, baseline)[-1] == "one kind alone: none reaches this budget"
 
 
@@ -204,8 +204,8 @@ def test_57_sites_with_12_candidates(share):
 def test_costs_are_those_of_the_cost_model():
     sites, layout = flux_options(specs=[ClearSpec(8), HybridSpec(4)])
     for site in sites:
-        assert site.dense_flops == attention_cost(DenseSpec(), layout, 24, 128).flops
-        assert [each.flops for each in site.options] == [
+        assert site.dense_cost == attention_cost(DenseSpec(), layout, 24, 128).flops
+        assert [each.cost for each in site.options] == [
             attention_cost(spec, layout, 24, 128).flops for spec in (ClearSpec(8), HybridSpec(4))
         ]
 
@@ -218,7 +218,7 @@ def test_a_candidate_with_matrices_pays_for_them():
     ((plain, mapped),) = (
         each.options for each in site_options(Candidates("flux", {"single.0": pair}), host, module, layout)
     )
-    assert mapped.flops - plain.flops == 2 * 64 * 64 * 24 * 128**2
+    assert mapped.cost - plain.cost == 2 * 64 * 64 * 24 * 128**2
 
 
 def test_sites_without_candidates_and_those_kept_dense_count_in_the_share():
@@ -254,7 +254,7 @@ def test_a_plan_leads_back_to_a_student():
     assert decided.is_decided and set(decided.sites) == set(plan.choice)
     specs = decided.student().plan.resolve([site.id for site in host.sites(module)])
     flops = sum(attention_cost(spec, flux_options()[1], 24, 128).flops for spec in specs.values())
-    assert flops == plan.flops
+    assert flops == plan.cost
 
 
 def test_the_text():
@@ -380,7 +380,7 @@ def test_video_layouts_count_frames():
     short, long = (
         site_options(student, host, module, host.planned_layout(module, 832, 480, frames, 512)) for frames in (1, 81)
     )
-    assert long[0].dense_flops > 20 * short[0].dense_flops
+    assert long[0].dense_cost > 20 * short[0].dense_cost
     plan, _ = plan_under_budget(long, 0.16)
     assert plan.choice == dict.fromkeys(sites, 1)
     assert plan.share == pytest.approx(1.032 / 6.594, rel=0.02), "rate 8 on 32,760 tokens, counted by hand"
