@@ -1,9 +1,10 @@
 """One attention call: as the host issues it, read as tensors (B, H, N, D), and as distillation sees it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -20,6 +21,7 @@ class SiteCall:
         query, key, value, output: (B, H, N, D); keys and values shared by several heads are repeated.
         mask: as the host gave it, or None.
         scale: factor on q . k; None is 1 / sqrt(D).
+        again: computes the call once more as it was computed, for a stopwatch; None where that cannot be.
     """
 
     site: str
@@ -30,6 +32,7 @@ class SiteCall:
     output: Tensor
     mask: Tensor | None = None
     scale: float | None = None
+    again: Callable[[], Any] | None = None
 
     def grid_tokens(self) -> Tensor:
         """Return the queries that lie on a grid; global ones see everything and have nothing to learn."""
@@ -80,11 +83,11 @@ class HostCall:
         query, key, value = (to_bhnd(each, heads, size, self.options["skip_reshape"]) for each in self.inputs)
         return query, key, value
 
-    def seen(self, output: Tensor) -> SiteCall:
-        """Return what distillation sees, with the output as the host got it."""
+    def seen(self, output: Tensor, again: Callable[[], Any] | None = None) -> SiteCall:
+        """Return what distillation and calibration see, with the output as the host got it."""
         _, heads, _, size = self.shape
         output = to_bhnd(output, heads, size, self.options["skip_output_reshape"])
-        return SiteCall(self.site, self.layout, *self.bhnd(), output, self.mask, self.scale)
+        return SiteCall(self.site, self.layout, *self.bhnd(), output, self.mask, self.scale, again)
 
 
 def bhnd_shape(query: Tensor, heads: int, skip_reshape: bool) -> tuple[int, int, int, int]:
@@ -102,3 +105,16 @@ def to_bhnd(tensor: Tensor, heads: int, head_dim: int, skip_reshape: bool) -> Te
     if tensor.shape[1] == heads:
         return tensor
     return tensor.repeat_interleave(heads // tensor.shape[1], dim=1)  # grouped: several heads share keys and values
+
+
+def unusable(call: SiteCall) -> Reason | None:
+    """Return why nothing can be learned or measured from a call, or None."""
+    if isinstance(call.layout, Reason):
+        return call.layout
+    if not call.layout.grids or not call.query.shape[0]:
+        return Reason("grid", "no token lies on a grid, and only those have something to gain")
+    if call.mask is not None and not bool((call.mask if call.mask.dtype == torch.bool else call.mask == 0).all()):
+        return Reason("mask", "an attention mask hides tokens")
+    if call.query.shape[2] != call.key.shape[2]:
+        return Reason("split", "the model splits this self-attention into calls with some of the queries each")
+    return call.layout.mismatch(call.query.shape[2])

@@ -121,6 +121,33 @@ def plan_under_budget(
     return (baseline if baseline is not None and baseline.error < found.error else found), baseline
 
 
+def plan_within_error(sites: Sequence[SiteOptions], most_error: float) -> BudgetPlan:
+    """Return the plan of least cost whose summed error is at most `most_error`, 0 or more; dense is within any.
+
+        minimise sum_i c_i(z_i)   subject to   sum_i e_i(z_i) <= most_error
+
+    Raises:
+        ValueError: scipy is missing, or found nothing in time.
+    """
+    usable = [(site, [each for each in site.options if each.error <= most_error]) for site in sites]
+    if most_error <= 0 or not any(options for _, options in usable):
+        return _plan(sites, {})
+    # the same choice with the two exchanged: errors in whole parts are the limit, cost is what has to be least
+    part = most_error * PRECISION / max(len(sites), 1)
+    turned = [
+        SiteOptions(
+            site.site, 0, tuple(Option(o.number, o.spec, float(o.cost), math.ceil(o.error / part)) for o in options)
+        )
+        for site, options in usable
+    ]
+    dense = [Option(DENSE, DenseSpec(), float(site.dense_cost), 0) for site in sites]
+    choices = [_pareto([first, *each.options]) for first, each in zip(dense, turned, strict=True)]
+    found = _optimal(turned, choices, math.floor(most_error / part))
+    options = {site.site: {each.number: each for each in site.options} for site in sites}
+    chosen = {site: options[site][each.number] for site, each in found.chosen.items()}
+    return _plan(sites, chosen, found.is_proven)
+
+
 def _unreachable(budget: float, lowest: float, what: str) -> ValueError:
     reached = math.ceil(1000 * lowest) / 1000
     return ValueError(
@@ -157,9 +184,12 @@ def _homogeneous(sites: Sequence[SiteOptions], spec: SiteSpec, limit: int) -> Bu
 
 def _worthwhile(site: SiteOptions) -> list[Option]:
     """Return what a site can run that has a lower error than all that is as cheap, the cheapest first."""
-    everything = [Option(DENSE, DenseSpec(), 0.0, site.dense_cost), *site.options]
+    return _pareto([Option(DENSE, DenseSpec(), 0.0, site.dense_cost), *site.options])
+
+
+def _pareto(options: Sequence[Option]) -> list[Option]:
     kept: list[Option] = []
-    for option in sorted(everything, key=lambda option: (option.cost, option.error)):
+    for option in sorted(options, key=lambda option: (option.cost, option.error)):
         if not kept or option.error < kept[-1].error:
             kept.append(option)
     return kept

@@ -164,7 +164,8 @@ def run_call(
             if not skip_output_reshape:
                 output = rearrange(output, "b h n d -> b n (h d)")
         if runtime.observe is not None and observed is not None:
-            runtime.observe(observed.seen(output))
+            again = None if dense is None else partial(dense, *observed.inputs, heads, hidden)
+            runtime.observe(observed.seen(output, again))
         return output
 
 

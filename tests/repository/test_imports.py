@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ("kernels", "attention", "patching", "training", "nodes")  # each may import itself and those before it
 ROOMS = {  # the same inside a layer; "" is the layer's own files
-    "attention": ("", "kinds", "gpu", "hosts", "students", "planning", "runtime", "hub"),
+    "attention": ("", "kinds", "gpu", "hosts", "students", "planning", "runtime", "calibration", "hub"),
     "training": ("samples", "engine", "transfer", "finetune", "jobs", "comfyui", ""),
 }
 MAY_USE_COMFYUI = ("nodes", "patching", "training/comfyui")

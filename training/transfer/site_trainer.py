@@ -11,7 +11,7 @@ from ...attention.kinds.kind import Learned
 from ...attention.kinds.linear import TORCH
 from ...attention.kinds.mapped import mapped_queries
 from ...attention.kinds.output_map import map_outputs
-from ...attention.layout import Reason, TokenLayout
+from ...attention.layout import TokenLayout
 from ...attention.runtime.backends import Backend, CallShape, choose_backend
 from ...attention.site_call import SiteCall
 from ...attention.specs import HybridSpec, LinearSpec, MappedSpec, SiteSpec
@@ -147,16 +147,3 @@ class SiteTrainer(nn.Module):
         """Return the parameters as a student's file names them, on the CPU."""
         learned = {name: value.detach().cpu().clone() for name, value in self.named_parameters()}
         return learned if self.matrices is None else {**learned, "output.weight": self.matrices}
-
-
-def unusable(call: SiteCall) -> Reason | None:
-    """Return why nothing can be learned from a call, or None."""
-    if isinstance(call.layout, Reason):
-        return call.layout
-    if not call.layout.grids or not call.query.shape[0]:
-        return Reason("grid", "no token lies on a grid, and only those have something to learn")
-    if call.mask is not None and not bool((call.mask if call.mask.dtype == torch.bool else call.mask == 0).all()):
-        return Reason("mask", "an attention mask hides tokens")
-    if call.query.shape[2] != call.key.shape[2]:
-        return Reason("split", "the model splits this self-attention into calls with some of the queries each")
-    return call.layout.mismatch(call.query.shape[2])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...attention.layout import Reason
 from ...attention.planning.report import describe_spec
-from ...attention.site_call import SiteCall
+from ...attention.site_call import SiteCall, unusable
 from ...attention.specs import SiteSpec
 from ...attention.students.candidates import Candidate
 from ...attention.words import memory_size
@@ -23,7 +23,7 @@ from ..engine.recipe import TransferRecipe
 from ..engine.schedule import generator, held_out_draws, rate_at, split_samples, training_draw
 from ..engine.workers import ALONE, Workers
 from .closed_form import OutputFit
-from .site_trainer import SiteTrainer, unusable
+from .site_trainer import SiteTrainer
 
 LEAST_QUERIES = 64
 PASSES = "passes"  # in a saved state: how many forwards a round keeps
