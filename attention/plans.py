@@ -5,7 +5,7 @@ A plan is data; `attention/runtime/run_site.py` acts on it.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .checks import parse_json
@@ -103,6 +103,22 @@ def group_sites(specs: Mapping[str, SiteSpec]) -> tuple[tuple[str, SiteSpec], ..
 
 
 @dataclass(frozen=True, slots=True)
+class SiteMeasured:
+    """What was measured of the spec that a site runs.
+
+    Args:
+        seconds, dense_seconds: of its attention calls in one step.
+        error: energy of what its output misses over the energy of the dense output.
+        where: when, on what and at which size, in words.
+    """
+
+    seconds: float
+    dense_seconds: float
+    error: float
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The spec of every site of one host.
 
@@ -110,11 +126,13 @@ class Plan:
         host: the architecture it was written for, such as "flux", or ANY_HOST.
         default: the spec of sites that no rule names.
         rules: (site expression, spec) pairs; where two name the same site, the later one holds.
+        measured: by site, what this machine measured of its spec; no part of the JSON form.
     """
 
     host: str
     default: SiteSpec = DenseSpec()
     rules: tuple[tuple[str, SiteSpec], ...] = ()
+    measured: Mapping[str, SiteMeasured] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of_sites(cls, host: str, specs: Mapping[str, SiteSpec]) -> "Plan":

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..patching.receipt import watch_prompts
 from .budget_plan import LinearizeBudgetPlan
+from .calibrate import LinearizeCalibrate
 from .clear import LinearizeCLEAR
 from .compare import LinearizeCompare
 from .finetune import LinearizeFinetune
@@ -34,6 +35,7 @@ class LinearizeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes."""
         nodes = (
+            LinearizeCalibrate,
             LinearizeFoveated,
             LinearizeCLEAR,
             LinearizeHybrid,

@@ -3,6 +3,7 @@
 from typing import Any
 
 from .. import patching
+from ..attention.calibration.describe import describe_measured
 from ..attention.plans import Plan, select_sites
 from ..attention.runtime.runtime import SiteSettings
 from ..attention.shown import one_line
@@ -31,11 +32,16 @@ def apply_plan(model: Any, plan: Plan, node_id: str | None) -> Any:
     except ValueError as error:
         raise ValueError(f"{error}; the plan was made for another {host.title}, or its sites are mistyped") from None
     settings = {
-        site: SiteSettings(spec)
+        site: SiteSettings(spec, measured=plan.measured.get(site))
         for site, spec in plan.resolve(sites).items()
         if site in named or plan.default != DenseSpec()  # what the plan does not name stays as it was
     }
-    notes = [*untrained_notes(each.spec for each in settings.values()), *patching.replaced_notes(model, settings)]
+    measured = [each.measured for each in settings.values() if each.measured is not None]
+    notes = [
+        *untrained_notes(each.spec for each in settings.values()),
+        *patching.replaced_notes(model, settings),
+        *describe_measured(measured),
+    ]
     status = node_status.show_on_node(node_id, notes)
     return patching.patch_model(model, settings, status)[0]
 

@@ -6,6 +6,7 @@ import comfy.model_management
 from comfy_api.latest import io, ui
 
 from .. import patching
+from ..attention.calibration.describe import describe_measured
 from ..attention.hosts import Host
 from ..attention.planning.break_even import AUTO_TOKENS, least_tokens
 from ..attention.planning.report import describe_costs, describe_sampled, site_costs
@@ -80,10 +81,12 @@ class LinearizeReport(io.ComfyNode):
         kept = {each.spec.kind for site, each in settings.items() if site not in specs and not each.spec.is_dense}
         if kept:
             text += f"\n{', '.join(sorted(kept))} stays dense at this size, by min_tokens"
+        measured = {site: each.measured for site, each in settings.items() if each.measured is not None}
+        text = "\n".join([text, *describe_measured(list(measured.values()))])
         if after is not None:
             text = f"{what_ran(host, module, runtime)}\n\nplanned:\n{text}"
         node_status.show_on_node(cls.hidden.unique_id)(text)
-        picture = draw_plan(f"{host.title}, {size}", rows)
+        picture = draw_plan(f"{host.title}, {size}", rows, measured)
         return io.NodeOutput(
             text, picture, ui={**ui.PreviewText(text).as_dict(), **ui.PreviewImage(picture, cls=cls).as_dict()}
         )

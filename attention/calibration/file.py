@@ -99,7 +99,7 @@ def sites_to_json(sites: Sequence[SiteMeasures]) -> dict[str, Any]:
     layouts = list(dict.fromkeys(each.layout for each in sites if each.layout is not None))
     specs = list(dict.fromkeys(one.spec for each in sites for one in each.measures))
     return {
-        "layouts": [[[s.role, s.length, s.grid, s.place] for s in layout.segments] for layout in layouts],
+        "layouts": list(map(layout_to_json, layouts)),
         "specs": list(map(spec_to_json, specs)),
         "sites": {
             each.site: {
@@ -124,7 +124,7 @@ def sites_from_json(data: Mapping[str, Any]) -> tuple[SiteMeasures, ...]:
     Raises:
         ValueError, TypeError, KeyError, IndexError: it wrote something else.
     """
-    layouts = [TokenLayout(tuple(map(_segment, segments))) for segments in data["layouts"]]
+    layouts = list(map(layout_from_json, data["layouts"]))
     specs = list(map(spec_from_json, data["specs"]))
     return tuple(
         SiteMeasures(
@@ -136,11 +136,22 @@ def sites_from_json(data: Mapping[str, Any]) -> tuple[SiteMeasures, ...]:
                 for spec, seconds, error in each["measures"]
             ),
             None if each["layout"] is None else layouts[each["layout"]],
-            *map(int, each["heads"]),
+            int(each["heads"][0]),
+            int(each["heads"][1]),
             str(each["reason"]),
         )
         for site, each in data["sites"].items()
     )
+
+
+def layout_to_json(layout: TokenLayout) -> list[list[Any]]:
+    """Return a layout in plain form: role, length, grid and place of each segment."""
+    return [[each.role, each.length, each.grid, each.place] for each in layout.segments]
+
+
+def layout_from_json(data: Sequence[Any]) -> TokenLayout:
+    """Return the layout that `layout_to_json` wrote; errors as `sites_from_json`."""
+    return TokenLayout(tuple(map(_segment, data)))
 
 
 def _segment(data: Sequence[Any]) -> Segment:

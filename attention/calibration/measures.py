@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..layout import TokenLayout
 from ..planning.knapsack import Option, SiteOptions
+from ..plans import SiteMeasured
 from ..specs import SiteSpec
 
 NANOSECOND = 1e-9
@@ -83,35 +84,21 @@ class Checked:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class SiteMeasured:
-    """What is known of the spec that a site runs, for reports.
+def measured_sites(sites: Sequence[SiteMeasures], specs: Mapping[str, SiteSpec], where: str) -> dict[str, SiteMeasured]:
+    """Return by site what was measured of what it runs; a site that `specs` leaves out is dense.
 
     Args:
-        seconds, dense_seconds: of its attention calls in one step.
-        error: as in `Measure`.
+        where: when, on what and at which size, in words.
     """
-
-    seconds: float
-    dense_seconds: float
-    error: float
-
-
-def attention_seconds(sites: Sequence[SiteMeasures], specs: Mapping[str, SiteSpec]) -> tuple[float, float]:
-    """Return the seconds that a step's attention takes with a plan, and dense."""
-    dense = sum(each.calls * each.dense_seconds for each in sites)
-    return sum(each.seconds for each in measured_sites(sites, specs).values()), dense
-
-
-def measured_sites(sites: Sequence[SiteMeasures], specs: Mapping[str, SiteSpec]) -> dict[str, SiteMeasured]:
-    """Return by site what was measured of what it runs; a site that `specs` leaves out is dense."""
     found = {}
     for each in sites:
         dense = each.calls * each.dense_seconds
         own = next((one for one in each.measures if one.spec == specs.get(each.site)), None)
-        found[each.site] = (
-            SiteMeasured(dense, dense, 0.0)
-            if own is None
-            else SiteMeasured(each.calls * own.seconds, dense, own.error)
-        )
+        seconds, error = (dense, 0.0) if own is None else (each.calls * own.seconds, own.error)
+        found[each.site] = SiteMeasured(seconds, dense, error, where)
     return found
+
+
+def attention_seconds(measured: Mapping[str, SiteMeasured]) -> tuple[float, float]:
+    """Return the seconds that a step's attention takes as planned, and dense."""
+    return sum(each.seconds for each in measured.values()), sum(each.dense_seconds for each in measured.values())

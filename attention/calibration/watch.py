@@ -30,12 +30,21 @@ from .measures import PAYS, Measure, SiteMeasures
 
 QUERIES = 512  # on a grid, that outputs are compared on
 REPEATS = 3
-LONG_S = 0.5  # of one call, after which it is not repeated
+LONG_S = 0.15  # of all repeats of a call, after which there is no further one
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeKey:
+    """What the seconds of a call depend on: (B, H, N, D), the layout, the dtype's name."""
+
+    shape: tuple[int, ...]
+    layout: TokenLayout
+    dtype: str
 
 
 @dataclass(slots=True)
-class _Shape:
-    """What was timed for calls of one shape."""
+class TimedShape:
+    """Seconds of calls of one shape: dense, and by candidate."""
 
     dense: float
     seconds: dict[Spec, float] = field(default_factory=dict)
@@ -43,6 +52,27 @@ class _Shape:
     def worthwhile(self) -> list[Spec]:
         """Return the candidates whose errors are worth a measurement, for they are faster than dense."""
         return [spec for spec, seconds in self.seconds.items() if seconds < PAYS * self.dense]
+
+
+@dataclass(slots=True)
+class Seen:
+    """All that a watch has seen, so that it can go on from there.
+
+    Args:
+        steps: that were watched.
+        calls: by site.
+        reasons: by site, why it cannot be measured.
+        shapes: what was timed.
+        shape_of: by site, the shape of its calls.
+        sums: by site and candidate, the energies that its outputs miss, and those of the dense outputs.
+    """
+
+    steps: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, str] = field(default_factory=dict)
+    shapes: dict[ShapeKey, TimedShape] = field(default_factory=dict)
+    shape_of: dict[str, ShapeKey] = field(default_factory=dict)
+    sums: dict[str, dict[Spec, tuple[float, float]]] = field(default_factory=dict)
 
 
 class SiteWatch:
@@ -60,25 +90,20 @@ class SiteWatch:
     ) -> None:
         self.sites, self.candidates = {site.id: site for site in sites}, tuple(candidates)
         self.spent = 0.0  # seconds of all that was measured
-        self.sums: dict[str, dict[Spec, list[float]]] = {}  # by site and candidate: energies missed, and of the output
-        self.reasons: dict[str, str] = {}
+        self.seen = Seen()
         self._order = {site.id: number for number, site in enumerate(sites)}
         self._memory, self._stop = memory, stop
-        self._shapes: dict[Any, _Shape] = {}
-        self._shape_of: dict[str, Any] = {}
-        self._layouts: dict[str, TokenLayout] = {}
-        self._calls: Counter[str] = Counter()
-        self._steps, self._stride = 0, 0
+        self._stride = 0
 
     def begin_step(self, stride: int = 0) -> None:
         """Begin a step in which every `stride`-th site is measured, others than in the step before; 0 measures none."""
-        self._steps, self._stride = self._steps + 1, stride
+        self.seen.steps, self._stride = self.seen.steps + 1, stride
 
     def see(self, call: SiteCall) -> None:
         """Time the candidates on the first call of a shape, and compare their outputs where it is the site's turn."""
         self._stop()
-        self._calls[call.site] += 1
-        if call.site in self.reasons:
+        self.seen.calls[call.site] += 1
+        if call.site in self.seen.reasons:
             return
         device = call.query.device
         wait_for(device)
@@ -89,47 +114,48 @@ class SiteWatch:
         self.spent += time.perf_counter() - started
 
     def _measure(self, call: SiteCall) -> None:
-        key = (tuple(call.query.shape), call.layout, call.query.dtype)
-        if key not in self._shapes or self._shape_of.get(call.site) != key:
-            reason = unusable(call)
-            if reason is not None:
-                self.reasons[call.site] = reason.text
-                return
-            assert isinstance(call.layout, TokenLayout)
-            self._shape_of[call.site], self._layouts[call.site] = key, call.layout
-        if key not in self._shapes:
-            self._shapes[key] = self._timed(call)
-        if self._stride and (self._order.get(call.site, 0) + self._steps) % self._stride == 0:
-            self._compare(call, self._shapes[key].worthwhile())
+        reason = unusable(call)
+        if reason is not None:
+            self.seen.reasons[call.site] = reason.text
+            return
+        assert isinstance(call.layout, TokenLayout)
+        key = ShapeKey(tuple(call.query.shape), call.layout, str(call.query.dtype))
+        self.seen.shape_of[call.site] = key
+        if key not in self.seen.shapes:
+            self.seen.shapes[key] = self._timed(call)
+        if self._stride and (self._order.get(call.site, 0) + self.seen.steps) % self._stride == 0:
+            self._compare(call, self.seen.shapes[key].worthwhile())
 
     def seconds_to_compare(self) -> float:
         """Return the seconds that one step takes in which all sites are measured."""
-        return sum(
-            self._calls[site] / max(self._steps, 1) * sum(self._shapes[key].seconds[s] for s in shape.worthwhile())
-            for site, key in self._shape_of.items()
-            if (shape := self._shapes[key])
-        )
+        total = 0.0
+        for site, key in self.seen.shape_of.items():
+            shape = self.seen.shapes[key]
+            total += self._calls_a_step(site) * sum(shape.seconds[spec] for spec in shape.worthwhile())
+        return total
 
     def result(self) -> tuple[SiteMeasures, ...]:
         """Return what was measured, in the order of the model; sites that were never called are left out."""
-        return tuple(self._site(site) for site in self.sites.values() if self._calls[site.id])
+        return tuple(self._site(site) for site in self.sites.values() if self.seen.calls[site.id])
+
+    def _calls_a_step(self, site: str) -> float:
+        return self.seen.calls[site] / max(self.seen.steps, 1)
 
     def _site(self, site: Site) -> SiteMeasures:
-        calls = self._calls[site.id] / max(self._steps, 1)
-        shape = self._shapes.get(self._shape_of.get(site.id))
-        if shape is None or site.id in self.reasons:
-            return SiteMeasures(site.id, calls, 0.0, reason=self.reasons.get(site.id, "it was not seen"))
-        found = []
+        calls, key = self._calls_a_step(site.id), self.seen.shape_of.get(site.id)
+        if key is None or site.id in self.seen.reasons:
+            return SiteMeasures(site.id, calls, 0.0, reason=self.seen.reasons.get(site.id, "it was not seen"))
+        shape, own = self.seen.shapes[key], self.seen.sums.get(site.id, {})
+        measures = []
         for spec, seconds in shape.seconds.items():
-            missed, whole = self.sums.get(site.id, {}).get(spec, (math.nan, 1.0))
-            found.append(Measure(spec, seconds, missed / whole if whole else math.nan))
-        layout = self._layouts[site.id]
-        return SiteMeasures(site.id, calls, shape.dense, tuple(found), layout, site.num_heads, site.head_dim)
+            missed, whole = own.get(spec, (math.nan, 1.0))
+            measures.append(Measure(spec, seconds, missed / whole if whole else math.nan))
+        return SiteMeasures(site.id, calls, shape.dense, tuple(measures), key.layout, site.num_heads, site.head_dim)
 
-    def _timed(self, call: SiteCall) -> _Shape:
+    def _timed(self, call: SiteCall) -> TimedShape:
         assert call.again is not None
         device = call.query.device
-        shape = _Shape(call_seconds(device, call.again))
+        shape = TimedShape(call_seconds(device, call.again))
         for spec in self.candidates:
             self._stop()
             run = partial(self._run, call, spec)
@@ -154,29 +180,26 @@ class SiteWatch:
         rows = rows[:: max(1, len(rows) // QUERIES) | 1]  # an odd step meets every column of an even grid
         wanted = call.output.index_select(2, rows).float()
         whole = float(wanted.square().sum())
-        own = self.sums.setdefault(call.site, {})
+        own = self.seen.sums.setdefault(call.site, {})
         for spec in specs:
             self._stop()
             try:
                 found = self._run(call, spec).index_select(2, rows).float()
             except Exception as error:
                 _log(spec, error)
-                own[spec] = [math.inf, 1.0]
+                own[spec] = (math.inf, 1.0)
                 continue
-            sums = own.setdefault(spec, [0.0, 0.0])
-            sums[0] += float((found - wanted).square().sum())
-            sums[1] += whole
+            missed, before = own.get(spec, (0.0, 0.0))
+            own[spec] = (missed + float((found - wanted).square().sum()), before + whole)
 
 
 def call_seconds(device: torch.device, compute: Callable[[], Any]) -> float:
-    """Return the seconds of a computation that has run once: the least of some, of a long one the first."""
+    """Return the seconds of a computation that has run once before: the least of some repeats."""
     compute()
-    least = math.inf
-    for _ in range(REPEATS):
-        least = min(least, timed(device, compute)[0])
-        if least > LONG_S:
-            break
-    return least
+    times: list[float] = []
+    while len(times) < REPEATS and sum(times) < LONG_S:
+        times.append(timed(device, compute)[0])
+    return min(times)
 
 
 def _log(spec: Spec, error: Exception) -> None:

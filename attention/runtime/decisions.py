@@ -14,6 +14,7 @@ from ..hosts import Host
 from ..hosts.site_hooks import current_block
 from ..layout import Reason, TokenLayout
 from ..planning.break_even import AUTO_TOKENS
+from ..plans import SiteMeasured
 from ..site_call import HostCall
 from ..specs import SiteSpec
 from .backends import AUTO, Backend, CallShape, choose_backend
@@ -37,6 +38,7 @@ class SiteSettings:
         trained: the site's weights were distilled for the spec, so it ignores `percents` and `min_tokens`, and a
             fall-back to dense is named as such.
         origin: the file those weights are from, for the record.
+        measured: what was measured of the spec, for reports.
     """
 
     spec: SiteSpec
@@ -45,6 +47,7 @@ class SiteSettings:
     min_tokens: int = 0
     trained: bool = False
     origin: str = ""
+    measured: SiteMeasured | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

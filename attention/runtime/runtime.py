@@ -128,7 +128,9 @@ class Runtime:
 
     def plan(self) -> Plan:
         """Return what the sites run, as a plan."""
-        return Plan.of_sites(self.host.name, {site: settings.spec for site, settings in self.sites.items()})
+        plan = Plan.of_sites(self.host.name, {site: settings.spec for site, settings in self.sites.items()})
+        measured = {site: settings.measured for site, settings in self.sites.items() if settings.measured is not None}
+        return replace(plan, measured=measured)
 
     def meet(self, module: Any) -> None:
         """Note the modules of the model that this runtime is put on, before other nodes move them."""

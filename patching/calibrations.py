@@ -1,0 +1,185 @@
+"""Calibrations from run to run: found in a file, worked out from another size, or measured and then remembered.
+
+One file holds what was measured of a model, as loaded, on one device with one list of candidates; see
+`attention/calibration/file.py`. It lies in `models/linearize/plans`. What belongs to another machine is not found here,
+so a shared workflow is measured anew.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import folder_paths
+import torch
+
+from ..attention.calibration.choice import Choice, Target, choose_unchecked
+from ..attention.calibration.file import Calibration, file_name, read_calibrations, write_calibration
+from ..attention.calibration.other_size import at_latent, nearest
+from ..attention.runtime.override import OVERRIDE_KEY, describe_override
+from ..attention.runtime.record import once
+from ..attention.spec_json import spec_to_json
+from ..attention.specs import Spec
+from .calibrate import Sampling, calibrate
+from .patcher import host_of, model_fingerprint, weight_types
+
+MEASURES = 1  # raised when the pack's own kinds become faster or slower
+FOLDER = "plans"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Order:
+    """What is to be calibrated.
+
+    Args:
+        model: a model patcher.
+        sampling: how it is sampled.
+        candidates: specs.
+        target: what is asked for.
+        most_checks: as in `calibrate`.
+    """
+
+    model: Any
+    sampling: Sampling
+    candidates: Sequence[Spec]
+    target: Target
+    most_checks: int = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """A calibration, and where it is from.
+
+    Args:
+        calibration, choice: what was measured and chosen.
+        device: that it was measured on.
+        note: what was not done now, such as that it is remembered; empty where all was.
+        other_size: in words, of the latent that was measured instead of this one; empty where it was this one.
+        latent: what the steps left; None where none ran.
+    """
+
+    calibration: Calibration
+    choice: Choice
+    device: str
+    note: str = ""
+    other_size: str = ""
+    latent: Any = None
+
+    def words(self, size: str) -> str:
+        """Return at which size it was measured, and what was not done now.
+
+        Args:
+            size: that it is for, in words.
+        """
+        at = f"at latent {self.other_size}, worked out for {size}" if self.other_size else f"at {size}"
+        return f"{at}; {self.note}" if self.note else at
+
+
+def calibrations(orders: Sequence[Order], latent: Any, *, again: bool, show: Callable[[str], None]) -> list[Found]:
+    """Return a calibration for each of the models that sample one after the other, remembered ones where all are.
+
+    Args:
+        orders: of the models, the one of the first steps first.
+        latent: to sample, as in `calibrate`.
+        again: whether to measure anew.
+        show: as in `calibrate`.
+
+    Raises:
+        As `calibrate`.
+    """
+    found = [None if again else remembered(order, latent) for order in orders]
+    known = [each for each in found if each is not None]
+    if len(known) == len(orders):
+        return known
+    known, noise = [], None
+    for order in orders:
+        known.append(measure(order, latent, show, noise))
+        latent = known[-1].latent
+        noise = torch.zeros_like(latent)  # the next one goes on from there
+    return known
+
+
+def remembered(order: Order, latent: Any) -> Found | None:
+    """Return what earlier runs measured of this model here: at this size, else worked out from one near it."""
+    machine = machine_of(order)
+    stored = read_calibrations(_path(order, machine), machine)
+    shape, beside = _shape(latent), _beside(order.sampling)
+    own, device = stored.get(_size(shape, beside)), str(machine["device"])
+    if own is not None:
+        choice = own.choice(order.target)
+        if choice is not None:
+            return Found(own, choice, device, "remembered")
+        choice = choose_unchecked(own.sites, order.target, own.weights)
+        return Found(own, choice, device, "remembered, this choice was not run")
+    near = nearest({size: each for size, each in stored.items() if size.endswith(beside)}, shape)
+    if near is None:
+        return None
+    scaled = at_latent(near, shape)
+    choice = choose_unchecked(scaled.sites, order.target, scaled.weights)
+    return Found(scaled, choice, device, other_size=" x ".join(map(str, near.latent)))
+
+
+def measure(order: Order, latent: Any, show: Callable[[str], None], noise: Any = None) -> Found:
+    """Measure a model, and remember it; errors as `calibrate`."""
+    machine, sampling = machine_of(order), order.sampling
+    size = _size(_shape(latent), _beside(sampling))
+    facts = json.dumps([machine, size, sampling.steps, sampling.part, sampling.seed, sampling.cfg], sort_keys=True)
+    name = f"calibrating-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.safetensors"
+    state = Path(folder_paths.get_system_user_directory("linearize")) / name
+    found = calibrate(
+        order.model, latent, sampling, order.candidates, order.target,
+        most_checks=order.most_checks, show=show, state=state, noise=noise,
+    )  # fmt: skip
+    try:
+        write_calibration(_path(order, machine), machine, size, found.calibration)
+    except OSError as error:
+        once.warning(f"Linearize: a calibration could not be remembered: {type(error).__name__}")
+    return Found(found.calibration, found.choice, str(machine["device"]), latent=found.latent)
+
+
+def machine_of(order: Order) -> dict[str, Any]:
+    """Return what measures depend on beside the size: model, weights, device, attention below, versions, candidates."""
+    host, _ = host_of(order.model)
+    device = comfy.model_management.get_torch_device()
+    below = order.model.model_options.get("transformer_options", {}).get(OVERRIDE_KEY)
+    while getattr(below, "linearize_override", False):
+        below = below.previous
+    core = comfy.ldm.modules.attention.optimized_attention
+    return {
+        "host": host.name,
+        "model": hashlib.sha256(model_fingerprint(order.model).numpy().tobytes()).hexdigest()[:16],
+        "weights": weight_types(order.model),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+        "attention": getattr(core, "__name__", "attention") if below is None else describe_override(below),
+        "torch": torch.__version__,
+        "measures": MEASURES,
+        "candidates": [spec_to_json(spec) for spec in order.candidates],
+    }
+
+
+def _path(order: Order, machine: dict[str, Any]) -> Path:
+    host, _ = host_of(order.model)
+    return Path(folder_paths.get_folder_paths("linearize")[0]) / FOLDER / file_name(host.name, machine)
+
+
+def _shape(latent: Any) -> tuple[int, ...]:
+    return tuple((latent.unbind()[0] if latent.is_nested else latent).shape[1:])
+
+
+def _size(shape: Sequence[int], beside: str) -> str:
+    return " x ".join(map(str, shape)) + beside
+
+
+def _beside(sampling: Sampling) -> str:
+    """Return, in words, what else makes a call longer or another one: guidance, references, ControlNets."""
+    words = ["guided"] if sampling.negative is not None and sampling.cfg != 1 else []
+    for _, options in sampling.positive:
+        references = options.get("reference_latents") or ()
+        words += ["reference " + " x ".join(map(str, each.shape[1:])) for each in references]
+        words += ["with a ControlNet"] if options.get("control") is not None else []
+    return "".join(f", {word}" for word in dict.fromkeys(words))
