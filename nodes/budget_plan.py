@@ -1,15 +1,19 @@
 """Budget Plan: chooses one of the distilled candidates for each site under a budget of FLOPs."""
 
+import torch
 from comfy_api.latest import io
 
 from .. import patching
-from ..attention.planning.budget import Budget, decide
+from ..attention.planning.budget import OPERATIONS, Budget, decide
 from ..attention.planning.knapsack import METHODS
 from ..attention.plans import read_expression
 from ..attention.students.candidates import Candidates
+from ..patching.calibrate import milliseconds
 from . import node_status
 from .sentences import answer
 from .sockets import CATEGORY_PLAN, EXPERIMENTAL, AttentionPlan, AttentionStudent
+
+COUNTS = ("operations", "milliseconds")
 
 
 class LinearizeBudgetPlan(io.ComfyNode):
@@ -36,7 +40,7 @@ class LinearizeBudgetPlan(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     round=0.001,
-                    tooltip="Share of the operations of dense attention that may be left, at the size below.",
+                    tooltip="Share of dense attention that may be left, at the size below, counted as count says.",
                 ),
                 io.Int.Input(
                     "width", default=1024, min=16, max=32768, step=8, tooltip="Width of the picture in pixels."
@@ -79,6 +83,15 @@ class LinearizeBudgetPlan(io.ComfyNode):
                     tooltip="Candidates with a higher error are not used; a site without another one stays dense. 0 is "
                     "off.",
                 ),
+                io.Combo.Input(
+                    "count",
+                    options=list(COUNTS),
+                    default=COUNTS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="What the budget counts: operations, or milliseconds that are measured here and now, on "
+                    "made-up tokens of this size.",
+                ),
             ],
             outputs=[
                 AttentionStudent.Output(tooltip="The student with one candidate per site, for Apply, Save or "
@@ -106,10 +119,14 @@ class LinearizeBudgetPlan(io.ComfyNode):
         method: str = METHODS[0],
         keep_dense: str = "",
         max_error: float = 0.0,
+        count: str = COUNTS[0],
     ) -> io.NodeOutput:
         """Return the decided student, its plan and a text."""
         host, module = patching.host_of(model)
-        found = decide(student, host, module, Budget(budget, width, height, frames, method, keep_dense, max_error))
+        asked = Budget(budget, width, height, frames, method, keep_dense, max_error)
+        counted = milliseconds(model) if count == COUNTS[1] else OPERATIONS
+        with torch.inference_mode():
+            found = decide(student, host, module, asked, counted)
         node_status.show_on_node(cls.hidden.unique_id)(found.text)
         return io.NodeOutput(found.student, found.plan, found.text)
 

@@ -22,12 +22,13 @@ from ..attention.calibration.choice import Choice, Target, choose
 from ..attention.calibration.file import Calibration
 from ..attention.calibration.measures import Checked
 from ..attention.calibration.state import State, read_state, write_state
+from ..attention.calibration.times import Milliseconds
 from ..attention.calibration.watch import SiteWatch
 from ..attention.runtime.runtime import Runtime, SiteSettings
 from ..attention.runtime.seconds import wait_for
 from ..attention.specs import SiteSpec, Spec
 from ..attention.words import time_left
-from .patcher import watched
+from .patcher import attention_below, watched
 
 LEAST_STEPS = 4
 FIRST_WATCHED = 2  # the first step warms up and times calls, the second is left alone for its own time
@@ -260,3 +261,9 @@ class _Work:
 def stop_if_interrupted() -> None:
     """Raise ComfyUI's own exception where the user cancelled."""
     comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def milliseconds(model: Any) -> Milliseconds:
+    """Return what counts the milliseconds of attention on a model's device, in its dtype, beside its own attention."""
+    device = comfy.model_management.get_torch_device()
+    return Milliseconds(attention_below(model), model.model.get_dtype_inference(), device, stop_if_interrupted)

@@ -20,12 +20,12 @@ import torch
 from ..attention.calibration.choice import Choice, Target, choose_unchecked
 from ..attention.calibration.file import Calibration, file_name, read_calibrations, write_calibration
 from ..attention.calibration.other_size import at_latent, nearest
-from ..attention.runtime.override import OVERRIDE_KEY, describe_override
+from ..attention.runtime.override import describe_override
 from ..attention.runtime.record import once
 from ..attention.spec_json import spec_to_json
 from ..attention.specs import Spec
 from .calibrate import Sampling, calibrate
-from .patcher import host_of, model_fingerprint, weight_types
+from .patcher import host_of, model_fingerprint, override_below, weight_types
 
 MEASURES = 1  # raised when the pack's own kinds become faster or slower
 FOLDER = "plans"
@@ -145,9 +145,7 @@ def machine_of(order: Order) -> dict[str, Any]:
     """Return what measures depend on beside the size: model, weights, device, attention below, versions, candidates."""
     host, _ = host_of(order.model)
     device = comfy.model_management.get_torch_device()
-    below = order.model.model_options.get("transformer_options", {}).get(OVERRIDE_KEY)
-    while getattr(below, "linearize_override", False):
-        below = below.previous
+    below = override_below(order.model)
     core = comfy.ldm.modules.attention.optimized_attention
     return {
         "host": host.name,

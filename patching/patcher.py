@@ -1,8 +1,9 @@
 """Puts a runtime on a clone of a model patcher: the part that training and `install.py` share."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -170,6 +171,21 @@ def _load_whole(executor: Any, *args: Any, **kwargs: Any) -> Any:
 def core_attention(*args: Any, **kwargs: Any) -> Tensor:
     """Return what ComfyUI's attention does, chosen when it is called: a flag or another node may change it."""
     return comfy.ldm.modules.attention.optimized_attention(*args, **kwargs)
+
+
+def override_below(model: Any) -> Any:
+    """Return the attention override that other nodes put on a model, None where there is none."""
+    found = model.model_options.get("transformer_options", {}).get(OVERRIDE_KEY)
+    while getattr(found, "linearize_override", False):
+        found = found.previous
+    return found
+
+
+def attention_below(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the attention that a model has without this pack, for (B, H, N, D)."""
+    override = override_below(model)
+    run = core_attention if override is None else partial(override, core_attention)
+    return lambda query, key, value: run(query, key, value, query.shape[1], skip_reshape=True, skip_output_reshape=True)
 
 
 @contextlib.contextmanager

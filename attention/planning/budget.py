@@ -6,7 +6,7 @@ The choice itself is made in `knapsack.py`. Nothing here runs a model or changes
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from ..hosts import Host
 from ..layout import TokenLayout
@@ -41,6 +41,29 @@ class Budget:
     max_error: float = 0.0
 
 
+class Count(Protocol):
+    """What a budget counts; `words` names it."""
+
+    words: str
+
+    def cost(self, spec: SiteSpec, layout: TokenLayout, num_heads: int, head_dim: int, *, has_matrices: bool) -> int:
+        """Return the cost of one forward of a site, above 0, in whole units."""
+        ...
+
+
+class Operations:
+    """Counts floating point operations."""
+
+    words = "FLOPs"
+
+    def cost(self, spec: SiteSpec, layout: TokenLayout, num_heads: int, head_dim: int, *, has_matrices: bool) -> int:
+        """Return the FLOPs of one forward of a site."""
+        return attention_cost(spec, layout, num_heads, head_dim, has_matrices=has_matrices).flops
+
+
+OPERATIONS = Operations()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Decision:
     """A student with one candidate per site, its plan that names every site, and a text for people."""
@@ -50,13 +73,14 @@ class Decision:
     text: str
 
 
-def decide(student: Candidates, host: Host, module: Any, budget: Budget) -> Decision:
+def decide(student: Candidates, host: Host, module: Any, budget: Budget, count: Count = OPERATIONS) -> Decision:
     """Choose what each site of a model runs.
 
     Args:
         student: candidates; a loaded student has one per site.
         host, module: the model.
         budget: see there.
+        count: what it counts.
 
     Returns:
         The decision; the budget and its figures stand in the student's recipe.
@@ -67,16 +91,16 @@ def decide(student: Candidates, host: Host, module: Any, budget: Budget) -> Deci
     sites = [site.id for site in host.sites(module)]
     layout = host.planned_layout(module, budget.width, budget.height, budget.frames, host.default_text_tokens)
     dense = select_sites(budget.keep_dense, sites) if budget.keep_dense.strip() else ()
-    options = site_options(student, host, module, layout, keep_dense=dense, max_error=budget.max_error)
+    options = site_options(student, host, module, layout, keep_dense=dense, max_error=budget.max_error, count=count)
     plan, baseline = plan_under_budget(options, budget.budget, budget.method)
     facts = {
-        **asdict(budget), "share": plan.share, "summed_error": plan.error,
+        **asdict(budget), "count": count.words, "share": plan.share, "summed_error": plan.error,
         "homogeneous_error": baseline.error if baseline else None,
     }  # fmt: skip
     specs: dict[str, SiteSpec] = dict.fromkeys(sites, DenseSpec())
     specs.update({site: option.spec for site, option in plan.chosen.items()})
     size = f"{budget.width} x {budget.height}" + (f" x {budget.frames}" if budget.frames > 1 else "")
-    lines = describe_plan(options, budget.budget, plan, baseline)
+    lines = describe_plan(options, budget.budget, plan, baseline, count.words)
     return Decision(
         replace(student.chosen(plan.choice), recipe={**student.recipe, "budget": facts}),
         Plan.of_sites(host.name, specs),
@@ -99,6 +123,7 @@ def site_options(
     *,
     keep_dense: Collection[str] = (),
     max_error: float = 0.0,
+    count: Count = OPERATIONS,
 ) -> tuple[SiteOptions, ...]:
     """Return what each site of a model can run, with costs and errors.
 
@@ -108,6 +133,7 @@ def site_options(
         layout: the tokens of a forward.
         keep_dense: sites that get no option.
         max_error: candidates with a higher error are left out; 0 leaves out none.
+        count: what the costs are.
 
     Raises:
         ValueError: the student is for another host, names a site or a number of heads that the model does not have,
@@ -134,23 +160,23 @@ def site_options(
         candidates = () if site.id in keep_dense else student.sites.get(site.id, ())
         try:
             options = tuple(
-                Option(number, each.spec, each.error, _flops(each, own, *sizes))
+                Option(number, each.spec, each.error, _cost(count, each, own, *sizes))
                 for number, each in enumerate(candidates)
                 if math.isfinite(each.error) and not 0 < max_error < each.error
             )
         except ValueError as error:
             raise ValueError(f"the student does not fit {site.id}: {error}") from None
-        found.append(SiteOptions(site.id, attention_cost(DenseSpec(), own, *sizes).flops, options))
+        found.append(SiteOptions(site.id, count.cost(DenseSpec(), own, *sizes, has_matrices=False), options))
     return tuple(found)
 
 
-def _flops(candidate: Candidate, layout: TokenLayout, num_heads: int, head_dim: int) -> int:
+def _cost(count: Count, candidate: Candidate, layout: TokenLayout, num_heads: int, head_dim: int) -> int:
     has_matrices = "output.weight" in candidate.parameters
-    return attention_cost(candidate.spec, layout, num_heads, head_dim, has_matrices=has_matrices).flops
+    return count.cost(candidate.spec, layout, num_heads, head_dim, has_matrices=has_matrices)
 
 
 def describe_plan(
-    sites: Sequence[SiteOptions], budget: float, plan: BudgetPlan, baseline: BudgetPlan | None
+    sites: Sequence[SiteOptions], budget: float, plan: BudgetPlan, baseline: BudgetPlan | None, counted_in: str = OPERATIONS.words
 ) -> tuple[str, ...]:
     """Return lines for people: kinds by number of sites, share kept, errors, and those of the homogeneous plan."""
     specs: dict[str, SiteSpec] = {
@@ -158,7 +184,7 @@ def describe_plan(
     }
     counts = {spec: counted(sum(each == spec for each in specs.values()), "site") for spec in specs.values()}
     lines = [f"{describe_spec(spec)}: {counts[spec]} ({expression})" for expression, spec in group_sites(specs)]
-    lines.append(f"attention kept: {plan.share:.1%} of dense FLOPs, budget {budget:.1%}")
+    lines.append(f"attention kept: {plan.share:.1%} of dense {counted_in}, budget {budget:.1%}")
     if not plan.chosen:
         return (*lines, "every site stays dense; a lower budget converts some")
     worst = max(plan.chosen, key=lambda site: plan.chosen[site].error)
