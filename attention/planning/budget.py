@@ -176,7 +176,11 @@ def _cost(count: Count, candidate: Candidate, layout: TokenLayout, num_heads: in
 
 
 def describe_plan(
-    sites: Sequence[SiteOptions], budget: float, plan: BudgetPlan, baseline: BudgetPlan | None, counted_in: str = OPERATIONS.words
+    sites: Sequence[SiteOptions],
+    budget: float,
+    plan: BudgetPlan,
+    baseline: BudgetPlan | None,
+    counted_in: str = OPERATIONS.words,
 ) -> tuple[str, ...]:
     """Return lines for people: kinds by number of sites, share kept, errors, and those of the homogeneous plan."""
     specs: dict[str, SiteSpec] = {

@@ -1,0 +1,224 @@
+"""Calibrate Attention through its node: what then runs, what is remembered, cancelled, refused, and that nothing stays."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+SITES = ("double.0", "double.1", "single.0", "single.1")
+FEW = "clear 3, foveated 0.3"
+ERROR = {"target": "least time", "max_error": 0.5}
+SHARE = {"target": "least error", "time_share": 0.5}
+
+
+@pytest.fixture
+def home(comfy, tmp_path, monkeypatch):
+    """An empty folder of calibrations; every dense call takes 1 s, and each candidate less than the one before."""
+    import folder_paths
+
+    watch = comfy.module("attention.calibration.watch")
+    answers = itertools.cycle([1.0, 0.3, 0.2])
+
+    def call_seconds(device, compute):
+        compute()
+        return next(answers)
+
+    monkeypatch.setattr(watch, "call_seconds", call_seconds)
+    monkeypatch.setattr(folder_paths, "get_system_user_directory", lambda name: str(tmp_path / name))
+    folder = Path(folder_paths.get_folder_paths("linearize")[0]) / "plans"
+    shutil.rmtree(folder, ignore_errors=True)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def calibrate(comfy, studio):
+    """A function that runs the node on the tiny FLUX with some inputs changed."""
+
+    def run(model=None, size=(16, 24), made=studio, **inputs):
+        given = {"positive": made.condition(), "latent_image": {"samples": torch.zeros(2, 16, *size)}, "target": SHARE,
+                 "candidates": FEW, "steps": 5, "checks": 2, **inputs}  # fmt: skip
+        with torch.inference_mode():
+            return comfy.node("LinearizeCalibrate")(model=model or made.model, **given)
+
+    return run
+
+
+@pytest.fixture
+def dense_only(comfy, monkeypatch):
+    """Make measuring an error: what a run then knows, it remembered."""
+    calibrations = comfy.module("patching.calibrations")
+
+    def measured(*args, **kwargs):
+        raise AssertionError("measured again")
+
+    return lambda: monkeypatch.setattr(calibrations, "calibrate", measured)
+
+
+@pytest.mark.parametrize("target", [ERROR, SHARE], ids=["least time", "least error"])
+def test_the_patched_model_runs_what_the_text_says(home, studio, calibrate, target):
+    before = studio.sample(studio.model)
+    model, plan, text, picture, second = calibrate(target=target)
+    after = studio.sample(model)
+    specs = plan.resolve(SITES)
+    ran = {site: ("dense", "host") if spec.is_dense else (spec.kind, "torch") for site, spec in specs.items()}
+    assert studio.ran(model) == ran and any(not spec.is_dense for spec in specs.values())
+    assert text.startswith("CALIBRATED · ") and "error 0." in text and "measured 20" in text
+    assert "192 x 128 pixels" in text or "384 x 256 pixels" in text, text
+    assert picture.shape[0] == 1 and picture.shape[-1] == 3 and second is None
+    assert (after - before).abs().max() > 1e-5
+    assert torch.equal(studio.sample(studio.model), before), "the model that came in runs as before"
+    assert studio.patching.runtime_of(studio.model) is None
+
+
+def test_an_error_that_no_candidate_keeps_leaves_all_dense(home, studio, calibrate):
+    model, plan, text, *_ = calibrate(target={"target": "least time", "max_error": 1e-9})
+    assert text.startswith("DENSE · ") and all(spec.is_dense for spec in plan.resolve(SITES).values())
+    assert (studio.sample(model) - studio.sample(studio.model)).abs().max() == 0
+
+
+def test_what_was_measured_is_remembered(home, studio, calibrate, dense_only):
+    _, plan, text, *_ = calibrate()
+    dense_only()
+    _, again, told, *_ = calibrate()
+    assert again == plan and told.replace("; remembered", "") == text
+    _, _, told, *_ = calibrate(target=ERROR)
+    assert "this choice was not run" in told and "error about" in told
+    _, _, told, *_ = calibrate(size=(16, 30))
+    assert "worked out for" in told and "at latent 16 x 16 x 24" in told
+    for other in ({"again": True}, {"size": (32, 64)}, {"candidates": "clear 4, clear 5"},
+                  {"cfg": 2.0, "negative": studio.condition("b")}):  # fmt: skip
+        with pytest.raises(AssertionError, match="measured again"):
+            calibrate(**other)
+
+
+def test_another_machine_measures_anew(home, calibrate, dense_only):
+    calibrate()
+    (path,) = home.iterdir()
+    data = json.loads(path.read_text())
+    data["machine"]["device"] = "another card"
+    path.write_text(json.dumps(data))
+    dense_only()
+    with pytest.raises(AssertionError, match="measured again"):
+        calibrate()
+
+
+@pytest.mark.parametrize("at", [1, 3, 5], ids=["early", "late", "in the checks"])
+def test_a_cancelled_run_goes_on_where_it_was(comfy, home, tmp_path, studio, calibrate, monkeypatch, at):
+    whole = calibrate(again=True)
+    module = comfy.module("patching.calibrate")
+    step, check, steps = module._Work._step, module._Work._check, []
+
+    class Cancelled(BaseException):
+        pass
+
+    def counted(self, model, x, sigma, extra_args, number):
+        if len(steps) == at:
+            raise Cancelled
+        steps.append(number)
+        return step(self, model, x, sigma, extra_args, number)
+
+    def cancelled(self, *given):
+        raise Cancelled
+
+    monkeypatch.setattr(module._Work, "_step", counted)
+    monkeypatch.setattr(module._Work, "_check", cancelled)
+    with pytest.raises(Cancelled):
+        calibrate(again=True)
+    (state,) = (tmp_path / "linearize").iterdir()
+    monkeypatch.setattr(module._Work, "_check", check)
+    at = -1
+    calibrated = calibrate(again=True)
+    assert steps == [0, 1, 2, 3, 4], "no step ran twice, none was left out"
+    assert not state.exists()
+    assert set(calibrated[1].resolve(SITES).values()) and whole[1].resolve(SITES).keys()
+
+
+def test_a_state_of_other_inputs_is_left_alone(comfy, home, tmp_path, studio, calibrate, monkeypatch):
+    module = comfy.module("patching.calibrate")
+
+    class Cancelled(BaseException):
+        pass
+
+    def cancelled(self, *given):
+        raise Cancelled
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Work, "_check", cancelled)
+        with pytest.raises(Cancelled):
+            calibrate()
+    (state,) = (tmp_path / "linearize").iterdir()
+    calibrate(steps=6)
+    assert state.exists()
+
+
+def test_guidance_is_sampled_with_both_halves(home, studio, calibrate):
+    model, plan, *_ = calibrate(cfg=3.0, negative=studio.condition("b", tokens=20))
+    latent = studio.sample(model, cfg=3.0, negative=studio.condition("b", tokens=20))
+    assert latent.isfinite().all() and any(not spec.is_dense for spec in plan.resolve(SITES).values())
+
+
+def test_an_untrained_node_before_it_is_replaced(comfy, home, studio, calibrate):
+    earlier = studio.clear(studio.model, radius=2)
+    _, plan, *_ = calibrate()
+    model, again, *_ = calibrate(model=earlier, again=True)
+    studio.sample(model)
+    assert {site: kind for site, (kind, _) in studio.ran(model).items()} == {
+        site: spec.kind for site, spec in again.resolve(SITES).items()
+    }
+    assert again.resolve(SITES).keys() == plan.resolve(SITES).keys()
+
+
+def test_both_experts_get_a_plan_of_their_own(home, wan, calibrate, comfy):
+    other = wan.model.clone()
+    found = calibrate(made=wan, size=(3, 8, 10), low_noise_model=other, positive=wan.condition())
+    high, _, text, _, low = found
+    for model in (high, low):
+        wan.sample(model, size=(3, 8, 10))
+        assert {kind for kind, _ in wan.ran(model).values()} <= {"clear", "foveated", "dense"}
+        assert any(kind != "dense" for kind, _ in wan.ran(model).values())
+    assert text.count("CALIBRATED") == 2 and "latent frames" in text
+
+
+def test_report_and_apply_say_what_was_measured(comfy, home, studio, calibrate, notes):
+    model, plan, *_ = calibrate()
+    with torch.inference_mode():
+        text = comfy.node("LinearizeReport")(model=model, width=384, height=256)[0]
+        comfy.node("LinearizeApply")(model=studio.model, attention=plan)
+    assert "attention of 4 sites" in text and "measured 20" in text
+    assert any("measured 20" in each for each in notes), notes
+
+
+def test_far_below_the_measured_size_attention_stays_dense(home, studio, calibrate):
+    model, *_ = calibrate()
+    studio.sample(model, size=(8, 8))
+    record = studio.record(model)
+    assert {ran.kind for ran in record.ran} == {"dense"}
+    assert {reason.code for _, reason in record.skipped} == {"min_tokens"}
+
+
+def test_what_cannot_be_is_a_sentence(comfy, home, studio, calibrate):
+    with pytest.raises(ValueError, match="needs a negative prompt"):
+        calibrate(cfg=2.0)
+    with pytest.raises(ValueError, match="cannot read the candidate"):
+        calibrate(candidates="clear 3, quick 4")
+    cls = comfy.nodes.NODE_CLASS_MAPPINGS["LinearizeCalibrate"]
+    assert cls.validate_inputs(candidates="clear x").startswith("cannot read the candidate")
+    assert cls.validate_inputs(candidates=FEW) is True
+
+
+def test_budget_plan_counts_milliseconds(comfy, studio, monkeypatch):
+    times, candidates = comfy.module("attention.calibration.times"), comfy.module("attention.students.candidates")
+    specs = comfy.module("attention.specs")
+    seconds = iter([0.2, 0.9, 1.0])  # of two candidates the one with fewer operations is slower; dense comes last
+    monkeypatch.setattr(times, "call_seconds", lambda device, compute: compute() is not None and next(seconds))
+    pair = (candidates.Candidate(specs.ClearSpec(6), 0.1), candidates.Candidate(specs.ClearSpec(2), 0.2))
+    student = candidates.Candidates("flux", dict.fromkeys(SITES, pair))
+    given = {"model": studio.model, "student": student, "budget": 0.5, "width": 384, "height": 256, "frames": 1}
+    _, plan, text = comfy.node("LinearizeBudgetPlan")(**given, count="milliseconds")
+    assert set(plan.resolve(SITES).values()) <= {specs.ClearSpec(6), specs.DenseSpec()}
+    assert "of dense attention's time, budget 50.0%" in text
+    assert "of dense FLOPs" in comfy.node("LinearizeBudgetPlan")(**{**given, "budget": 0.99})[2]
