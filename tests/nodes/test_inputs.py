@@ -12,6 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # id, display name, category, inputs in order, outputs: changing any of these breaks workflows that people keep
 SCHEMAS = {
+    "LinearizeCalibrate": (
+        "Calibrate Attention", "linearize",
+        ["model", "positive", "latent_image", "target", "negative", "low_noise_model", "cfg", "steps", "candidates",
+         "checks", "again"],
+        ["MODEL", "ATTENTION_PLAN", "STRING", "IMAGE", "MODEL"],
+    ),
     "LinearizeCLEAR": (
         "CLEAR Attention", "linearize",
         ["model", "radius", "weights", "temporal_radius", "down_factor", "proportional", "sites", "start_percent",
@@ -65,7 +71,7 @@ SCHEMAS = {
     ),
     "LinearizeBudgetPlan": (
         "Budget Plan", "linearize/plan",
-        ["model", "student", "budget", "width", "height", "frames", "method", "keep_dense", "max_error"],
+        ["model", "student", "budget", "width", "height", "frames", "method", "keep_dense", "max_error", "count"],
         ["ATTENTION_STUDENT", "ATTENTION_PLAN", "STRING"],
     ),
     "LinearizeSaveStudent": (
@@ -97,6 +103,9 @@ REQUIRED = {
     "LinearizeUniformPlan.clear": {"radius"},
     "LinearizeUniformPlan.dense": set(),
     "LinearizeUniformPlan.foveated": {"top"},
+    "LinearizeCalibrate": {"model", "positive", "latent_image", "target"},
+    "LinearizeCalibrate.least time": {"max_error"},
+    "LinearizeCalibrate.least error": {"time_share"},
     "LinearizeUniformPlan.hybrid": {"rate", "feature_map"},
     "LinearizeUniformPlan.linear": {"feature_map"},
     "LinearizeUniformPlan.chunked": {"chunk_frames", "overlap_frames", "causal", "feature_map"},
@@ -151,7 +160,7 @@ def test_what_is_left_out_is_what_the_widget_shows(comfy):
         node, _, option = name.partition(".")
         taken = {**behind.get(node, {}), **signature_defaults(comfy.nodes.NODE_CLASS_MAPPINGS[node].execute)}
         if option:
-            taken = vars_of(specs.SPECS[option]()) if option != "dense" else {}
+            taken = vars_of(specs.SPECS[option]()) if option in specs.SPECS and option != "dense" else {}
         for each in inputs:
             if each.optional:
                 assert taken.get(each.id) == getattr(each, "default", None), f"{name}: {each.id}"
