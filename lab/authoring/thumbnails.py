@@ -12,9 +12,12 @@ KINDS = {  # badge: its colour
     "CLEAR WINDOWS": (46, 110, 200),
     "HYBRID": (178, 120, 30),
     "DISTIL": (70, 150, 90),
+    "CALIBRATE": (128, 90, 190),
 }
 CARDS = {  # template: (model, what is made, badge)
     "side_by_side": ("Side by side", "dense, foveated, windows: the demo", "FOVEATED"),
+    "flux_dev_calibrate": ("FLUX.1 dev", "what is fastest here, 1024 x 1024", "CALIBRATE"),
+    "wan22_t2v_calibrate": ("Wan 2.2 14B T2V", "what is fastest here, 640 x 640", "CALIBRATE"),
     "flux_dev_clear": ("FLUX.1 dev", "picture, 1024 x 1024", "CLEAR WINDOWS"),
     "flux_dev_clear_2k": ("FLUX.1 dev 2K", "picture, 2048 x 2048", "CLEAR WINDOWS"),
     "flux_dev_lora_clear": ("FLUX.1 dev + LoRA", "picture, 1024 x 1024", "CLEAR WINDOWS"),
