@@ -194,8 +194,9 @@ def install(model: Any, found: Found, target: Target, node_id: str | None) -> In
         for each in calibration.sites
     }
     seen = f"measured {where}"
-    text = "\n".join([outcome(calibration, found.choice, target), *details(calibration, found.choice), seen])
-    notes = [seen, *patching.replaced_notes(model, settings)]
+    came_out = outcome(calibration, found.choice, target)
+    text = "\n".join([came_out, *details(calibration, found.choice), seen])
+    notes = [came_out, seen, *patching.replaced_notes(model, settings)]
     patched, runtime = patching.patch_model(model, settings, node_status.show_on_node(node_id, notes))
     picture = draw_measured(host.title, measured, {site: each.spec for site, each in settings.items()})
     return Installed(patched, runtime.plan(), text, picture)

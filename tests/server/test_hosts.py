@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from listening import events
 
 from linearize.attention.layout import TokenLayout, grid_segment
 from linearize.attention.planning.cost import attention_cost
@@ -48,6 +49,7 @@ TEMPLATES = {
     "wan21_t2v_foveated": Tiny(models=("wan",), sites=2, size=(160, 96, 17)),
     "wan21_t2v_hybrid": Tiny(models=("wan",), sites=2, size=(160, 96, 17), hybrid="blocks.1"),
     "wan22_t2v_foveated": Tiny(models=("wan", "wan_low"), sites=2, size=(160, 96, 17)),
+    "wan22_t2v_calibrate": Tiny(models=("wan", "wan_low"), sites=2, size=(160, 96, 17)),
     "wan22_i2v_foveated": Tiny(models=("wan_i2v", "wan_i2v_low"), sites=2, size=(160, 96, 17)),
     "sd35_foveated": Tiny(models=("sd3",), sites=3, size=(192, 128, 1), pooled_width=2048),
     "hunyuan_video_foveated": Tiny(
@@ -112,7 +114,7 @@ def test_every_template_is_run_by_these_tests():
     assert others - {"wan21_t2v_distill"} == set(TEMPLATES) | TOO_WIDE
 
 
-@pytest.mark.parametrize("name", [name for name, tiny in TEMPLATES.items() if not tiny.hybrid])
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name.endswith("_foveated")])
 def test_a_template_runs_on_tiny_models(comfy, server, name):
     """Every self-attention of every model is foveated, in every step, says the report behind its sampler."""
     tiny, workflow = TEMPLATES[name], on_tiny_models(name, steps=4)
@@ -127,6 +129,23 @@ def test_a_template_runs_on_tiny_models(comfy, server, name):
     (saved,) = outputs[save]["images"]
     assert saved["filename"].endswith(".png" if tiny.size[2] == 1 else ".mp4")
     assert len(server.image(saved)) > 1000
+
+
+def test_both_experts_are_calibrated_by_one_node(comfy, server):
+    """Tiny calls may be fastest dense; either way each expert has a text and a report of its own."""
+    workflow = on_tiny_models("wan22_t2v_calibrate", steps=8)
+    (key,) = of_type(workflow, "LinearizeCalibrate")
+    workflow[key]["inputs"]["again"] = True
+    told = [
+        data["text"] for kind, data in events(server, workflow) if kind == "linearize.status" and data["node"] == key
+    ]
+    (came_out,) = [text for text in told if "\n\n" in text]
+    for expert in came_out.split("\n\n"):
+        assert expert.startswith(("CALIBRATED · ", "DENSE · no candidate is faster here")), expert
+        assert "17 frames" in expert or "5 latent frames" in expert, expert
+    assert sum(text.startswith("calibrating: step 4 of 4") for text in told) == 2
+    reports = what_ran(workflow, server.run(workflow))
+    assert len(reports) == 2 and not any("fell back" in ran for ran in reports), reports
 
 
 def test_half_of_wan_runs_hybrid_and_the_other_half_dense(comfy, server):

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "lab" / "demo" / "api" / "clear_demo.json"
 OTHER_DEMOS = [
-    ROOT / "lab" / "demo" / "api" / f"{name}.json" for name in ("foveated_demo", "distill_demo", "distill_clips")
+    ROOT / "lab" / "demo" / "api" / f"{name}.json" for name in ("foveated_demo", "calibrate_demo", "distill_demo", "distill_clips")
 ]
 SERVED = ROOT / "lab" / "demo" / "nodes" / "workflows" / "api" / "side_by_side.json"
 TEMPLATES = sorted((ROOT / "workflows" / "api").glob("*.json"))
@@ -113,7 +113,7 @@ def test_the_server_misses_only_the_files(server, live, path):
         workflow[key]["inputs"][name] = f"nobody has {workflow[key]['inputs'][name]}"
     missing = {(key, name, REFUSALS.get(name, "value_not_in_list")) for key, name in files}
     assert refused(live, server, workflow) == missing
-    settings = (("keep", "backend"), ("radius", "weights"), ("kind.rate", "kind.feature_map"))
+    settings = (("keep", "backend"), ("radius", "weights"), ("kind.rate", "kind.feature_map"), ("checks", "target"))
     small, unknown = next(pair for pair in settings if any(pair[0] in node["inputs"] for node in workflow.values()))
     key = next(key for key, node in workflow.items() if small in node["inputs"])
     workflow[key]["inputs"] |= {small: 0, unknown: "nobody"}
