@@ -45,6 +45,9 @@ class NodeWatch(Watch):
     def begin(self, stage: Stage) -> None:
         self.expect(stage.num_updates)
 
+    def resumed(self, done: int) -> None:
+        self._done = done
+
     def update(self, update: Update) -> None:
         self.tell(update, interval=TEXT_INTERVAL_S)
         stop_if_interrupted()

@@ -204,6 +204,7 @@ class _Processes:
                 if process.poll() is None:
                     self._watch.report("stopping after this update")
                     _stop(process)
+                    self._tell(reader)  # the update that was saved last
         self._tell(reader)
         if process.returncode or not self._result:
             raise ValueError(self._problem or (

@@ -1,4 +1,4 @@
-"""Seconds a step on this machine, from run to run: `seconds.json`, in a folder that ComfyUI serves to nobody.
+"""Seconds a forward on this machine, from run to run: `seconds.json`, in a folder that ComfyUI serves to nobody.
 
 `{format, models: {model: {size: {kind or "dense": {seconds, at, worked_out}}}}}`; a size is "tokens x batch".
 """
@@ -32,12 +32,12 @@ class SecondsFile:
     path: Path | None = None
 
     def dense(self, size: StepSize) -> DenseSeconds | None:
-        """Return the last dense seconds of a model and size."""
+        """Return the last dense seconds of a forward of a model and size."""
         found = self._read().get(size.model, {}).get(_size_key(size), {}).get(DENSE)
         return DenseSeconds(found["seconds"], found["worked_out"]) if found else None
 
     def note(self, size: StepSize, kind: str, planned: float | None, dense: DenseSeconds | None) -> None:
-        """Remember the seconds of a run; a disk that refuses costs nothing but that."""
+        """Remember the seconds of a run's forwards; a disk that refuses costs nothing but that."""
         models = self._read()
         own = models.setdefault(size.model, {}).pop(_size_key(size), {})
         if planned is not None:
@@ -54,10 +54,10 @@ class SecondsFile:
         except OSError as error:
             once.info(f"Linearize: seconds could not be remembered: {type(error).__name__}")
 
-    def break_even(self, model: str, kind: str) -> int | None:
+    def break_even(self, model: str, kind: str, least: int) -> int:
         """Return the fewest tokens at which a kind was ever faster than dense here.
 
-        Where it was slower at all sizes that were tried, it is one more than the largest of them; None if none was.
+        Where it was faster at none, it is `least`, and more than the largest size at which it was slower.
         """
         faster, slower = [], []
         for size, own in self._read().get(model, {}).items():
@@ -65,7 +65,7 @@ class SecondsFile:
                 tokens = int(size.partition(" x ")[0])
                 gains = own[kind]["seconds"] * SLOWER < own[DENSE]["seconds"]
                 (faster if gains else slower).append(tokens)
-        return min(faster) if faster else max(slower) + 1 if slower else None
+        return min(faster) if faster else max([least, *(tokens + 1 for tokens in slower)])
 
     def _path(self) -> Path:
         return self.path or Path(folder_paths.get_system_user_directory("linearize")) / "seconds.json"
@@ -82,7 +82,7 @@ class SecondsFile:
                 str(model): {size: _checked(own) for size, own in sizes.items() if size.partition(" x ")[0].isdecimal()}
                 for model, sizes in stored["models"].items()
             }
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             return {}
 
 

@@ -82,7 +82,8 @@ def without_address(text: str) -> str:
     own = urlsplit(os.environ.get("HF_ENDPOINT") or HUB).hostname
     if parts.hostname not in {*HUB_HOSTS, own}:
         raise ValueError(f"{parts.hostname or text!r} is not the Hub; write owner/repo, or paste an address of the Hub")
-    owner, repo, kind, revision, *path = [*unquote(parts.path).strip("/").split("/"), *[""] * 4]
+    # split first: a revision such as refs%2Fpr%2F1 holds slashes of its own
+    owner, repo, kind, revision, *path = [*map(unquote, parts.path.strip("/").split("/")), *[""] * 4]
     path = [each for each in path if each]
     if not repo or kind not in ("", "blob", "resolve", "tree", "discussions", "commits"):
         raise ValueError(f"that address names no repository of models: {text!r}; write owner/repo")

@@ -27,6 +27,10 @@ class DenseSeconds:
     seconds: float
     worked_out: bool = False
 
+    def times(self, factor: float) -> "DenseSeconds":
+        """Return the seconds of `factor` as much."""
+        return DenseSeconds(self.seconds * factor, self.worked_out)
+
     def __str__(self) -> str:
         return f"dense {'about ' if self.worked_out else ''}{seconds_as_text(self.seconds)}"
 

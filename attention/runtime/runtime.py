@@ -9,6 +9,7 @@ unexpected reason raises instead.)
 import contextlib
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,9 @@ from ..planning.break_even import AUTO_TOKENS, least_tokens
 from ..planning.report import describe_spec
 from ..plans import Plan
 from ..site_call import SiteCall
+from ..specs import SiteSpec
 from ..students.learned import StudentParameters
+from ..words import counted
 from .backends import AUTO, CallShape, choose_backend
 from .decisions import ForwardFacts, Half, Percents, SiteSettings, is_within, left_to_host
 from .joined_tokens import watch_joined
@@ -211,20 +214,32 @@ class Runtime:
         self._size = StepSize(model, layout.num_tokens, latent.shape[0])
         ledger = self.ledger
         self.clock.knows_dense = ledger is None or ledger.dense(self._size) is not None
-        kinds = {s.spec.kind: describe_spec(s.spec) for s in self.sites.values() if s.min_tokens == AUTO_TOKENS}
-        measured = {kind: ledger.break_even(model, spec) if ledger else None for kind, spec in kinds.items()}
-        self._break_even = {kind: measured[kind] or least_tokens(where.type, kind) for kind in kinds}
+        autos = {settings.spec for settings in self.sites.values() if settings.min_tokens == AUTO_TOKENS}
+        kinds = {spec.kind: words for spec, words in self.described().items() if spec in autos}
+        least = {kind: least_tokens(where.type, kind) for kind in kinds}
+        self._break_even = (
+            least
+            if ledger is None
+            else {kind: ledger.break_even(model, spec, least[kind]) for kind, spec in kinds.items()}
+        )
+
+    def described(self) -> dict[SiteSpec, str]:
+        """Return each spec that is not dense in words, with the number of its sites: seconds depend on both."""
+        sites = Counter(settings.spec for settings in self.sites.values() if not settings.spec.is_dense)
+        return {spec: f"{describe_spec(spec)} at {counted(number, 'site')}" for spec, number in sites.items()}
 
     def _read_clock(self) -> None:
         """Put the run's seconds into the record, and into what is remembered."""
-        if self._size is None or not self.record.finished:
-            return
+        if self._size is None or not self.record.finished or self.record.finished != self.record.forwards:
+            return  # what was cut off inside a forward would count as a step
         planned, dense = self.clock.steps(self.record.planned_calls)
         self.record.seconds, self.record.dense_seconds = planned, dense
         if self.ledger is not None:
-            specs = {settings.spec for settings in self.sites.values() if not settings.spec.is_dense}
-            self.ledger.note(self._size, " + ".join(sorted(map(describe_spec, specs))), planned, dense)
-            self.record.dense_seconds = dense or self.ledger.dense(self._size)
+            kind, share = " + ".join(sorted(self.described().values())), 1 / self.clock.forwards_a_step()
+            a_forward = None if planned is None else planned * share
+            self.ledger.note(self._size, kind, a_forward, dense and dense.times(share))
+            known = self.ledger.dense(self._size)
+            self.record.dense_seconds = dense or (known and known.times(1 / share))
 
     def _hook(self, module: Any) -> None:
         """Have the model's modules tell what runs, until the run ends; each GPU of several has a model and a thread."""

@@ -36,18 +36,18 @@ class StepSize:
 
 
 class Ledger(Protocol):
-    """What is remembered of earlier runs on this machine."""
+    """What is remembered of earlier runs on this machine, in seconds a forward: samplers take one a step, or more."""
 
     def dense(self, size: StepSize) -> DenseSeconds | None:
-        """Return the last dense seconds of a model and size."""
+        """Return the last dense seconds of a forward of a model and size."""
         ...
 
     def note(self, size: StepSize, kind: str, planned: float | None, dense: DenseSeconds | None) -> None:
-        """Remember the seconds of a run."""
+        """Remember the seconds of a run's forwards."""
         ...
 
-    def break_even(self, model: str, kind: str) -> int | None:
-        """Return the fewest tokens at which a kind was ever faster than dense here, None where nothing tells."""
+    def break_even(self, model: str, kind: str, least: int) -> int:
+        """Return the fewest tokens at which a kind was ever faster than dense here; `least`, or more, where none."""
         ...
 
 
@@ -73,11 +73,12 @@ class StepClock:
     _asked: Tensor | None = None  # the sampler's noise levels
     _planned_call: float = 0.0
     _dense_call: float = 0.0
+    _spent: float = 0.0  # on a dense call, which is no part of a step
 
     def begin_forward(self, options: dict[str, Any], planned_calls: int) -> None:
         """Note a forward. Noise levels are read when the run ends: reading one waits for the device."""
         self._asked = options.get("sample_sigmas")
-        self._forwards.append(_Forward(time.perf_counter(), options.get("sigmas"), planned_calls))
+        self._forwards.append(_Forward(self._now(), options.get("sigmas"), planned_calls))
 
     def run_call(self, device: torch.device, compute: Callable[[], Result]) -> Result:
         """Return what a planned call computes; one a run is timed, none of the first forward."""
@@ -97,12 +98,14 @@ class StepClock:
         """
         self.knows_dense, self.has_call = True, False
         few = queries if queries <= 2 * TIMED_QUERIES else TIMED_QUERIES
+        started = time.perf_counter()
         try:
             if device.type != "cpu":
                 dense(few)  # the first one chooses its kernel
             self._dense_call = timed(device, lambda: dense(few))[0] * queries / few
         except Exception as error:  # the picture does not need it
             once.info(f"Linearize: a dense call could not be timed: {type(error).__name__}")
+        self._spent = time.perf_counter() - started
 
     def steps(self, planned_calls: int) -> tuple[float | None, DenseSeconds | None]:
         """Return the mean seconds of a step with planned calls, and of one without; the run ends now.
@@ -111,7 +114,9 @@ class StepClock:
             planned_calls: of the whole run.
         """
         begun = self._steps_begun()
-        ends = [*begun[1:], _Forward(time.perf_counter(), None, planned_calls)]
+        if len(begun) == 1 and len({_level(forward) for forward in self._forwards}) > 1:
+            return None, None  # an adaptive sampler, whose levels are its own: nothing tells its steps apart
+        ends = [*begun[1:], _Forward(self._now(), None, planned_calls)]
         found = [(b.began - a.began, b.planned_calls - a.planned_calls) for a, b in zip(begun, ends, strict=True)]
         counted = found[1:] or found
         planned = [seconds for seconds, calls in counted if calls]
@@ -124,16 +129,27 @@ class StepClock:
         calls = fmean(calls for _, calls in counted if calls)
         return seconds, DenseSeconds(max(seconds + calls * (self._dense_call - self._planned_call), 0.0), True)
 
+    def forwards_a_step(self) -> float:
+        """Return how many forwards a step took, on the mean."""
+        return max(len(self._forwards), 1) / max(len(self._steps_begun()), 1)
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._spent
+
     def _steps_begun(self) -> list[_Forward]:
         """Return the first forward of each step: where the noise level is one of the sampler's own, and a new one."""
         asked = set() if self._asked is None else {round(float(each), 6) for each in self._asked.flatten()}
         begun, last = [], None
         for forward in self._forwards:
-            sigma = None if forward.sigma is None else round(float(forward.sigma.max()), 6)
+            sigma = _level(forward)
             if not begun or (sigma != last and (sigma in asked or not asked)):
                 begun.append(forward)
                 last = sigma
         return begun
+
+
+def _level(forward: _Forward) -> float | None:
+    return None if forward.sigma is None else round(float(forward.sigma.max()), 6)
 
 
 def timed(device: torch.device, compute: Callable[[], Result]) -> tuple[float, Result]:

@@ -79,11 +79,17 @@ class OutOfMemory(RuntimeError):
     """Memory ran out and nothing is left to give up; one sentence with advice."""
 
 
-def run_stage(stage: Stage, job: JobFolder, watch: Watch = lambda done, total, losses: None) -> Progress:
+def run_stage(
+    stage: Stage,
+    job: JobFolder,
+    watch: Watch = lambda done, total, losses: None,
+    resumed: Callable[[int], None] = lambda done: None,
+) -> Progress:
     """Do all updates of a stage, from where the job's last state ended.
 
     Args:
         watch: told (finished updates, all updates, losses) after each; may raise `Stopped`.
+        resumed: told the updates that earlier runs finished, before the first one.
 
     Returns:
         How far it got: all updates, or fewer where `watch` raised `Stopped`, or an update `NotFinite`.
@@ -93,6 +99,7 @@ def run_stage(stage: Stage, job: JobFolder, watch: Watch = lambda done, total, l
             otherwise, after its state was saved.
     """
     progress = _resume(stage, job)
+    resumed(progress.done)
     saver = _Saver(job, stage, progress)
     while progress.done < stage.num_updates:
         try:

@@ -187,7 +187,7 @@ class _Run:
                     raise Stopped
 
             try:
-                progress = run_stage(synchronized, self.folder, report)
+                progress = run_stage(synchronized, self.folder, report, watch.resumed)
             except watch.interrupts:
                 progress, is_cancelled = progress_of(self.folder), True
         is_cancelled |= stop.is_set or synchronized.stopping  # what comes after the updates takes its time too

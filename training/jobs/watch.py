@@ -110,6 +110,9 @@ class Watch:
     def begin(self, stage: Stage) -> None:
         """Report that the updates of a stage begin."""
 
+    def resumed(self, done: int) -> None:
+        """Report the updates that earlier runs finished."""
+
     def update(self, update: Update) -> None:
         """Report an update."""
 

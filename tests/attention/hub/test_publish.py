@@ -164,12 +164,13 @@ def test_repositories_that_are_none(path, repo):
         ("https://hf.co/o/r/tree/main/folder", "o/r"),
         ("https://huggingface.co/o/r/blob/main/folder/file.safetensors", "o/r/folder/file.safetensors"),
         ("https://huggingface.co/o/r/resolve/v2/file.safetensors?download=true", "o/r/file.safetensors@v2"),
+        ("https://huggingface.co/o/r/blob/refs%2Fpr%2F1/a/file.safetensors", "o/r/a/file.safetensors@refs/pr/1"),
         ("o/r/file.safetensors@v2", "o/r/file.safetensors@v2"),
     ],
 )
 def test_a_pasted_address_of_the_hub_is_read(path, pasted, read):
     assert without_address(pasted) == read
-    if read.endswith(("safetensors", "v2")):
+    if ".safetensors" in read:
         assert str(parse_hub_file(pasted)) == read
     else:
         assert prepare(path, pasted).file.repo == read

@@ -47,8 +47,20 @@ def test_a_step_is_what_the_sampler_asked_for(now):
     assert run(StepClock(), now, forwards) == ((1 + 2 + 3 + 2 + 4) / 3, None), "the first step warms up"
 
 
+def test_forwards_a_step_are_counted_with_those_in_between(now):
+    clock = StepClock()
+    assert clock.forwards_a_step() == 1
+    run(clock, now, [(sigma, 1, 2) for sigma in (1.0, 1.0, 0.9, 0.8, 0.8, 0.7)])
+    assert clock.forwards_a_step() == 3
+
+
 def test_a_single_step_is_all_there_is(now):
     assert run(StepClock(), now, [(1.0, 5, 2)]) == (5, None)
+
+
+def test_a_sampler_that_keeps_to_none_of_its_levels_has_no_steps(now):
+    """An adaptive one: all but the first of its noise levels are its own, and the whole run is no step."""
+    assert run(StepClock(), now, [(1.0, 5, 2), (0.91, 5, 2), (0.77, 5, 2)]) == (None, None)
 
 
 def test_dense_steps_are_told_from_planned_ones(now):
@@ -81,12 +93,11 @@ def test_a_dense_step_is_worked_out_of_one_dense_call(now):
             assert clock.run_call(CPU, call) == "output"
             timed.append(clock.has_call)
             if clock.has_call:
-                before = now[0]
                 clock.time_dense(CPU, dense, 100)
-                now[0] = before  # the test's steps take 6 s
     assert timed == [False] * 3 + [True] + [False] * 5, "never in the first forward, and once a run"
     assert dense_queries == [100]
-    assert clock.steps(9) == (6, DenseSeconds(6 + 3 * (5 - 2), worked_out=True))
+    seconds = clock.steps(9)
+    assert seconds == (6, DenseSeconds(6 + 3 * (5 - 2), worked_out=True)), "timing dense is no part of a step"
 
 
 def test_of_many_queries_some_are_timed(now):

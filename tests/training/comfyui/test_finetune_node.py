@@ -112,6 +112,9 @@ def test_a_cancel_ends_the_prompt_and_the_same_run_goes_on(lab, node, monkeypatc
             few = {"updates": 5, "held_out": 1, "output_draws": 0}
             return lab.node("LinearizeTransfer")(model=model, samples=samples, plans={"plan0": plan}, **few).args
 
+    def interrupt():
+        raise comfy.model_management.InterruptProcessingException
+
     def cancel(text):
         lab.shown.append(text)
         if "update 2 of 5" in text:
@@ -122,6 +125,12 @@ def test_a_cancel_ends_the_prompt_and_the_same_run_goes_on(lab, node, monkeypatc
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             run()
     assert lab.shown[-1] == "cancelled after 2 of 5 updates, run again to go on"
+    with monkeypatch.context() as patch:
+        loop = lab.module("training.jobs.run_job").SynchronizedStage
+        patch.setattr(loop, "update", lambda *_: interrupt())
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run()
+    assert lab.shown[-1] == "cancelled after 2 of 5 updates, run again to go on", "what earlier runs did counts"
     lab.shown.clear()
     _, losses = run()
     assert len(losses["loss"]) == 5 and not any("update 1 of 5" in text for text in lab.shown)
