@@ -18,6 +18,7 @@ from ..attention.calibration.measures import measured_sites
 from ..attention.planning.report import describe_sampled
 from ..attention.plans import Plan
 from ..attention.runtime.runtime import SiteSettings
+from ..attention.shown import quote
 from ..attention.specs import DenseSpec, Spec
 from ..patching.calibrate import LEAST_STEPS, Sampling
 from ..patching.calibrations import Found, Order, calibrations
@@ -99,8 +100,8 @@ class LinearizeCalibrate(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, candidates: str = USUAL, target: dict | None = None):
-        """Return whether the list can be read, whatever the model. ComfyUI hands over `target` unasked."""
-        return answer(read_candidates, candidates)
+        """Return whether list and target can be read, whatever the model. ComfyUI hands over `target` unasked."""
+        return answer(check_order, candidates, target)
 
     @classmethod
     def execute(
@@ -136,8 +137,23 @@ class Installed:
     picture: Tensor
 
 
+def check_order(candidates: str, target: Mapping[str, Any] | None) -> None:
+    """Refuse what no model can be measured with. The numbers inside `target` are not known yet; ComfyUI checks them.
+
+    Raises:
+        ValueError: the list cannot be read, or the target is none of the choices.
+    """
+    read_candidates(candidates)
+    if target is not None and target.get("target") not in (LEAST_TIME, LEAST_ERROR):
+        raise ValueError(f"target is {LEAST_TIME} or {LEAST_ERROR}, got {quote(target.get('target'))}")
+
+
 def read_target(target: Mapping[str, Any]) -> Target:
-    """Return what the input `target` asks for."""
+    """Return what the input `target`, one of its choices, asks for.
+
+    Raises:
+        ValueError: its number is out of range.
+    """
     if target["target"] == LEAST_TIME:
         return Target("error", target["max_error"])
     return Target("time", target["time_share"])

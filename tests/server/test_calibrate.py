@@ -78,7 +78,11 @@ def test_a_cancelled_run_ends_the_prompt_and_goes_on(server, measured):
 
 @pytest.mark.parametrize(
     ("changed", "words"),
-    [({"candidates": "clear 8, quick 9"}, "cannot read the candidate"), ({"cfg": 2.0}, "needs a negative prompt")],
+    [
+        ({"candidates": "clear 8, quick 9"}, "cannot read the candidate"),
+        ({"cfg": 2.0}, "needs a negative prompt"),
+        ({"target": "nobody"}, "target is least time or least error, got 'nobody'"),
+    ],
 )
 def test_wrong_input_is_a_sentence(server, live, changed, words):
     with pytest.raises(live.ServerProblem, match=words):
