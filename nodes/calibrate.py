@@ -18,7 +18,6 @@ from ..attention.calibration.measures import measured_sites
 from ..attention.planning.report import describe_sampled
 from ..attention.plans import Plan
 from ..attention.runtime.runtime import SiteSettings
-from ..attention.shown import quote
 from ..attention.specs import DenseSpec, Spec
 from ..patching.calibrate import LEAST_STEPS, Sampling
 from ..patching.calibrations import Found, Order, calibrations
@@ -100,12 +99,12 @@ class LinearizeCalibrate(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, candidates: str = USUAL, target: dict | None = None):
-        """Return whether list and target can be read, whatever the model. ComfyUI hands over `target` unasked."""
-        return answer(check_order, candidates, target)
+        """Return whether the list can be read, whatever the model. ComfyUI hands over `target` unasked."""
+        return answer(read_candidates, candidates)
 
     @classmethod
     def execute(
-        cls, model, positive, latent_image, target: dict, negative=None, low_noise_model=None, cfg: float = 1.0,
+        cls, model, positive, latent_image, target: dict | None = None, negative=None, low_noise_model=None, cfg: float = 1.0,
         steps: int = 8, candidates: str = USUAL, checks: int = 4, again: bool = False,
     ) -> io.NodeOutput:  # fmt: skip
         """Return the patched model, its plan, a text, its map, and the patched second expert."""
@@ -137,23 +136,14 @@ class Installed:
     picture: Tensor
 
 
-def check_order(candidates: str, target: Mapping[str, Any] | None) -> None:
-    """Refuse what no model can be measured with. The numbers inside `target` are not known yet; ComfyUI checks them.
+def read_target(target: Mapping[str, Any] | None) -> Target:
+    """Return what the input `target` asks for.
 
     Raises:
-        ValueError: the list cannot be read, or the target is none of the choices.
+        ValueError: it is none of the choices, or its number is out of range.
     """
-    read_candidates(candidates)
-    if target is not None and target.get("target") not in (LEAST_TIME, LEAST_ERROR):
-        raise ValueError(f"target is {LEAST_TIME} or {LEAST_ERROR}, got {quote(target.get('target'))}")
-
-
-def read_target(target: Mapping[str, Any]) -> Target:
-    """Return what the input `target`, one of its choices, asks for.
-
-    Raises:
-        ValueError: its number is out of range.
-    """
+    if not target:  # of a choice that there is not, ComfyUI hands nothing over
+        raise ValueError(f"target is {LEAST_TIME} or {LEAST_ERROR}")
     if target["target"] == LEAST_TIME:
         return Target("error", target["max_error"])
     return Target("time", target["time_share"])

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..attention.hosts import HOSTS
 from ..attention.plans import ANY_HOST, Plan, read_expression
 from ..attention.spec_json import spec_from_json
+from ..attention.specs import SPECS
 from ..attention.students.candidates import Candidates
 from .apply import apply_plan, apply_student
 from .kind_inputs import chunked_inputs, clear_inputs, feature_map_inputs, foveated_inputs, hybrid_inputs
@@ -66,8 +67,12 @@ class LinearizeUniformPlan(io.ComfyNode):
         return answer(read_expression, sites)
 
     @classmethod
-    def execute(cls, kind: dict, sites: str, host: str, plan: Plan | None = None) -> io.NodeOutput:
+    def execute(
+        cls, kind: dict | None = None, sites: str = "all", host: str = ANY_HOST, plan: Plan | None = None
+    ) -> io.NodeOutput:
         """Return the plan."""
+        if not kind:  # of a choice that there is not, ComfyUI hands nothing over
+            raise ValueError(f"kind is one of {', '.join(sorted(SPECS))}")
         base = plan or Plan(host)
         base = base if base.host != ANY_HOST else replace(base, host=host)
         kind = {name: value for name, value in kind.items() if value is not None}  # left out, ComfyUI gives it so

@@ -81,9 +81,18 @@ def test_a_cancelled_run_ends_the_prompt_and_goes_on(server, measured):
     [
         ({"candidates": "clear 8, quick 9"}, "cannot read the candidate"),
         ({"cfg": 2.0}, "needs a negative prompt"),
-        ({"target": "nobody"}, "target is least time or least error, got 'nobody'"),
+        ({"target": "nobody"}, "target is least time or least error"),
     ],
 )
 def test_wrong_input_is_a_sentence(server, live, changed, words):
     with pytest.raises(live.ServerProblem, match=words):
         server.run(demo(6, **changed))
+
+
+def test_a_kind_that_there_is_not_is_a_sentence_too(server, live):
+    plan = {"class_type": "LinearizeUniformPlan", "inputs": {"kind": "nobody", "sites": "all", "host": "auto"}}
+    apply = {"class_type": "LinearizeApply", "inputs": {"model": ["1", 0], "attention": ["20", 0]}}
+    report = {"class_type": "LinearizeReport", "inputs": {"model": ["21", 0], "width": 512, "height": 512}}
+    workflow = {"1": demo(7)["1"], "20": plan, "21": apply, "22": report}
+    with pytest.raises(live.ServerProblem, match="kind is one of chunked, clear, dense, foveated"):
+        server.run(workflow)
