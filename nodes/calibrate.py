@@ -104,8 +104,8 @@ class LinearizeCalibrate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, latent_image, target: dict | None = None, negative=None, low_noise_model=None, cfg: float = 1.0,
-        steps: int = 8, candidates: str = USUAL, checks: int = 4, again: bool = False,
+        cls, model, positive, latent_image, target: dict | None = None, negative=None, low_noise_model=None,
+        cfg: float = 1.0, steps: int = 8, candidates: str = USUAL, checks: int = 4, again: bool = False,
     ) -> io.NodeOutput:  # fmt: skip
         """Return the patched model, its plan, a text, its map, and the patched second expert."""
         if cfg > 1 and negative is None:

@@ -12,7 +12,9 @@ from filelock import FileLock
 
 from .. import ROOT
 
-RESULTS, COSTS, UNTRAINED = (ROOT / "lab" / "evidence" / f"{name}.csv" for name in ("results", "costs", "untrained"))
+RESULTS, COSTS, UNTRAINED, CALIBRATED = (
+    ROOT / "lab" / "evidence" / f"{name}.csv" for name in ("results", "costs", "untrained", "calibrated")
+)
 LOCKS = ROOT / ".comfyui" / "evidence"
 SHOWN_SUITES = {"curve": ("recipes", "curve"), "levels": ("methods",)}  # by figures that have no suite's name
 

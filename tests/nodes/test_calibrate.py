@@ -1,4 +1,4 @@
-"""Calibrate Attention through its node: what then runs, what is remembered, cancelled, refused, and that nothing stays."""
+"""Calibrate Attention through its node: what then runs, what is remembered, cancelled and refused."""
 
 import itertools
 import json

@@ -51,7 +51,8 @@ def test_it_says_how_long_it_takes_and_what_came_out(measured):
     steps = [text for text in told if text.startswith("calibrating: step")]
     assert len(steps) == 8 and "less than two samplings" in steps[0] and "s left" in steps[-1]
     came_out = next(text for text in told if text.startswith("CALIBRATED"))
-    assert re.match(r"CALIBRATED · [\d.]+ s a step, dense [\d.]+ · \d+ % of attention's time · error 0\.00\d+\n", came_out)
+    words = r"CALIBRATED · [\d.]+ s a step, dense [\d.]+ · \d+ % of attention's time · error 0\.00\d+\n"
+    assert re.match(words, came_out), came_out
     assert "foveated" in came_out and "measured 20" in came_out and "1024 x 1024 pixels" in came_out
     assert told[-1].startswith("UNTRAINED · "), "the sampler's run is told on the node too"
     assert "CALIBRATED · " in told[-1] and "measured 20" in told[-1]

@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "lab" / "demo" / "api" / "clear_demo.json"
 OTHER_DEMOS = [
-    ROOT / "lab" / "demo" / "api" / f"{name}.json" for name in ("foveated_demo", "calibrate_demo", "distill_demo", "distill_clips")
+    ROOT / "lab" / "demo" / "api" / f"{name}.json"
+    for name in ("foveated_demo", "calibrate_demo", "distill_demo", "distill_clips")
 ]
 SERVED = ROOT / "lab" / "demo" / "nodes" / "workflows" / "api" / "side_by_side.json"
 TEMPLATES = sorted((ROOT / "workflows" / "api").glob("*.json"))
