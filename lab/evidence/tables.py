@@ -7,6 +7,7 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
+from .calibrated_tables import parts as calibrated_parts
 from .claims import CLAIMS, PICTURES, Group, Row
 from .experiments import SUITES, TEACHER, UNTRAINED
 from .rows import costs
@@ -166,7 +167,7 @@ def pages(rows: list[Row]) -> dict[Path, str]:
         if any(row["suite"] == suite for row in rows):
             parts[suite] = f"![{shown}](../figures/{suite.replace(' ', '_')}.png)\n\n{parts[suite]}"
     parts |= {f"costs of {teacher}": costs_table(teacher) for teacher in dict.fromkeys(TEACHER.values())}
-    parts |= untrained_parts()
+    parts |= untrained_parts() | calibrated_parts()
     texts = {path: path.read_text(encoding="utf-8") for path in PAGES}
     for name, table in parts.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
