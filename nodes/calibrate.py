@@ -20,7 +20,7 @@ from ..attention.plans import Plan
 from ..attention.runtime.runtime import SiteSettings
 from ..attention.specs import DenseSpec, Spec
 from ..patching.calibrate import LEAST_STEPS, Sampling
-from ..patching.calibrations import Found, Order, calibrations
+from ..patching.calibrations import Found, Order, calibrations, zeros_like
 from . import node_status
 from .plan_picture import draw_measured
 from .sentences import answer
@@ -177,7 +177,7 @@ def empty_latent(model: Any, latent: Mapping[str, Any]) -> Any:
     """Return one empty latent of this size, as the model takes it."""
     samples = latent["samples"]
     if samples.is_nested:
-        return samples
+        return zeros_like(samples)
     scales = (latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
     return comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1]), *scales)
 

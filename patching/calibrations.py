@@ -16,6 +16,7 @@ import comfy.ldm.modules.attention
 import comfy.model_management
 import folder_paths
 import torch
+from comfy.nested_tensor import NestedTensor
 
 from ..attention.calibration.choice import Choice, Target, choose_unchecked
 from ..attention.calibration.file import Calibration, file_name, read_calibrations, write_calibration
@@ -99,8 +100,15 @@ def calibrations(orders: Sequence[Order], latent: Any, *, again: bool, show: Cal
     for order in orders:
         known.append(measure(order, latent, show, noise))
         latent = known[-1].latent
-        noise = torch.zeros_like(latent)  # the next one goes on from there
+        noise = zeros_like(latent)  # the next one goes on from there
     return known
+
+
+def zeros_like(latent: Any) -> Any:
+    """Return a latent of zeros, of as many parts."""
+    if latent.is_nested:
+        return NestedTensor([torch.zeros_like(part) for part in latent.unbind()])
+    return torch.zeros_like(latent)
 
 
 def remembered(order: Order, latent: Any) -> Found | None:

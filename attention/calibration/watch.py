@@ -146,6 +146,9 @@ class SiteWatch:
         if key is None or site.id in self.seen.reasons:
             return SiteMeasures(site.id, calls, 0.0, reason=self.seen.reasons.get(site.id, "it was not seen"))
         shape, own = self.seen.shapes[key], self.seen.sums.get(site.id, {})
+        if not own and shape.worthwhile():
+            reason = "its attention was called in the first step only, where nothing is compared"
+            return SiteMeasures(site.id, calls, shape.dense, layout=key.layout, reason=reason)
         measures = []
         for spec, seconds in shape.seconds.items():
             missed, whole = own.get(spec, (math.nan, 1.0))

@@ -117,6 +117,14 @@ def test_calls_that_only_dense_attention_can_run_keep_their_site_dense(seconds, 
     assert closed.options().options == ()
 
 
+def test_a_site_that_was_never_compared_stays_dense_and_says_why(seconds):
+    watch = watch_of()
+    watch.begin_step(0)
+    watch.see(call_of(SITES[0].id))
+    (found,) = watch.result()
+    assert "first step only" in found.reason and found.usable == () and found.dense_seconds == 1.0
+
+
 def test_a_mask_that_hides_nothing_is_no_mask(seconds):
     watch = watch_of()
     watch.begin_step(1)
