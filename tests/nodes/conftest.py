@@ -129,3 +129,25 @@ def base_tensors(comfy):
     import folder_paths
 
     return load_file(folder_paths.get_full_path("diffusion_models", "linearize_tiny_flux.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def packed_base(comfy, packed_models, tmp_path_factory):
+    """A function: the tiny FLUX with its projections packed, as a loader gives it."""
+    import folder_paths
+    from comfy.sd import load_diffusion_model
+
+    source = Path(folder_paths.get_full_path("diffusion_models", "linearize_tiny_flux.safetensors"))
+    folder, loaded = tmp_path_factory.mktemp("packed"), {}
+
+    def load(kind):
+        if kind not in loaded:
+            with torch.inference_mode():
+                if kind == "gguf":
+                    loaded[kind] = packed_models.gguf_model(source)
+                else:
+                    packed_models.write_packed(source, folder / f"{kind}.safetensors", kind)
+                    loaded[kind] = load_diffusion_model(str(folder / f"{kind}.safetensors"))
+        return loaded[kind]
+
+    return load

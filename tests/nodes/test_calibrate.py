@@ -222,3 +222,39 @@ def test_budget_plan_counts_milliseconds(comfy, studio, monkeypatch):
     assert set(plan.resolve(SITES).values()) <= {specs.ClearSpec(6), specs.DenseSpec()}
     assert "of dense attention's time, budget 50.0%" in text
     assert "of dense FLOPs" in comfy.node("LinearizeBudgetPlan")(**{**given, "budget": 0.99})[2]
+
+
+def test_another_attention_below_is_what_dense_means(home, studio, calibrate):
+    """As a node for SageAttention has it: its calls are timed, its name is part of what is remembered."""
+    calls = []
+
+    def quicker(func, *args, **kwargs):
+        calls.append(args[0].shape)
+        return func(*args, **kwargs)
+
+    other = studio.model.clone()
+    other.model_options["transformer_options"] = {"optimized_attention_override": quicker}
+    model, *_ = calibrate(model=other)
+    assert len(calls) > 4 * 5, "all steps, and once more for the stopwatch"
+    calls.clear()
+    studio.sample(model)
+    (path,) = home.iterdir()
+    assert "another override (test_another_attention_below" in json.loads(path.read_text())["machine"]["attention"]
+    assert {kind for kind, _ in studio.ran(model).values()} & {"clear", "foveated"}
+
+
+def test_a_lora_is_measured_with_and_stays(home, studio, calibrate):
+    key = "diffusion_model.single_blocks.0.linear1.weight"
+    weight = studio.model.model.diffusion_model.single_blocks[0].linear1.weight
+    patched = studio.model.clone()
+    assert patched.add_patches({key: (0.05 * torch.ones_like(weight),)}, 1.0)
+    plain, changed = studio.sample(studio.model), studio.sample(patched)
+    model, *_ = calibrate(model=patched, target={"target": "least time", "max_error": 1e-9})
+    assert (studio.sample(model) - changed).abs().max() < 1e-5 < (plain - changed).abs().max()
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "gguf"])
+def test_packed_weights_are_calibrated(home, studio, packed_base, calibrate, kind):
+    model, plan, *_ = calibrate(model=packed_base(kind))
+    assert studio.sample(model).isfinite().all()
+    assert any(not spec.is_dense for spec in plan.resolve(SITES).values())

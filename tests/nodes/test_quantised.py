@@ -1,7 +1,5 @@
 """Bases that ComfyUI casts on the fly: the layout and the windows do not care how weights are stored."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -18,27 +16,6 @@ def test_an_fp8_base(comfy, studio, everywhere, dtype):
     small = studio.clear(model, radius=2)
     assert (studio.sample(small) - dense).abs().max() > 1e-2
     assert studio.ran(small) == everywhere
-
-
-@pytest.fixture(scope="module")
-def packed_base(comfy, packed_models, tmp_path_factory):
-    """A function: the tiny FLUX with its projections packed, as a loader gives it."""
-    import folder_paths
-
-    source = Path(folder_paths.get_full_path("diffusion_models", "linearize_tiny_flux.safetensors"))
-    folder, loaded = tmp_path_factory.mktemp("packed"), {}
-
-    def load(kind):
-        if kind not in loaded:
-            with torch.inference_mode():
-                if kind == "gguf":
-                    loaded[kind] = packed_models.gguf_model(source)
-                else:
-                    packed_models.write_packed(source, folder / f"{kind}.safetensors", kind)
-                    loaded[kind] = comfy_sd().load_diffusion_model(str(folder / f"{kind}.safetensors"))
-        return loaded[kind]
-
-    return load
 
 
 def comfy_sd():

@@ -33,7 +33,7 @@ def measured(core, monkeypatch, tmp_path):
 
 
 def sampled_by(prompt, sampler):
-    """Return (node with the model, positive, negative, latent) of a sampler, links; None where it has another guider."""
+    """Return (node with the model, positive, negative, latent) of a sampler, as links, or None for another guider."""
     inputs = prompt[sampler]["inputs"]
     if not is_link(inputs.get("guider")):
         return sampler, inputs["positive"], inputs.get("negative"), inputs["latent_image"]
