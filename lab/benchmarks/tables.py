@@ -196,6 +196,13 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
+def calibration_text() -> str:
+    """Return what Calibrate Attention said in the demo."""
+    data = json.loads(DEMO.read_text(encoding="utf-8"))
+    size = data["sizes"][-1]
+    return f"At {size} x {size} pixels:\n\n```\n{data['calibration']}\n```"
+
+
 def distill_table() -> str:
     """Return what the distillation demos gained, a table per model."""
     return "\n\n".join(_distill_part(json.loads(path.read_text(encoding="utf-8"))) for path in DISTILL)
@@ -263,6 +270,7 @@ def templates_table() -> str:
 
 
 TABLES = {  # by name: the page on which a table stands between its marks, and what makes it
+    "calibration": ("docs/demo.md", calibration_text),
     "clear-cpu": ("docs/performance.md", clear_cpu_table),
     "demo": ("docs/demo.md", demo_table),
     "distill": ("docs/demo.md", distill_table),

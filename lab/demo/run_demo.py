@@ -2,7 +2,7 @@
 
 `python run.py demo` calls it inside `.venv`. It queues the shipped workflows `api/foveated_demo.json` and
 `api/clear_demo.json` for each caption with the same seed, the first also without its attention node; lets Compare with
-Teacher measure the differences; and times sampling.
+Teacher measure the differences; times sampling; and lets Calibrate Attention say what is fastest here.
 """
 
 import argparse
@@ -125,6 +125,19 @@ def sampling_only(workflow: dict[str, Any]) -> dict[str, Any]:
     return {key: node for key, node in workflow.items() if node["class_type"] not in ("VAEDecode", "SaveImage")}
 
 
+def calibrate(server: LiveServer, size: int) -> str:
+    """Return what Calibrate Attention says of the demo's model at a size in pixels, measured anew; save its map."""
+    workflow = json.loads((WORKFLOWS / "calibrate_demo.json").read_text(encoding="utf-8"))
+    ids = {node["class_type"]: key for key, node in workflow.items()}
+    workflow[ids["LinearizeCalibrate"]]["inputs"]["again"] = True
+    workflow[ids["EmptySD3LatentImage"]]["inputs"].update(width=size, height=size)
+    kept = ("KSampler", "VAELoader", "VAEDecode", "SaveImage", "LinearizeReport")
+    workflow = {key: node for key, node in workflow.items() if node["class_type"] not in kept}
+    outputs, _ = server.measure(workflow, SECONDS)
+    picture_of(server, outputs["PreviewImage"]["images"][0]).save(OUTPUT / "calibration.png")
+    return outputs["PreviewAny"]["text"][0]
+
+
 def comparison(first: dict[str, str], second: dict[str, str]) -> dict[str, Any]:
     """Return a workflow that compares two saved pictures; the second is the teacher's."""
     loads = {
@@ -231,8 +244,8 @@ def sheet(columns: dict[str, list[Image.Image]]) -> Image.Image:
     return drawn
 
 
-def print_table(rows: list[Row], sizes: tuple[int, ...], seconds: float) -> None:
-    """Print the rows for a person and write them to table.json."""
+def print_table(rows: list[Row], sizes: tuple[int, ...], calibration: str, seconds: float) -> None:
+    """Print rows and calibration for a person and write them to table.json."""
     heads = "".join(f" {f's/step {size}':>12}" for size in sizes) + "".join(f" {f'pairs {size}':>11}" for size in sizes)
     print(f"\n{'attention':20}{heads} {'PSNR':>9} {'SSIM':>6} {'mirror':>7} {'linearized':>11} {'memory':>10}")
     for row in rows:
@@ -248,6 +261,7 @@ def print_table(rows: list[Row], sizes: tuple[int, ...], seconds: float) -> None
         f"Pictures: {SIZE} x {SIZE} pixels, {STEPS} steps, {len(CAPTIONS)} captions, nothing trained. PSNR and SSIM"
         " are against dense.\nMirror is how well the lake repeats the land, 1 at best. Seconds count no decoding."
     )
+    print(f"\nCalibrate Attention, {sizes[-1]} x {sizes[-1]} pixels:\n{calibration}")
     table = {
         "size": SIZE,
         "steps": STEPS,
@@ -255,6 +269,7 @@ def print_table(rows: list[Row], sizes: tuple[int, ...], seconds: float) -> None
         "text": TEXT_TOKENS,
         **told(seconds),
         "rows": list(map(asdict, rows)),
+        "calibration": calibration,
     }
     (OUTPUT / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
@@ -272,6 +287,8 @@ def run_demo(timed_size: int) -> None:
         for size in sizes:
             print(f"timing {TIMED_STEPS} steps at {size} x {size} pixels ...", flush=True)
             times[str(size)] = time_steps(server, size)
+        print("calibrating ...", flush=True)
+        calibration = calibrate(server, sizes[-1])
         rows, columns, maps = [], {}, {}
         for variant in VARIANTS:
             kind, title = variant.kind, variant.title
@@ -284,7 +301,7 @@ def run_demo(timed_size: int) -> None:
             seconds, pairs = ({size: found[kind][part] for size, found in times.items()} for part in (0, 1))
             rows.append(Row(title, seconds, pairs, share[kind], psnr, ssim, mirror, memory[kind]))
     save_pictures({**columns, **maps})
-    print_table(rows, sizes, time.monotonic() - start)
+    print_table(rows, sizes, calibration, time.monotonic() - start)
     print(f"\nThe pictures are in {OUTPUT.relative_to(ROOT)}: open sheet.png there to see them side by side.")
     print("python run.py serve opens such a graph in the browser, to turn keep and radius yourself.")
 
