@@ -86,7 +86,7 @@ class LinearizeLoadStudent(io.ComfyNode):
     def validate_inputs(cls, student: str = NO_FILE, hub_file: str = ""):
         """Return whether there is such a file, and hub_file can be one; other systems have other slashes."""
         there = model_files.is_choice(student, NO_FILE)
-        return answer(parse_hub_file, hub_file) if there is True and hub_file.strip() else there
+        return answer(parse_hub_file, hub_file) if there is True and (hub_file or "").strip() else there
 
     @classmethod
     def fingerprint_inputs(cls, model=None, student: str = NO_FILE, hub_file: str = "", allow_download: bool = False):

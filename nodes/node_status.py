@@ -48,6 +48,6 @@ def _workflow_id(server: Any, place: Place) -> str:
     running, _ = queue.get_current_queue_volatile() if queue is not None else ((), ())
     for _, prompt_id, _, extra, *_ in running:
         if prompt_id == place.prompt_id:
-            workflow = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
-            return str(workflow.get("id") or "")
+            workflow = (extra.get("extra_pnginfo") or {}).get("workflow")
+            return str(workflow.get("id") or "") if isinstance(workflow, dict) else ""
     return ""

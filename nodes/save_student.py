@@ -100,7 +100,8 @@ class LinearizeSaveStudent(io.ComfyNode):
         given = {key: value.strip() for key, value in given.items() if value.strip()}
         given |= {} if role == AS_DISTILLED else {"role": role}
         saved = replace(one.student(), **given)
-        path = _save_under_new_name(f"{name}_unfinished" if unfinished_stages(saved.recipe) else name, saved)
+        stem = "/".join(model_files.check_name(name))
+        path = _save_under_new_name(f"{stem}_unfinished" if unfinished_stages(saved.recipe) else stem, saved)
         lines = [
             f"saved {path}, {file_size(path.stat().st_size)}",
             *describe_student(saved),

@@ -31,14 +31,19 @@ def with_sentences(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
             show_error(place.node_id if place else None, str(error))
             if type(error) is ValueError:
                 raise
-            raise ValueError(str(error)) from error
+            raise ValueError(str(error)).with_traceback(error.__traceback__) from error
 
     node.execute = classmethod(execute_and_tell)  # pyright: ignore[reportAttributeAccessIssue]
     return node
 
 
 def answer(check: Callable[..., Any], *values: Any) -> bool | str:
-    """Return what `validate_inputs` answers: True, or the sentence of the ValueError that a check raises."""
+    """Return what `validate_inputs` answers: True, or the sentence of the ValueError that a check raises.
+
+    ComfyUI hands over None for a linked input; then nothing is checked, as its value is known when the node runs.
+    """
+    if None in values:
+        return True
     try:
         check(*values)
     except ValueError as problem:

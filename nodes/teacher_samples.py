@@ -110,7 +110,7 @@ class LinearizeTeacherSamples(io.ComfyNode):
     def validate_inputs(cls, name: list[Any] | None = None, prompts_file: list[Any] | None = None):
         """Return whether samples can have this name, and whether the file of prompts is there."""
         for check, values in ((samples_folder, name), (read_prompts_file, prompts_file)):
-            found = answer(check, str(values[0])) if values else True
+            found = answer(check, values[0]) if values else True
             if found is not True:
                 return found
         return True

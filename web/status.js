@@ -16,6 +16,8 @@ const ERROR = "color-mix(in srgb, var(--error-text) 60%, var(--input-text))"; //
 const refusing = new WeakSet(); // nodes that take no widget
 const heights = new WeakMap(); // by element, in pixels at the graph's own scale
 
+let statuses = stored(); // the storage is for a reload only
+
 function stored() {
   try {
     return JSON.parse(sessionStorage.getItem(STORE)) ?? {};
@@ -25,9 +27,9 @@ function stored() {
 }
 
 function store(all) {
-  const kept = Object.entries(all).slice(-MOST_WORKFLOWS);
+  statuses = Object.fromEntries(Object.entries(all).slice(-MOST_WORKFLOWS));
   try {
-    sessionStorage.setItem(STORE, JSON.stringify(Object.fromEntries(kept)));
+    sessionStorage.setItem(STORE, JSON.stringify(statuses));
   } catch {
     // a full or forbidden storage costs the texts after a reload, nothing else
   }
@@ -125,24 +127,22 @@ function showAlong(id, status) {
 }
 
 function showStored() {
-  const entries = Object.entries(stored()[root()?.id] ?? {});
+  const entries = Object.entries(statuses[root()?.id] ?? {});
   entries.sort(([, one], [, other]) => one.at - other.at);
   for (const [id, status] of entries) showAlong(id, status);
 }
 
 function receive({ node, workflow, ...status }) {
-  const all = stored();
   const id = workflow || root()?.id;
-  const { [id]: own = {}, ...others } = all;
+  const { [id]: own = {}, ...others } = statuses;
   store({ ...others, [id]: { ...own, [node]: status } });
   if (id === root()?.id) showAlong(node, status);
 }
 
 // A job is over: what was told is dated from now on.
 function end() {
-  const all = stored();
-  for (const own of Object.values(all)) for (const status of Object.values(own)) status.over = true;
-  store(all);
+  for (const own of Object.values(statuses)) for (const status of Object.values(own)) status.over = true;
+  store(statuses);
   showStored();
 }
 

@@ -112,6 +112,20 @@ def test_a_status_lasts_over_a_reload_in_both_modes_and_keeps_its_lines(frontend
     assert re.fullmatch(r"first\nsecond\nthird\nlast run \d\d:\d\d", status), status
 
 
+FILL_STORAGE = """() => {
+    Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); };
+}"""
+
+
+def test_a_full_storage_costs_no_status_while_the_page_is_open(frontend):
+    open_workflow(frontend, "lab/demo/clear_demo.json")
+    frontend.evaluate(TELL_ALL, "first")
+    frontend.evaluate(FILL_STORAGE)
+    frontend.evaluate(TELL_ALL, "second")
+    frontend.evaluate("app.api.dispatchEvent(new CustomEvent('execution_success', { detail: {} }))")
+    assert re.fullmatch(r"second\nlast run \d\d:\d\d", status_of(frontend, "LinearizeCLEAR"))
+
+
 QUICK_DISTILLATION = {  # of the demo's workflow: seconds until updates begin, and more of them than a test waits for
     4: {"prompts": "day sun left hills red house left oak", "name": "browser_cancel", "seeds": 2, "steps": 2},
     8: {"updates": 5000, "held_out": 1, "output_draws": 0},

@@ -210,6 +210,13 @@ def test_nothing_is_replaced_and_the_name_is_counted(run, kit, folder):
     assert (folder / "same_00005_.safetensors").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("name", ["part", " part.safetensors "])
+def test_an_unfinished_student_is_marked_in_its_name(run, kit, folder, name):
+    recipe = {"transfer": {"unfinished": "after 3 of 8 updates"}}
+    run("LinearizeSaveStudent", student=kit.two_each(recipe=recipe), name=name)
+    assert [path.name for path in folder.glob("*part*")] == ["part_unfinished_00001_.safetensors"]
+
+
 def test_a_student_saved_again_keeps_what_it_says(run, kit, studio, folder):
     run("LinearizeSaveStudent", student=kit.two_each(licence="mit", role="low", pair_id="p"), name="one")
     _, loaded = run("LinearizeLoadStudent", model=studio.model, student="one_00001_.safetensors")

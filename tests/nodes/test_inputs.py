@@ -308,3 +308,26 @@ def test_the_status_is_shown_on_the_node(studio, comfy, monkeypatch):
     studio.sample(patched)
     assert [node for node, _ in sent] == ["17"]
     assert sent[0][1].startswith("UNTRAINED · 27 % of attention · 2 of 2 sites · ")
+
+
+@pytest.mark.parametrize(
+    ("info", "known"),
+    [(None, ""), ({}, ""), ({"workflow": None}, ""), ({"workflow": "mine"}, ""), ({"workflow": {"id": "w"}}, "w")],
+)
+def test_a_status_comes_with_the_id_of_its_workflow_whatever_a_client_sends_as_one(comfy, monkeypatch, info, known):
+    """ComfyUI's own nodes write the workflow into pictures as it is."""
+    import types
+
+    import server
+
+    status, sent = comfy.module("nodes.node_status"), []
+    graph = types.SimpleNamespace(has_node=lambda _: True, get_node=lambda _: {"class_type": "LinearizeCLEAR"})
+    monkeypatch.setattr(status, "executing", lambda: types.SimpleNamespace(prompt_id="p", prompt=graph))
+    running = [(0, "p", {}, {"extra_pnginfo": info}, [], {})]
+    fake = types.SimpleNamespace(
+        send_sync=lambda _, told, __: sent.append(told),
+        prompt_queue=types.SimpleNamespace(get_current_queue_volatile=lambda: (running, [])),
+    )
+    monkeypatch.setattr(server.PromptServer, "instance", fake, raising=False)
+    status.show_on_node("4")("text")
+    assert [(told["type"], told["workflow"]) for told in sent] == [("LinearizeCLEAR", known)]

@@ -1,5 +1,9 @@
 """What a user reads when a node refuses or fails: before anything runs where no model is needed, else on the node."""
 
+import asyncio
+import inspect
+import traceback
+
 import pytest
 
 
@@ -54,10 +58,37 @@ def test_what_can_be_meant_is_accepted(comfy, node, inputs):
     assert validated(comfy, node, **inputs) is True
 
 
-def test_an_input_that_is_linked_is_not_refused(comfy):
-    """ComfyUI leaves it out then, so every default has to pass."""
-    for node_id in {node for node, _, _ in REFUSED}:
-        assert validated(comfy, node_id) is True, node_id
+class Source:
+    """A node whose outputs are linked to inputs."""
+
+    RETURN_TYPES = ("STRING", "INT", "FLOAT", "COMBO")
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {}
+
+
+@pytest.mark.parametrize("node", sorted({node for node, _, _ in REFUSED}))
+def test_an_input_that_is_linked_is_not_refused(comfy, monkeypatch, node):
+    """ComfyUI hands over None for it, with the values of the others."""
+    import execution
+
+    cls = comfy.nodes.NODE_CLASS_MAPPINGS[node]
+    monkeypatch.setitem(comfy.nodes.NODE_CLASS_MAPPINGS, "Source", Source)
+    inputs = cls.INPUT_TYPES()
+    types = {name: each[0] for part in ("required", "optional") for name, each in inputs.get(part, {}).items()}
+    checked = [name for name in inspect.signature(cls.validate_inputs).parameters if types[name] in Source.RETURN_TYPES]
+    assert checked
+    for linked in ([name] for name in checked), [checked]:
+        for names in linked:
+            links = {name: ["1", Source.RETURN_TYPES.index(types[name])] for name in names}
+            prompt = {
+                "1": {"class_type": "Source", "inputs": {}},
+                "2": {"class_type": node, "inputs": links},
+            }
+            _, errors, _ = asyncio.run(execution.validate_inputs("test", prompt, "2", {}))
+            assert {error["type"] for error in errors} <= {"required_input_missing"}, (names, errors)
 
 
 @pytest.fixture
@@ -97,6 +128,8 @@ def test_a_sentence_of_ours_is_shown_and_raised_as_a_plain_value_error(comfy, fa
         raised, shown = failing(error)
         assert type(raised) is ValueError and str(raised) == str(error) and shown == (str(error),)
         assert raised is error or raised.__cause__ is error
+        # ComfyUI shows the frames of what was raised, not those of its cause
+        assert traceback.extract_tb(raised.__traceback__)[-1].line == "raise error"
 
 
 def test_an_interrupt_and_a_fault_of_the_program_pass_unchanged(comfy, failing):
