@@ -17,6 +17,7 @@ REFUSED = [
     *[(node, {"sites": "single.x"}, "cannot read 'single.x' in sites 'single.x'") for node in PLACED],
     *[(node, {"start_percent": 0.5, "end_percent": 0.5}, "start_percent must be below end_percent") for node in PLACED],
     ("LinearizeCLEAR", {"end_percent": 1.5}, "end_percent is from 0 to 1, got 1.5"),
+    ("LinearizeCalibrate", {"candidates": "clear x"}, "cannot read the candidate 'clear x'"),
     ("LinearizeUniformPlan", {"sites": "double,,single"}, "cannot read '' in sites"),
     ("LinearizeBudgetPlan", {"budget": 0.0}, "above 0 and at most 1, got 0.0"),
     ("LinearizeBudgetPlan", {"budget": 1.5}, "above 0 and at most 1, got 1.5"),
@@ -44,6 +45,7 @@ def test_what_needs_no_model_is_refused_before_anything_runs(comfy, node, inputs
 
 ACCEPTED = [
     *[(node, {"sites": "All"}) for node in PLACED],
+    ("LinearizeCalibrate", {"candidates": "Clear 8, foveated 0.5"}),
     ("LinearizeUniformPlan", {"sites": "Double single.0-1"}),
     ("LinearizeTransfer", {"updates": 0}),
     ("LinearizeFinetune", {"updates": 0}),
