@@ -60,6 +60,14 @@ def load_numbers(pointer, tokens, stride, is_real, place, FEATURES: tl.constexpr
 
 
 @triton.jit
+def load_numbers_by_place(pointer, tokens, stride, is_real, place, FEATURES: tl.constexpr):
+    """Return the same as (places, tokens): a product takes its rows without turning registers around."""
+    exists = (place < FEATURES)[:, None] & is_real[None, :]
+    pointers = pointer + place[:, None] + tokens.to(tl.int64)[None, :] * stride
+    return tl.load(pointers, mask=exists, other=0.0).to(tl.float32), exists
+
+
+@triton.jit
 def load_state(state, norm, place, FEATURES: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """Return some rows of a head's state (places, BLOCK_SIZE) and of its norm, zero where there is none."""
     value, is_real = tl.arange(0, BLOCK_SIZE), place < FEATURES

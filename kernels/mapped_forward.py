@@ -72,7 +72,8 @@ def mapped_forward_kernel(
     state += copy * FEATURES * SIZE
     norm += copy * FEATURES
     weight = tl.zeros([BLOCK_ROWS], tl.float32)
-    for first in range(0, FEATURES, BLOCK_FEATURES):
+    # one stage: with more, the next features overwrite registers that Hopper's products of the last ones still read
+    for first in tl.range(0, FEATURES, BLOCK_FEATURES, num_stages=1):
         place = first + tl.arange(0, BLOCK_FEATURES)
         numbers, _ = load_numbers(x, queries, x_token, is_real, place, FEATURES)
         state_rows, z = load_state(state, norm, place, FEATURES, SIZE, BLOCK_SIZE)

@@ -9,7 +9,7 @@ owns some features of one head and visits one share of the tokens; shares are ad
 import triton
 import triton.language as tl
 
-from .features import apply_map, load_numbers, weights_of
+from .features import apply_map, load_numbers_by_place, log2_of_map
 from .tokens import load_tokens
 
 
@@ -37,25 +37,27 @@ def state_kernel(
     weight = tl.zeros([BLOCK_ROWS], tl.float32)
     start = tl.program_id(2) * share
     stop = tl.minimum(start + share, num_tokens)
-    for first in range(start, stop, BLOCK_COLUMNS):
+    # one stage for weighted features: with more, the next ones overwrite registers that Hopper's products still read
+    for first in tl.range(start, stop, BLOCK_COLUMNS, num_stages=1 if IS_WEIGHTED and MAP == "given" else None):
         columns = first + tl.arange(0, BLOCK_COLUMNS)
         is_real, tokens = columns < stop, tl.minimum(columns, num_tokens - 1)
-        numbers, exists = load_numbers(x, tokens, x_token, is_real, place, FEATURES)
+        numbers, exists = load_numbers_by_place(x, tokens, x_token, is_real, place, FEATURES)
         if IS_RAW:
-            phi = weights_of(numbers, exists, z, tl.load(lse + copy * num_tokens + tokens), MAP)
+            score = log2_of_map(numbers, MAP) + z[:, None] - tl.load(lse + copy * num_tokens + tokens)[None, :]
+            phi = tl.exp2(tl.where(exists, score, float("-inf")))
         elif IS_WEIGHTED:
-            phi = numbers / tl.load(den + copy * num_tokens + tokens)[:, None]
+            phi = numbers / tl.load(den + copy * num_tokens + tokens)[None, :]
         else:
             phi = tl.where(exists, apply_map(numbers, MAP), 0.0)
         y_block = load_tokens(y, tokens, y_token, SIZE, BLOCK_SIZE)
         if IS_WEIGHTED:
-            weight -= tl.sum(phi * tl.load(delta + copy * num_tokens + tokens)[:, None], 0)
+            weight -= tl.sum(phi * tl.load(delta + copy * num_tokens + tokens)[None, :], 1)
         else:
-            weight += tl.sum(phi, 0)
+            weight += tl.sum(phi, 1)
         # features of float16 models may exceed its range
         if y_block.dtype != tl.bfloat16:
             y_block = y_block.to(tl.float32)
-        acc = tl.dot(tl.trans(phi).to(y_block.dtype), y_block, acc, input_precision=PRECISION)
+        acc = tl.dot(phi.to(y_block.dtype), y_block, acc, input_precision=PRECISION)
 
     row = (tl.program_id(2).to(tl.int64) * num_copies + copy) * FEATURES + place
     is_feature = place < FEATURES
