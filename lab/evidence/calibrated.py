@@ -1,10 +1,11 @@
 """Plans by measured errors and seconds, beside others at the same time: `python -m lab.evidence.calibrated`.
 
-Rows go to calibrated.csv; a teacher that has rows is left alone. Each calibration chooses by its own seconds, as a user's
-does. Other plans may take SHARE of dense attention's time by the least seconds of all calibrations, and all shares are
-shown by these. Plans are made on a caption of `TUNING_SEED`, and measured on others.
+Rows go to calibrated.csv; a teacher that has rows is left alone. Each calibration chooses by its own seconds, as that of
+a user does. Other plans may take SHARE of dense attention's time by the least seconds of all calibrations, and all shares
+are shown by these. Plans are made on a caption of `TUNING_SEED`, and measured on others.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -182,8 +183,11 @@ def rows(laboratory: Laboratory, tokens: int, name: str) -> Iterator[dict[str, A
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure plans by calibration beside others at the same time.")
+    parser.add_argument("--teacher", choices=[*TEACHERS], help="default: all")
+    wanted = parser.parse_args().teacher
     torch.set_grad_enabled(False)
-    done = {row["teacher"] for row in rows_of(CALIBRATED)}
+    done = {row["teacher"] for row in rows_of(CALIBRATED)} | ({*TEACHERS} - {wanted} if wanted else set())
     for name, scale in TEACHERS.items():
         if name in done:
             continue
