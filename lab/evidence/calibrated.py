@@ -1,8 +1,8 @@
 """Plans by measured errors and seconds, beside others at the same time: `python -m lab.evidence.calibrated`.
 
-Rows go to calibrated.csv; a teacher that has rows is left alone. Each calibration chooses by its own seconds, as that of
-a user does. Other plans may take SHARE of dense attention's time by the least seconds of all calibrations, and all shares
-are shown by these. Plans are made on a caption of `TUNING_SEED`, and measured on others.
+Rows go to calibrated.csv; a teacher that has rows is left alone. Each calibration chooses by its own seconds, as that
+of a user does. Other plans may take SHARE of dense attention's time by the least seconds of all calibrations, and all
+shares are shown by these. Plans are made on a caption of `TUNING_SEED`, and measured on others.
 """
 
 import argparse
