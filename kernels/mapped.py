@@ -20,7 +20,7 @@ from torch import Tensor
 from .capability import architecture
 from .launch import block_size, log2_scale, on_device_of, rows_together, strides
 from .state import GIVEN, precision, weighted_state
-from .tuning import tile_for
+from .tuning import feature_stages, tile_for
 
 FLOOR = 1e-30
 
@@ -83,7 +83,8 @@ def mapped_forward(
         kernel[grid](
             *inputs, *_prepared(state, norm, query.dtype, feature_map), out, lse, den, *strides(*inputs),
             log2_scale(scale), query.shape[2], key.shape[2], query.shape[1],
-            **_linear_options(numbers, query, feature_map), HAS_EXACT=exact is not None, **options,
+            **_linear_options(numbers, query, feature_map), HAS_EXACT=exact is not None,
+            FEATURE_STAGES=stages_over_features("mapped_forward", query), **options,
         )  # fmt: skip
     return out, lse, den
 
@@ -152,6 +153,12 @@ def _launch(kernel: str, query: Tensor, num_rows: int) -> tuple[tuple[int, int],
         "num_stages": tile.num_stages,
     }
     return (-(-num_rows // tile.rows), batch * heads), options
+
+
+def stages_over_features(kernel: str, query: Tensor) -> int:
+    """Return the stages of a kernel's loop over features on the device of `query`."""
+    card = architecture(query.device)
+    return feature_stages(card, tile_for(kernel, card, query.shape[-1]))
 
 
 def _linear_options(numbers: Tensor, query: Tensor, feature_map: str) -> dict[str, Any]:

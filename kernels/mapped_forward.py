@@ -40,7 +40,7 @@ def mapped_forward_kernel(
     exact_batch: tl.int64, exact_head: tl.int64, exact_token: tl.int64,
     scale, num_queries, num_keys, num_heads,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr, HAS_EXACT: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr, HAS_EXACT: tl.constexpr, FEATURE_STAGES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write `out` (B, H, M, D), and (B, H, M) `den` and `lse` = c + log2 den, of one block of queries."""
@@ -72,8 +72,7 @@ def mapped_forward_kernel(
     state += copy * FEATURES * SIZE
     norm += copy * FEATURES
     weight = tl.zeros([BLOCK_ROWS], tl.float32)
-    # one stage: with more, the next features overwrite registers that Hopper's products of the last ones still read
-    for first in tl.range(0, FEATURES, BLOCK_FEATURES, num_stages=1):
+    for first in tl.range(0, FEATURES, BLOCK_FEATURES, num_stages=FEATURE_STAGES):
         place = first + tl.arange(0, BLOCK_FEATURES)
         numbers, _ = load_numbers(x, queries, x_token, is_real, place, FEATURES)
         state_rows, z = load_state(state, norm, place, FEATURES, SIZE, BLOCK_SIZE)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .capability import architecture
 from .launch import block_size, on_device_of, rows_together, strides
-from .tuning import tile_for
+from .tuning import feature_stages, tile_for
 
 Mapped = tuple[Tensor, Tensor]  # features and their derivatives
 GIVEN, LOGS = "given", "logs"
@@ -69,7 +69,8 @@ def _launch(
     kernel: Any = state_kernel
     numbers, value = rows_together(numbers), rows_together(value)
     (batch, heads, tokens, features), size = numbers.shape, value.shape[-1]
-    tile = tile_for("state", architecture(value.device), size)
+    card = architecture(value.device)
+    tile = tile_for("state", card, size)
     programs = -(-features // tile.rows) * batch * heads
     shares = max(1, min(NUM_PROGRAMS // max(1, programs), tokens // SHARE_TOKENS))
     total = torch.empty((shares, batch, heads, features, size), dtype=torch.float32, device=value.device)
@@ -79,7 +80,8 @@ def _launch(
             numbers, value, *(weights or (norm,) * 4), total, norm, *strides(numbers, value),
             tokens, heads, batch * heads, -(-tokens // shares),
             SIZE=size, BLOCK_SIZE=block_size(size), FEATURES=features, MAP=feature_map, PRECISION=precision(),
-            IS_WEIGHTED=weights is not None, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
+            IS_WEIGHTED=weights is not None, FEATURE_STAGES=feature_stages(card, tile),
+            BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return total.sum(0), norm.sum(0)

@@ -20,7 +20,7 @@ def state_kernel(
     y_batch: tl.int64, y_head: tl.int64, y_token: tl.int64,
     num_tokens, num_heads, num_copies, share,
     SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, FEATURES: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr, IS_WEIGHTED: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr, IS_WEIGHTED: tl.constexpr, FEATURE_STAGES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write one share of `total` (shares, B H, F, D) and of `norm` (shares, B H, F): rows are features."""
@@ -37,8 +37,8 @@ def state_kernel(
     weight = tl.zeros([BLOCK_ROWS], tl.float32)
     start = tl.program_id(2) * share
     stop = tl.minimum(start + share, num_tokens)
-    # one stage for weighted features: with more, the next ones overwrite registers that Hopper's products still read
-    for first in tl.range(start, stop, BLOCK_COLUMNS, num_stages=1 if IS_WEIGHTED and MAP == "given" else None):
+    STAGES: tl.constexpr = FEATURE_STAGES if IS_WEIGHTED and MAP == "given" else None  # of the launch
+    for first in tl.range(start, stop, BLOCK_COLUMNS, num_stages=STAGES):
         columns = first + tl.arange(0, BLOCK_COLUMNS)
         is_real, tokens = columns < stop, tl.minimum(columns, num_tokens - 1)
         numbers, exists = load_numbers_by_place(x, tokens, x_token, is_real, place, FEATURES)

@@ -129,6 +129,14 @@ def of_rows(tile: Tile, rows: int) -> Tile:
     return Tile(max(16, 1 << (rows - 1).bit_length()), tile.columns, min(4, tile.num_warps), tile.num_stages)
 
 
+def feature_stages(architecture: str, tile: Tile) -> int:
+    """Return the stages of loops whose products take features from registers.
+
+    One on Hopper: with more, Triton up to 3.6 overwrites registers that products under way still read (its issue 9433).
+    """
+    return 1 if architecture == "sm90" else tile.num_stages
+
+
 def reduce_tiles(architecture: str, head_size: int, family: tuple[str, ...] = KERNELS) -> bool:
     """Take SAFE from now on, where a table's entry did not fit the device; return False if it was taken already."""
     if (architecture, head_size, family) in _reduced:

@@ -1,7 +1,6 @@
 """Compile the kernels for cards that are not here, with the tiles they would get; print what each needs, as JSON.
 
-`python cross_compile.py clear bf16 sm86:128 gfx942:64`: family (clear, foveated, small for the same on tiles
-of 16 queries, mapped, or raw for the mapped kernels on the raw scale), dtype, then architecture:head size.
+`python cross_compile.py clear bf16 sm86:128 gfx942:64`: a name of CONFIGURATIONS, dtype, then architecture:head size.
 Needs Triton, no GPU. Not under the interpreter, so the tests run it as a process of its own.
 """
 
@@ -11,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from hopper_hazards import hazards
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -25,20 +26,53 @@ from linearize.kernels.foveated_forward import foveated_forward_kernel
 from linearize.kernels.mapped_backward import mapped_dk_dv_kernel, mapped_dq_kernel, mapped_dx_kernel
 from linearize.kernels.mapped_forward import mapped_forward_kernel
 from linearize.kernels.state_forward import state_kernel
-from linearize.kernels.tuning import FOVEATED_KERNELS, KERNELS, MAPPED_KERNELS, of_rows
+from linearize.kernels.tuning import FOVEATED_KERNELS, KERNELS, MAPPED_KERNELS, feature_stages, of_rows
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MAPPED = (mapped_forward_kernel, mapped_dx_kernel, mapped_dq_kernel, mapped_dk_dv_kernel, state_kernel)
 FOVEATED = (foveated_forward_kernel, foveated_dq_kernel, foveated_dk_dv_kernel, foveated_means_kernel)
-FAMILIES = {
-    "foveated": dict(zip(FOVEATED_KERNELS, FOVEATED, strict=True)),
-    "small": dict(zip(FOVEATED_KERNELS[:3], FOVEATED[:3], strict=True)),
-    "clear": dict(zip(KERNELS, (clear_forward_kernel, clear_dq_kernel, clear_dk_dv_kernel), strict=True)),
-    "mapped": dict(zip(MAPPED_KERNELS, MAPPED, strict=True)),
-    "raw": dict(zip(MAPPED_KERNELS, MAPPED, strict=True)),
+_FOVEATED = dict(zip(FOVEATED_KERNELS, FOVEATED, strict=True))
+_MAPPED = dict(zip(MAPPED_KERNELS, MAPPED, strict=True))
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What some kernels are compiled for.
+
+    Args:
+        kernels: by name.
+        feature_map: MAP of the kernels.
+        has_exact: whether exact keys were attended to before.
+        is_weighted: whether a state is weighted, as in the backward pass.
+        fuses: whether numbers come in the model's own dtype, and the kernel applies the map.
+        rows: most tokens that a program owns.
+    """
+
+    kernels: dict
+    feature_map: str = "given"
+    has_exact: bool = False
+    is_weighted: bool = True
+    fuses: bool = False
+    rows: int = 256
+
+
+CONFIGURATIONS = {
+    "clear": Configuration(
+        dict(zip(KERNELS, (clear_forward_kernel, clear_dq_kernel, clear_dk_dv_kernel), strict=True))
+    ),
+    "foveated": Configuration(_FOVEATED),
+    "small": Configuration({name: _FOVEATED[name] for name in FOVEATED_KERNELS[:3]}, rows=16),  # tiles of 16 queries
+    "mapped": Configuration(_MAPPED),
+    "raw": Configuration(_MAPPED, "elu1"),  # on the raw scale
+    "logs": Configuration(_MAPPED, "logs"),
+    "fused": Configuration(_MAPPED, "elu1", fuses=True),
+    "relu": Configuration(_MAPPED, "relu", fuses=True),
+    "exact": Configuration({"mapped_forward": mapped_forward_kernel}, has_exact=True),
+    "unweighted": Configuration({"state": state_kernel}, is_weighted=False),
+    "unweighted raw": Configuration({"state": state_kernel}, "elu1", is_weighted=False, fuses=True),
 }
 STATISTICS = ("lse", "delta", "den", "pull", "norm", "centre", "log2_z", "total", "bias", "dbias")
-# features come in float32, as maps give them: the larger of what can be
+# features come in float32, as maps give them, but where a kernel makes them of the model's own numbers
 TYPES = {**dict.fromkeys((*STATISTICS, "x", "dx"), "*fp32"), "scale": "fp32", "share": "i32"}
 TABLES = ("blocks", "rows", "columns", "masks", "heads", "top_key",
           "query_tokens", "key_tokens", "cell_ids", "mean_ids", "tile_ids", "hidden")  # fmt: skip
@@ -46,7 +80,7 @@ FIELDS = ("cell_fields", "mean_fields", "tile_fields", "words")
 NUM_FEATURES = 256
 
 
-def signature_of(kernel, dtype, constants):
+def signature_of(kernel, dtype, constants, fuses=False):
     types, values, attributes = {}, {}, {}
     for number, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -54,7 +88,8 @@ def signature_of(kernel, dtype, constants):
             types[name], values[(number,)] = "constexpr", constants[name]
             continue
         counted = "i64" if parameter.annotation_type == "i64" else "i32" if name.startswith("num_") else f"*{dtype}"
-        types[name] = TYPES.get(name) or ("*i32" if name in TABLES else "*i64" if name in FIELDS else counted)
+        known = None if fuses and name in ("x", "dx") else TYPES.get(name)
+        types[name] = known or ("*i32" if name in TABLES else "*i64" if name in FIELDS else counted)
         if name == "state":
             types[name] = "*fp32" if dtype == "fp16" and constants["MAP"] == "given" else f"*{dtype}"
         if types[name].startswith("*") or types[name] == "i64":  # pointers and strides are multiples of 16
@@ -71,22 +106,26 @@ def spilled_in_loops(code):
     return sum(any(first <= at <= last for first, last in jumps if first < last) for at in spills)
 
 
-def compile_for(name, kernel, target, size, dtype, feature_map, rows=256):
+def compile_for(name, kernel, target, size, dtype, configuration):
+    feature_map, rows = configuration.feature_map, configuration.rows
     is_nvidia = target.startswith("sm")
     # 8.9 has the tiles of 8.6
-    tile = of_rows(tile_for(name, {"sm89": "sm86"}.get(target, target) if is_nvidia else "amd", size), rows)
-    constants = {"SIZE": size, "BLOCK_SIZE": max(16, 1 << (size - 1).bit_length()),
-                 "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "FEATURES": NUM_FEATURES,
-                 "BLOCK_FEATURES": 64 if (dtype, feature_map) == ("bf16", "given") else 32,
-                 "MAP": feature_map, "HAS_EXACT": False,
-                 "PRECISION": "tf32" if is_nvidia else "ieee", "IS_WEIGHTED": True}  # fmt: skip
+    card = {"sm89": "sm86"}.get(target, target) if is_nvidia else "amd"
+    tile = of_rows(tile_for(name, card, size), rows)
+    constants = {
+        "SIZE": size, "BLOCK_SIZE": max(16, 1 << (size - 1).bit_length()),
+        "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "FEATURES": NUM_FEATURES,
+        "BLOCK_FEATURES": 64 if (dtype, feature_map) == ("bf16", "given") else 32,
+        "MAP": feature_map, "HAS_EXACT": configuration.has_exact, "PRECISION": "tf32" if is_nvidia else "ieee",
+        "IS_WEIGHTED": configuration.is_weighted, "FEATURE_STAGES": feature_stages(card, tile),
+    }  # fmt: skip
     gpu = (
         GPUTarget("cuda", int(target[2:]), 32)
         if is_nvidia
         else GPUTarget("hip", target, 64 if "gfx9" in target else 32)
     )
     options, start = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}, time.monotonic()
-    made = triton.compile(signature_of(kernel, dtype, constants), target=gpu, options=options)
+    made = triton.compile(signature_of(kernel, dtype, constants, configuration.fuses), target=gpu, options=options)
     found = {"kernel": name, "target": target, "size": size, "dtype": dtype, "tile": list(tile),
              "seconds": round(time.monotonic() - start, 1), "shared": made.metadata.shared}  # fmt: skip
     if is_nvidia:
@@ -105,15 +144,18 @@ def compile_for(name, kernel, target, size, dtype, feature_map, rows=256):
         found["spilled_in_loops"] = spilled_in_loops(code.stdout)
         found["products"], found["waits"] = (code.stdout.count(name) for name in ("HGMMA", "WARPGROUP.DEPBAR"))
         found["async_copies"] = made.asm["ptx"].count("cp.async.cg")
+        found["hazards"] = hazards(code.stdout)
+    else:
+        found["spilled"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", made.asm["amdgcn"])[1])
     return found
 
 
 def main():
     family, dtype, *targets = sys.argv[1:]
-    feature_map, rows = "elu1" if family == "raw" else "given", 16 if family == "small" else 256
-    for name, kernel in FAMILIES[family].items():
+    configuration = CONFIGURATIONS[family]
+    for name, kernel in configuration.kernels.items():
         for target, _, size in (each.partition(":") for each in targets):
-            found = compile_for(name, kernel, target, int(size), dtype, feature_map, rows)
+            found = compile_for(name, kernel, target, int(size), dtype, configuration)
             sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -1,8 +1,8 @@
 """Reads compiled code of Hopper, and finds registers that are touched while an asynchronous product still uses them.
 
-A product (HGMMA) may take its first factor from registers and always adds to registers. It runs on while the program goes
-on; `WARPGROUP.DEPBAR.LE gsb0, n` waits until at most the newest n groups of products run. Until then nobody may write
-the factor's registers, nor read or write the sum's. The hardware does not check that.
+A product (HGMMA) may take its first factor from registers and always adds to registers. It runs on while the program
+goes on; `WARPGROUP.DEPBAR.LE gsb0, n` waits until at most the newest n groups of products run. Until then nobody may
+write the factor's registers, nor read or write the sum's. The hardware does not check that.
 """
 
 import re
@@ -16,9 +16,11 @@ TARGET = re.compile(r"0x([0-9a-f]+)")
 REGISTER = re.compile(r"\bR(\d+)\b")
 FACTOR_REGISTERS = 4  # of one thread, for 64 x 16 values of 16 bits
 MOST_GROUPS = 8  # that a wait lets run; more tell nothing new
-NO_RESULT = ("ST", "RED", "BAR", "BRA", "EXIT", "DEPBAR", "WARPGROUP", "NOP", "R2UR", "R2P", "ISETP", "FSETP", "HSETP2",
-             "PLOP3", "LDGSTS", "LDGDEPBAR", "MEMBAR", "FENCE", "CCTL", "ERRBAR", "BSYNC", "BSSY", "WARPSYNC", "CALL", "RET",
-             "UBLKCP", "UTMALDG", "SYNCS", "DSETP", "YIELD")  # fmt: skip
+NO_RESULT = (
+    "ST", "RED", "BAR", "BRA", "EXIT", "DEPBAR", "WARPGROUP", "NOP", "R2UR", "R2P", "ISETP", "FSETP", "HSETP2", "DSETP",
+    "PLOP3", "LDGSTS", "LDGDEPBAR", "MEMBAR", "FENCE", "CCTL", "ERRBAR", "BSYNC", "BSSY", "WARPSYNC", "CALL", "RET",
+    "UBLKCP", "UTMALDG", "SYNCS", "YIELD",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
