@@ -28,7 +28,8 @@ MAPPED_KERNELS = ("mapped_forward", "mapped_dx", "mapped_dq", "mapped_dk_dv", "s
 FOVEATED_KERNELS = ("foveated_forward", "foveated_dq", "foveated_dk_dv", "foveated_means")
 Tiles = tuple[Tile, ...]  # one per name in KERNELS, in MAPPED_KERNELS, or in FOVEATED_KERNELS
 
-SAFE: Tiles = (Tile(32, 32, 4, 1),) * 5
+LEAST = 32  # rows and columns of the smallest tile that a ladder leads to
+SAFE: Tiles = (Tile(LEAST, LEAST, 4, 1),) * 5
 _WIDE = (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2))
 _99_KB: dict[int, Tiles] = {
     64: _WIDE,
@@ -110,7 +111,7 @@ FOVEATED_TILES: dict[str, dict[int, Tiles]] = {
     "interpreted": {256: (Tile(32, 64, 4, 1),) * 4},
 }
 _FAMILIES = ((KERNELS, TILES), (MAPPED_KERNELS, MAPPED_TILES), (FOVEATED_KERNELS, FOVEATED_TILES))
-_reduced: set[tuple[str, int, tuple[str, ...]]] = set()
+_rungs: dict[tuple[str, int, tuple[str, ...]], int] = {}  # how often a family's tiles were made smaller
 
 
 def tile_for(kernel: str, architecture: str, head_size: int) -> Tile:
@@ -118,8 +119,24 @@ def tile_for(kernel: str, architecture: str, head_size: int) -> Tile:
     family, table = next(each for each in _FAMILIES if kernel in each[0])
     by_size = table.get(architecture, {})
     largest = min((size for size in by_size if size >= head_size), default=None)
-    tiles = SAFE if largest is None or (architecture, head_size, family) in _reduced else by_size[largest]
-    return tiles[family.index(kernel)]
+    tile = (SAFE if largest is None else by_size[largest])[family.index(kernel)]
+    for _ in range(_rungs.get((architecture, head_size, family), 0)):
+        tile = smaller(tile)
+    return tile
+
+
+def smaller(tile: Tile) -> Tile:
+    """Return the tile one rung down a ladder, which needs fewer resources; the lowest stays.
+
+    Stages go first, since they cost shared memory and nothing but time; then columns, then rows.
+    """
+    if tile.num_stages > 1:
+        return tile._replace(num_stages=tile.num_stages - 1)
+    if tile.columns > LEAST:
+        return tile._replace(columns=tile.columns // 2)
+    if tile.rows > LEAST:
+        return tile._replace(rows=tile.rows // 2, num_warps=min(4, tile.num_warps))
+    return tile
 
 
 def of_rows(tile: Tile, rows: int) -> Tile:
@@ -138,8 +155,10 @@ def feature_stages(architecture: str, tile: Tile) -> int:
 
 
 def reduce_tiles(architecture: str, head_size: int, family: tuple[str, ...] = KERNELS) -> bool:
-    """Take SAFE from now on, where a table's entry did not fit the device; return False if it was taken already."""
-    if (architecture, head_size, family) in _reduced:
+    """Take tiles of one rung less from now on, where they did not fit the device; return False if none is smaller."""
+    before = [tile_for(kernel, architecture, head_size) for kernel in family]
+    if [smaller(tile) for tile in before] == before:
         return False
-    _reduced.add((architecture, head_size, family))
+    key = (architecture, head_size, family)
+    _rungs[key] = _rungs.get(key, 0) + 1
     return True

@@ -75,16 +75,9 @@ class SelfTest:
             return self.results[case]
 
     def run(self, case: Case) -> Reason | None:
-        """Return why the test failed, or None; where a tile does not fit the device, the safe one is tried."""
+        """Return why the test failed, or None; where tiles do not fit the device, smaller ones are tried."""
         try:
-            try:
-                error = self.measure(case)
-            except Exception as failure:
-                # by name, because Triton is imported in kernels/ only
-                too_large = type(failure).__name__ == "OutOfResources"
-                if not too_large or not tuning.reduce_tiles(architecture(case.device), case.head_dim, self.kernels):
-                    raise
-                error = self.measure(case)
+            error = self._fitting_error(case)
         except torch.OutOfMemoryError:
             raise
         except Exception as failure:  # a compiler or driver may throw anything
@@ -93,6 +86,16 @@ class SelfTest:
         if error <= TOLERANCE[case.dtype]:
             return None
         return Reason("triton", f"backend triton failed its self-test: its results are wrong by {error:.1%}")
+
+    def _fitting_error(self, case: Case) -> float:
+        while True:
+            try:
+                return self.measure(case)
+            except Exception as failure:
+                # by name, because Triton is imported in kernels/ only
+                too_large = type(failure).__name__ == "OutOfResources"
+                if not too_large or not tuning.reduce_tiles(architecture(case.device), case.head_dim, self.kernels):
+                    raise
 
 
 def clear_error(case: Case) -> float:

@@ -479,13 +479,14 @@ def test_tiles_that_do_not_fit_are_replaced_without_those_of_clear(untested, exa
     class OutOfResources(Exception):
         pass
 
-    monkeypatch.setattr(tuning, "_reduced", set())
+    monkeypatch.setattr(tuning, "_rungs", {})
+    monkeypatch.setitem(tuning.MAPPED_TILES, "interpreted", {256: (Tile(32, 64, 4, 2),) * 5})
     attend, architecture = gpu_mapped.mapped_attend, "interpreted" if untested.type == "cpu" else None
     if architecture is None:
         pytest.skip("the tiles of a real card are its own")
 
     def small_device(*args, **options):
-        if tile_for("mapped_forward", architecture, 16) != tuning.SAFE[0]:
+        if tile_for("mapped_forward", architecture, 16) != Tile(32, 32, 4, 1):
             raise OutOfResources
         return attend(*args, **options)
 
