@@ -44,7 +44,7 @@ class LinearizeCalibrate(io.ComfyNode):
             category=CATEGORY,
             is_experimental=EXPERIMENTAL,
             description="Measures what attention costs and loses on your model, device and size, chooses what each "
-            "site runs, and says how many seconds a step that saves. Costs less than two short samplings once; then "
+            "site runs, and says how many seconds a step that saves. Takes about as long as 20 steps once; then "
             "the result is remembered.",
             search_aliases=[
                 "calibrate", "autotune", "benchmark attention", "fastest attention", "speed up", "which settings",

@@ -239,7 +239,7 @@ class _Work:
     def _tell(self, done: int) -> None:
         spent = time.monotonic() - self.began
         left = (self.steps - done) * spent / done + 2 * self.most_checks * self.step_seconds
-        rest = time_left(left) if self.step_seconds else "less than two samplings in all"
+        rest = time_left(left) if self.step_seconds else "about as long as 20 steps in all"
         self.show(f"calibrating: step {done} of {self.steps}, {rest}")
 
     def _keep(self, x: Tensor, done: int) -> None:

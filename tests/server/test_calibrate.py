@@ -49,7 +49,7 @@ def test_it_says_how_long_it_takes_and_what_came_out(measured):
     told, end = measured
     assert end == "execution_success"
     steps = [text for text in told if text.startswith("calibrating: step")]
-    assert len(steps) == 8 and "less than two samplings" in steps[0] and "s left" in steps[-1]
+    assert len(steps) == 8 and "about as long as 20 steps" in steps[0] and "s left" in steps[-1]
     came_out = next(text for text in told if text.startswith("CALIBRATED"))
     words = r"CALIBRATED · [\d.]+ s a step, dense [\d.]+ · \d+ % of attention's time · error 0\.00\d+\n"
     assert re.match(words, came_out), came_out
