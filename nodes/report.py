@@ -1,5 +1,6 @@
 """Attention Report: what attention costs at a size and, behind the sampler, what really ran."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management
@@ -72,7 +73,8 @@ class LinearizeReport(io.ComfyNode):
         layout = host.planned_layout(module, width, height, frames, host.default_text_tokens)
         settings = runtime.sites if runtime else {}
         device = comfy.model_management.get_torch_device().type
-        specs = {site: each.spec for site, each in settings.items() if runs_at(each, layout.num_tokens, device)}
+        known = runtime.last_record()[0].break_even if runtime else {}
+        specs = {site: each.spec for site, each in settings.items() if runs_at(each, layout.num_tokens, device, known)}
         rows = site_costs(host, module, specs, layout, runtime.parameters.outputs() if runtime else ())
         size = f"{width} x {height}" + (f" x {frames}" if frames > 1 else "")
         text = describe_costs(host.title, size, layout, rows)
@@ -92,12 +94,16 @@ class LinearizeReport(io.ComfyNode):
         )
 
 
-def runs_at(settings: SiteSettings, tokens: int, device: str) -> bool:
-    """Return whether a site's spec runs on calls of so many tokens."""
+def runs_at(settings: SiteSettings, tokens: int, device: str, known: Mapping[str, int]) -> bool:
+    """Return whether a site's spec runs on calls of so many tokens.
+
+    Args:
+        known: by kind, from how many tokens on it pays, where a run found out; else the table says it.
+    """
     if settings.trained:
         return True
-    is_auto = settings.min_tokens == AUTO_TOKENS
-    return tokens >= (least_tokens(device, settings.spec.kind) if is_auto else settings.min_tokens)
+    kind, is_auto = settings.spec.kind, settings.min_tokens == AUTO_TOKENS
+    return tokens >= ((known.get(kind) or least_tokens(device, kind)) if is_auto else settings.min_tokens)
 
 
 def what_ran(host: Host, module: Any, runtime: Runtime | None) -> str:

@@ -6,7 +6,7 @@ Counting only; the decisions are made in `run_site.py` and `decisions.py`.
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..layout import Reason, TokenLayout
@@ -63,6 +63,7 @@ class RunRecord:
         non_finite: sites whose output held an infinity or a NaN.
         layouts: the distinct token layouts seen.
         planned_calls: that backends of the pack ran.
+        break_even: by kind, the fewest tokens that an automatic `min_tokens` ran it at.
         seconds: of a step of the plan; dense_seconds: of a dense one, here or the last time, as text and number.
     """
 
@@ -82,6 +83,7 @@ class RunRecord:
     pairs: int = 0
     dense_pairs: int = 0
     planned_calls: int = 0
+    break_even: Mapping[str, int] = field(default_factory=dict)
     seconds: float | None = None
     dense_seconds: DenseSeconds | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)

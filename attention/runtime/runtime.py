@@ -92,7 +92,6 @@ class Runtime:
     ledger: Ledger | None = None
     clock: StepClock = field(default_factory=StepClock)
     _size: StepSize | None = None
-    _break_even: Mapping[str, int] = field(default_factory=dict)
     _told: tuple[LastRun, ...] = ()
     _known: dict[Any, KnownModel] = field(default_factory=dict)
     _unhook: dict[Any, Callable[[], None]] = field(default_factory=dict)
@@ -145,7 +144,7 @@ class Runtime:
         planned = (site for site, settings in self.sites.items() if not settings.spec.is_dense)
         trained = frozenset(site for site, settings in self.sites.items() if settings.trained)
         self.record = RunRecord(sampled=True, planned=tuple(planned), trained=trained)
-        self.clock, self._size, self._break_even = StepClock(), None, {}
+        self.clock, self._size = StepClock(), None
         self.percent_to_sigma = percent_to_sigma or self.percent_to_sigma
         self._masked.clear()
         self._finite.clear()
@@ -196,7 +195,7 @@ class Runtime:
             layout, half = self.host.layout(call), tuple(options.get(HALF_KEY) or ())
             if self._size is None and isinstance(layout, TokenLayout):
                 self._meet_size(call, layout)
-            facts = ForwardFacts(layout, self._outside(options), half, self._break_even)
+            facts = ForwardFacts(layout, self._outside(options), half, self.record.break_even)
             if isinstance(layout, TokenLayout):
                 self._check_named_backends(call, facts, layout)
             self.clock.begin_forward(options, self.record.planned_calls)
@@ -217,7 +216,7 @@ class Runtime:
         autos = {settings.spec for settings in self.sites.values() if settings.min_tokens == AUTO_TOKENS}
         kinds = {spec.kind: words for spec, words in self.described().items() if spec in autos}
         least = {kind: least_tokens(where.type, kind) for kind in kinds}
-        self._break_even = (
+        self.record.break_even = (
             least
             if ledger is None
             else {kind: ledger.break_even(model, spec, least[kind]) for kind, spec in kinds.items()}

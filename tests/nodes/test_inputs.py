@@ -294,6 +294,15 @@ def test_report_says_which_kind_stays_dense_at_a_size(comfy, studio, min_tokens,
     assert ("clear stays dense at this size, by min_tokens" in text) == kept == ("(100.0%)" in text)
 
 
+def test_report_knows_from_how_many_tokens_a_kind_paid_in_the_last_run(comfy, studio):
+    with torch.inference_mode():
+        model = comfy.node("LinearizeFoveated")(model=studio.model, min_tokens=-1)[0]
+        studio.patching.runtime_of(model).record.break_even = {"foveated": 1000}
+        text = comfy.node("LinearizeReport")(model=model, width=512, height=512)[0]
+    assert "stays dense" not in text, "512 pixels are 1024 tokens, for which the table says dense"
+
+
+
 def test_the_status_is_shown_on_the_node(studio, comfy, monkeypatch):
     import types
 
