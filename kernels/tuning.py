@@ -31,9 +31,10 @@ Tiles = tuple[Tile, ...]  # one per name in KERNELS, in MAPPED_KERNELS, or in FO
 LEAST = 32  # rows and columns of the smallest tile that a ladder leads to
 SAFE: Tiles = (Tile(LEAST, LEAST, 4, 1),) * 5
 _WIDE = (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2))
+# two programs fit a processor of a card with 99 KB: one computes while the other waits for keys
 _99_KB: dict[int, Tiles] = {
-    64: _WIDE,
-    128: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
+    64: (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    128: (Tile(128, 32, 4, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
     256: (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
 }
 # architecture: {largest head size: tiles of KERNELS}
@@ -44,10 +45,10 @@ TILES: dict[str, dict[int, Tiles]] = {
         256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     "sm86": _99_KB,
-    "sm90": {
-        64: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-        128: _WIDE,
-        256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    "sm90": {  # three stages: with two, keys are waited for at the head of every step
+        64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+        128: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3)),
+        256: (Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
     },
     "sm100": {
         64: _WIDE,
@@ -70,6 +71,11 @@ _MAPPED_228_KB: dict[int, Tiles] = {
     128: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), _STATE),
     256: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), _STATE),
 }
+_MAPPED_HOPPER: dict[int, Tiles] = {
+    64: (*_MAPPED_64[:3], Tile(128, 32, 8, 3), _STATE),
+    128: (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), _STATE),
+    256: _MAPPED_228_KB[256],
+}
 # as TILES, of MAPPED_KERNELS
 MAPPED_TILES: dict[str, dict[int, Tiles]] = {
     "sm80": {
@@ -78,7 +84,7 @@ MAPPED_TILES: dict[str, dict[int, Tiles]] = {
         256: (Tile(32, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), _STATE),
     },
     "sm86": _MAPPED_99_KB,
-    "sm90": _MAPPED_228_KB,
+    "sm90": _MAPPED_HOPPER,
     "sm100": _MAPPED_228_KB,
     "sm120": _MAPPED_99_KB,
     "amd": {128: (Tile(64, 32, 8, 1),) * 5},

@@ -128,6 +128,9 @@ def compile_for(name, kernel, target, size, dtype, configuration):
     made = triton.compile(signature_of(kernel, dtype, constants, configuration.fuses), target=gpu, options=options)
     found = {"kernel": name, "target": target, "size": size, "dtype": dtype, "tile": list(tile),
              "seconds": round(time.monotonic() - start, 1), "shared": made.metadata.shared}  # fmt: skip
+    # of the loops that matter: those over features have fewer on Hopper
+    only_features = configuration.has_exact or (name == "state" and feature_map == "given")
+    found["stages"] = feature_stages(card, tile) if only_features else tile.num_stages
     if is_nvidia:
         with tempfile.TemporaryDirectory() as folder:
             binary = Path(folder) / "kernel.cubin"

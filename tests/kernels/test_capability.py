@@ -219,7 +219,12 @@ def test_a_tile_that_does_not_fit_is_replaced_by_the_next_smaller_one_that_does(
         pytest.skip("the tiles of a real card are its own")
     monkeypatch.setattr(backend, "attend", small_device)
     assert self_test.CLEAR.refusal(untested, exact_dtype, 16, False) is None
-    assert list(dict.fromkeys(tiles)) == [Tile(64, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 32, 8, 1)]
+    assert list(dict.fromkeys(tiles)) == [
+        Tile(64, 64, 8, 3),
+        Tile(64, 64, 8, 2),
+        Tile(64, 64, 8, 1),
+        Tile(64, 32, 8, 1),
+    ]
 
 
 def test_a_ladder_of_tiles_ends():
