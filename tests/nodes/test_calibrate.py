@@ -22,7 +22,7 @@ def home(comfy, tmp_path, monkeypatch):
     watch = comfy.module("attention.calibration.watch")
     answers = itertools.cycle([1.0, 0.3, 0.2])
 
-    def call_seconds(device, compute):
+    def call_seconds(device, compute, **_):
         compute()
         return next(answers)
 

@@ -302,7 +302,6 @@ def test_report_knows_from_how_many_tokens_a_kind_paid_in_the_last_run(comfy, st
     assert "stays dense" not in text, "512 pixels are 1024 tokens, for which the table says dense"
 
 
-
 def test_the_status_is_shown_on_the_node(studio, comfy, monkeypatch):
     import types
 

@@ -21,7 +21,7 @@ def measured(core, monkeypatch, tmp_path):
 
     answers = itertools.cycle([1.0, 0.3, 0.2])
 
-    def call_seconds(device, compute):
+    def call_seconds(device, compute, **_):
         compute()
         return next(answers)
 

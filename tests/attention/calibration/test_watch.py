@@ -39,7 +39,7 @@ def seconds(monkeypatch):
     """Make every computation take the seconds that its place in a list says: dense first, then the candidates."""
     asked, answers = [], [1.0, 0.5, 0.25]
 
-    def call_seconds(device, compute):
+    def call_seconds(device, compute, **_):
         compute()
         asked.append(compute)
         return answers[(len(asked) - 1) % len(answers)]
@@ -72,9 +72,37 @@ def test_seconds_are_measured_once_a_shape(seconds):
     watch.begin_step(0)
     for site in SITES:
         watch.see(call_of(site.id))
-    assert len(asked) == 1 + len(SPECS)
+    turns = watching.TURNS * (1 + len(SPECS))
+    assert len(asked) == turns
     watch.see(call_of(SITES[0].id, dtype=torch.bfloat16))
-    assert len(asked) == 2 * (1 + len(SPECS)), "another dtype takes other seconds"
+    assert len(asked) == 2 * turns, "another dtype takes other seconds"
+
+
+def test_a_busy_moment_misleads_one_turn_only(monkeypatch):
+    times = iter([1.0, 9.0, 0.25, 1.1, 0.5, 8.0])  # dense and two candidates, twice
+    monkeypatch.setattr(watching, "call_seconds", lambda device, compute, **_: next(times))
+    watch = watch_of()
+    watch.begin_step(0)
+    watch.see(call_of(SITES[0].id))
+    (shape,) = watch.seen.shapes.values()
+    assert shape.dense == 1.0 and list(shape.seconds.values()) == [0.5, 0.25]
+
+
+def test_a_candidate_that_fails_in_its_second_turn_is_none(monkeypatch):
+    asked = []
+
+    def call_seconds(device, compute, **_):
+        asked.append(compute)
+        if len(asked) == 5:
+            raise torch.OutOfMemoryError("too much")
+        return 0.5
+
+    monkeypatch.setattr(watching, "call_seconds", call_seconds)
+    watch = watch_of()
+    watch.begin_step(0)
+    watch.see(call_of(SITES[0].id))
+    (shape,) = watch.seen.shapes.values()
+    assert list(shape.seconds) == [SPECS[1]]
 
 
 def test_what_is_no_faster_than_dense_is_not_compared(seconds):
