@@ -28,6 +28,7 @@ from .mapped import TRITON
 log = logging.getLogger("linearize")
 
 # relative error against float64 beyond which a kernel is wrong rather than rounded
+NO_COMPILER = "Failed to find C compiler"  # in the words of Triton
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _lock = threading.Lock()
 
@@ -81,6 +82,10 @@ class SelfTest:
         except torch.OutOfMemoryError:
             raise
         except Exception as failure:  # a compiler or driver may throw anything
+            if NO_COMPILER in str(failure):
+                return Reason(
+                    "compiler", "backend triton needs a C compiler to start its kernels: install gcc or clang"
+                )
             first = next(iter(str(failure).strip().splitlines()), "")
             return Reason("triton", f"backend triton failed its self-test: {type(failure).__name__}: {first}"[:240])
         if error <= TOLERANCE[case.dtype]:

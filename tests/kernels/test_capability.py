@@ -227,6 +227,17 @@ def test_a_tile_that_does_not_fit_is_replaced_by_the_next_smaller_one_that_does(
     ]
 
 
+def test_a_missing_c_compiler_is_named(untested, exact_dtype, monkeypatch):
+    def without(*_):
+        raise RuntimeError(
+            "Failed to find C compiler. Please specify via CC environment variable or set triton.knobs..."
+        )
+
+    monkeypatch.setattr(backend, "attend", without)
+    reason = self_test.CLEAR.refusal(untested, exact_dtype, 16, False)
+    assert reason.code == "compiler" and "install gcc or clang" in reason.text
+
+
 def test_a_ladder_of_tiles_ends():
     tile, rungs = Tile(128, 128, 8, 3), []
     while tuning.smaller(tile) != tile:
