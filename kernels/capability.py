@@ -24,14 +24,15 @@ def has_triton() -> bool:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Return the name under which `tuning.py` knows a device: sm80, sm86, sm90, sm100, sm120, amd, interpreted, other.
+    """Return the name under which `tuning.py` knows a device: sm80, sm86, sm90, sm100, sm120, cdna, amd, interpreted,
+    other.
 
     sm86 stands for all cards with 99 KB of shared memory per program before Blackwell (8.6, 8.7 and 8.9).
     """
     if is_interpreted():
         return INTERPRETED
-    if torch.version.hip:
-        return "amd"
+    if torch.version.hip:  # cards for computing have twice the registers of a thread
+        return "cdna" if torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9") else "amd"
     major, minor = torch.cuda.get_device_capability(device)
     if major == 8:
         return "sm86" if minor else "sm80"

@@ -56,7 +56,8 @@ TILES: dict[str, dict[int, Tiles]] = {
         256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     "sm120": _99_KB,
-    "amd": {128: (Tile(64, 32, 8, 1),) * 3},
+    "cdna": {128: (Tile(64, 32, 4, 1),) * 3},
+    "amd": {128: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))},
     "interpreted": {256: (Tile(16, 32, 4, 1),) * 3},
 }
 _STATE = Tile(64, 64, 8, 2)
@@ -87,7 +88,8 @@ MAPPED_TILES: dict[str, dict[int, Tiles]] = {
     "sm90": _MAPPED_HOPPER,
     "sm100": _MAPPED_228_KB,
     "sm120": _MAPPED_99_KB,
-    "amd": {128: (Tile(64, 32, 8, 1),) * 5},
+    "cdna": {128: (Tile(64, 32, 4, 1),) * 5},
+    "amd": {128: (*(Tile(64, 32, 8, 1),) * 3, Tile(32, 32, 8, 1), Tile(64, 32, 8, 1))},
     "interpreted": {256: (Tile(16, 32, 4, 1),) * 5},
 }
 _FOVEATED_64: Tiles = (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3))
@@ -113,6 +115,7 @@ FOVEATED_TILES: dict[str, dict[int, Tiles]] = {
         256: (Tile(64, 64, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     "sm120": _FOVEATED_99_KB,
+    "cdna": {128: (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))},
     "amd": {128: (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))},
     "interpreted": {256: (Tile(32, 64, 4, 1),) * 4},
 }

@@ -110,7 +110,7 @@ def compile_for(name, kernel, target, size, dtype, configuration):
     feature_map, rows = configuration.feature_map, configuration.rows
     is_nvidia = target.startswith("sm")
     # 8.9 has the tiles of 8.6
-    card = {"sm89": "sm86"}.get(target, target) if is_nvidia else "amd"
+    card = {"sm89": "sm86"}.get(target, target) if is_nvidia else "cdna" if target.startswith("gfx9") else "amd"
     tile = of_rows(tile_for(name, card, size), rows)
     constants = {
         "SIZE": size, "BLOCK_SIZE": max(16, 1 << (size - 1).bit_length()),

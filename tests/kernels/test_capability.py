@@ -26,9 +26,10 @@ CUDA = torch.device("cuda", 0)
 def card(monkeypatch):
     """Pretend that there is a card of some compute capability, and no interpreter."""
 
-    def pretend(major=9, minor=0, hip=None, has_triton=True):
+    def pretend(major=9, minor=0, hip=None, has_triton=True, amd="gfx1100"):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=amd))
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(capability, "has_triton", lambda: has_triton)
         capability.architecture.cache_clear()
@@ -72,7 +73,8 @@ def test_windows_without_triton_is_told_the_package(card, monkeypatch):
         ({"major": 10, "minor": 3}, "sm100"),
         ({"major": 12}, "sm120"),
         ({"major": 13}, "other"),
-        ({"major": 9, "minor": 4, "hip": "6.4"}, "amd"),
+        ({"major": 9, "minor": 4, "hip": "6.4", "amd": "gfx942:sramecc+:xnack-"}, "cdna"),
+        ({"major": 11, "hip": "6.4"}, "amd"),
     ],
 )
 def test_cards_that_can_run(card, machine, name):
