@@ -107,12 +107,12 @@ class Calibrations:
 
     def _calibrated(self, method: str, found: Any, number: int) -> Planned:
         calibration, checked = found.calibration, found.choice.checked
-        facts = {
-            "checked": round(checked.error, 6),
+        facts: dict[str, Any] = {
             "calibrating_s": round(calibration.spent, 2),
             "step_s": round(calibration.step_seconds, 4),
-            "planned_step_s": round(checked.seconds, 4),
         }
+        if checked is not None:  # else no candidate was faster, on a machine that was busy
+            facts |= {"checked": round(checked.error, 6), "planned_step_s": round(checked.seconds, 4)}
         return Planned(method, found.choice.specs, number, facts)
 
     def _planned(self, method: str, specs: Mapping[str, Any]) -> Planned:

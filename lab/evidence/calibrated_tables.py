@@ -42,8 +42,8 @@ def calibrations_table() -> str:
             took, step = float(row["calibrating_s"]), float(row["step_s"])
             cells = [
                 teacher, row["calibration"], f"{float(row['time_share']):.1%}".replace("%", " %"),
-                f"{float(row['checked']):.5f}", f"{float(row['error']):.5f}",
-                f"{float(row['planned_step_s']):.2f} ({step:.2f})", f"{took:.0f}", f"{took / step:.0f}",
+                f"{float(row['checked'] or 0):.5f}", f"{float(row['error']):.5f}",
+                f"{float(row['planned_step_s'] or step):.2f} ({step:.2f})", f"{took:.0f}", f"{took / step:.0f}",
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
