@@ -43,6 +43,8 @@ CLEAR = {"clear": ("LinearizeCLEAR", {"model": MODEL, "radius": 4, "weights": "a
 LOAD = {"load": ("LinearizeLoadStudent", {"model": MODEL, "student": STUDENT})}
 RUNS = prompt(
     **CLEAR, **SAMPLES, **LOAD,
+    measured=("LinearizeCalibrate", {"model": MODEL, "positive": ["caption", 0], "latent_image": ["latent", 0],
+                                     "target": "least error", "target.time_share": 0.5}),
     linear=("LinearizeLinear", {"model": MODEL, "feature_map": "relu"}),
     foveated=("LinearizeFoveated", {"model": ["linear", 0], "keep": 0.3}),
     hybrid=("LinearizeHybrid", {"model": ["foveated", 0], "rate": 2, "feature_map": "elu1"}),
@@ -61,7 +63,7 @@ RUNS = prompt(
     saved=("LinearizeSaveStudent", {"student": ["load", 1], "name": "short_saved"}),
     publish=("LinearizePublish", {"student": STUDENT, "repo_id": "me/short", "private": True, "dry_run": True}),
     **{f"report {source}": ("LinearizeReport", {"model": [source, 0], **SIZE})
-       for source in ("clear", "hybrid", "high", "apply", "load")},
+       for source in ("clear", "hybrid", "high", "apply", "load", "measured")},
 )  # fmt: skip
 # training takes minutes, so these are given a model that they refuse: no input was missing then
 REFUSED = (
@@ -86,6 +88,7 @@ def test_every_node_takes_a_prompt_with_what_a_newcomer_sees(server, live, stude
         ("load", "clear"),
     ):
         assert kind in outputs[f"report {source}"]["text"][0], source
+    assert "measured 20" in outputs["report measured"]["text"][0]
     assert "dry run" in outputs["publish"]["text"][0] and outputs["saved"]["text"]
     for refused in REFUSED:
         with pytest.raises(live.ServerProblem, match="this model is linearized already"):
