@@ -16,7 +16,7 @@ STAGES: tuple[tuple[str, int, list[str]], ...] = (  # name, minutes it may take 
     ("lint", 1, []),
     ("unit", 3, ["tests/attention", "tests/patching", "tests/repository", "--ignore=tests/attention/hosts"]),
     ("fuzz", 1, ["tests/fuzz"]),
-    ("kernels", 5, ["tests/kernels"]),
+    ("kernels", 7, ["tests/kernels"]),
     ("hosts", 2, ["tests/attention/hosts"]),
     ("nodes", 4, ["tests/nodes"]),
     ("templates", 2, ["tests/templates"]),
