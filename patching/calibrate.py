@@ -5,6 +5,7 @@ cleans up. The steps are Euler's, whatever sampler the user takes afterwards: ki
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -146,6 +147,7 @@ class _Work:
     steps: int
     began: float = field(default_factory=time.monotonic)
     step_seconds: float = 0.0
+    stride: int = 0
     choice: Choice | None = None
     watch: SiteWatch = field(init=False)
     points: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # latent, sigma, denoised
@@ -186,7 +188,10 @@ class _Work:
         device, spent = x.device, self.watch.spent
         is_first = not self.watch.seen.shapes
         if is_first or step >= FIRST_WATCHED:
-            self.watch.begin_step(0 if is_first else self._stride())
+            self.stride = (
+                0 if is_first else self.stride or self._stride()
+            )  # one for all steps, or some sites have no turn
+            self.watch.begin_step(self.stride)
             self.runtime.observe = self.watch.see
         wait_for(device)
         began = time.perf_counter()
@@ -216,7 +221,7 @@ class _Work:
             self.show(f"calibrating: checking plan {checks} of up to {self.most_checks} on the whole model")
             return self._check(model, extra_args, specs)
 
-        self.choice = choose(sites, self.target, check, self.most_checks)
+        self.choice = choose(sites, self.target, check, self.most_checks, self.step_seconds or math.inf)
 
     def _check(self, model: Any, extra_args: dict[str, Any], specs: Mapping[str, SiteSpec]) -> Checked:
         errors, times = [], []

@@ -7,7 +7,7 @@ so a shared workflow is measured anew.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,14 @@ def remembered(order: Order, latent: Any) -> Found | None:
     """Return what earlier runs measured of this model here: at this size, else worked out from one near it."""
     machine = machine_of(order)
     stored = read_calibrations(_path(order, machine), machine)
-    shape, beside = _shape(latent), _beside(order.sampling)
+    shape, beside = _shape(latent), _beside(order)
+    # what was never run as a whole, or was watched in fewer steps, is no base for other choices
+    steps = sampling_steps(order.sampling)
+    stored = {
+        size: each
+        for size, each in stored.items()
+        if each.steps >= steps and any(checked is not None for _, checked in each.choices.values())
+    }
     own, device = stored.get(_size(shape, beside)), str(machine["device"])
     if own is not None:
         choice = own.choice(order.target)
@@ -123,7 +130,7 @@ def remembered(order: Order, latent: Any) -> Found | None:
             return Found(own, choice, device, "remembered")
         choice = choose_unchecked(own.sites, order.target, own.weights)
         return Found(own, choice, device, "remembered, this choice was not run")
-    near = nearest({size: each for size, each in stored.items() if size.endswith(beside)}, shape)
+    near = nearest({size: each for size, each in stored.items() if size == _size(each.latent, beside)}, shape)
     if near is None:
         return None
     scaled = at_latent(near, shape)
@@ -134,9 +141,12 @@ def remembered(order: Order, latent: Any) -> Found | None:
 def measure(order: Order, latent: Any, show: Callable[[str], None], noise: Any = None) -> Found:
     """Measure a model, and remember it; errors as `calibrate`."""
     machine, sampling = machine_of(order), order.sampling
-    size = _size(_shape(latent), _beside(sampling))
+    size = _size(_shape(latent), _beside(order))
     facts = json.dumps([machine, size, sampling.steps, sampling.part, sampling.seed, sampling.cfg], sort_keys=True)
-    name = f"calibrating-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.safetensors"
+    digest = hashlib.sha256(f"{facts} {getattr(order.model, 'patches_uuid', '')}".encode())
+    for _, value in _tensors([sampling.positive, sampling.negative, latent]):
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    name = f"calibrating-{digest.hexdigest()[:12]}.safetensors"
     state = Path(folder_paths.get_system_user_directory("linearize")) / name
     found = calibrate(
         order.model, latent, sampling, order.candidates, order.target,
@@ -144,7 +154,7 @@ def measure(order: Order, latent: Any, show: Callable[[str], None], noise: Any =
     )  # fmt: skip
     try:
         write_calibration(_path(order, machine), machine, size, found.calibration)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         once.warning(f"Linearize: a calibration could not be remembered: {type(error).__name__}")
     return Found(found.calibration, found.choice, str(machine["device"]), latent=found.latent)
 
@@ -181,11 +191,37 @@ def _size(shape: Sequence[int], beside: str) -> str:
     return " x ".join(map(str, shape)) + beside
 
 
-def _beside(sampling: Sampling) -> str:
-    """Return, in words, what else makes a call longer or another one: guidance, references, ControlNets."""
+def _beside(order: Order) -> str:
+    """Return in words what else makes calls longer or others: guidance, part, LoRAs, references, ControlNets."""
+    sampling = order.sampling
     words = ["guided"] if sampling.negative is not None and sampling.cfg != 1 else []
+    words += [f"steps {sampling.part[0]} to {sampling.part[1]}"] if sampling.part else []
+    if order.model.patches:  # strengths do not count: what a site misses hardly changes with them
+        keys = hashlib.sha256("".join(sorted(map(str, order.model.patches))).encode()).hexdigest()
+        words.append(f"patched {keys[:8]}")
+    entries = []
     for _, options in sampling.positive:
         references = options.get("reference_latents") or ()
-        words += ["reference " + " x ".join(map(str, each.shape[1:])) for each in references]
-        words += ["with a ControlNet"] if options.get("control") is not None else []
-    return "".join(f", {word}" for word in dict.fromkeys(words))
+        own = ["reference " + " x ".join(map(str, each.shape[1:])) for each in references]
+        entries.append((*own, *(["with a ControlNet"] if options.get("control") is not None else [])))
+    words += [word for entry in dict.fromkeys(entries) for word in entry]
+    return "".join(f", {word}" for word in words)
+
+
+def sampling_steps(sampling: Sampling) -> int:
+    """Return how many steps of a sampling a model makes."""
+    return sampling.steps if sampling.part is None else sampling.part[1] - sampling.part[0]
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of conditionings and latents, whatever they lie in."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _tensors(each, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for number, each in enumerate(value):
+            yield from _tensors(each, f"{name}.{number}")
+    elif getattr(value, "is_nested", False):
+        yield from _tensors(value.unbind(), name)

@@ -62,7 +62,9 @@ class Choice:
     is_within: bool = True
 
 
-def choose(sites: Sequence[SiteMeasures], target: Target, check: Check, most_checks: int) -> Choice:
+def choose(
+    sites: Sequence[SiteMeasures], target: Target, check: Check, most_checks: int, dense_seconds: float = math.inf
+) -> Choice:
     """Return the best plan found with at most `most_checks` checks (some more where none is within an error).
 
     Args:
@@ -70,13 +72,14 @@ def choose(sites: Sequence[SiteMeasures], target: Target, check: Check, most_che
         target: what is asked for.
         check: runs the whole model with a plan.
         most_checks: at least 1.
+        dense_seconds: of a step; a plan whose step is no faster is not taken, whatever its calls take alone.
     """
-    return _Search(sites, target, check, most_checks).run()
+    return _Search(sites, target, check, most_checks, dense_seconds).run()
 
 
 def choose_unchecked(sites: Sequence[SiteMeasures], target: Target, weights: Mapping[str, float]) -> Choice:
     """Return the best plan by weights that an earlier choice found; nothing runs."""
-    plan = _solve(sites, target, weights, target.value)
+    plan = _solve(sites, target, weights, target.value * MARGIN)
     return Choice(_specs(plan), dict(weights), plan.error, None, is_within=_is_within(plan, target))
 
 
@@ -117,6 +120,7 @@ class _Search:
     target: Target
     check: Check
     most_checks: int
+    dense_seconds: float = math.inf
     checks: int = 0
     tried: list[_Tried] = field(default_factory=list)
     tries: list[tuple[float, float]] = field(default_factory=list)
@@ -164,7 +168,7 @@ class _Search:
         specs = _specs(plan)
         predicted, checked = self.predicted(specs), self.run_check(specs)
         self.tried.append(_Tried(plan, checked))
-        if predicted > 0 and checked.error > 0:
+        if predicted > 0 and 0 < checked.error < math.inf:
             self.tries.append((predicted if len(self.tried) > 1 else math.nan, checked.error))
             self.weights = {site: weight * checked.error / predicted for site, weight in self.weights.items()}
         margin = MARGIN ** (1 + max(0, self.checks - self.most_checks + 1))
@@ -195,7 +199,7 @@ class _Search:
         # errors of both halves add up to the group's; where one alone has more, the other gets a tenth
         for half, error in ((first, alone), (second, max(whole - alone, 0.1 * whole))):
             predicted = self.predicted(half)
-            if predicted > 0 and error > 0:
+            if predicted > 0 and 0 < error < math.inf:
                 scale = error / predicted
                 sites = halves[0] if half is first else halves[1]
                 self.weights.update({site: self.weights[site] * scale for site in sites})
@@ -205,7 +209,12 @@ class _Search:
 
     def best(self) -> _Tried | None:
         """Return the best plan of those that were checked, None where none is within the error."""
+        gains = [
+            each
+            for each in self.tried
+            if math.isfinite(each.checked.error) and each.checked.seconds < self.dense_seconds
+        ]
         if self.target.goal == "error":
-            within = [each for each in self.tried if each.checked.error <= self.target.value]
+            within = [each for each in gains if each.checked.error <= self.target.value]
             return min(within, key=lambda each: each.plan.cost, default=None)
-        return min(self.tried, key=lambda each: each.checked.error, default=None)
+        return min(gains, key=lambda each: each.checked.error, default=None)

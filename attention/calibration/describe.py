@@ -23,7 +23,8 @@ def outcome(calibration: Calibration, choice: Choice, target: Target) -> str:
     dense_step = seconds_as_text(calibration.step_seconds)
     if not choice.specs:
         why = "no candidate is faster here" if not any(each.usable for each in calibration.sites) else ""
-        why = why or f"no plan stays within error {target.value:g}"
+        within = f"no plan stays within error {target.value:g}" if target.goal == "error" else "no plan gains a step"
+        why = why or within
         return f"DENSE · {why} · {dense_step} s a step"
     checked = choice.checked
     seconds = checked.seconds if checked else max(calibration.step_seconds - dense + planned, planned)

@@ -27,6 +27,9 @@ def home(comfy, tmp_path, monkeypatch):
         return next(answers)
 
     monkeypatch.setattr(watch, "call_seconds", call_seconds)
+    module = comfy.module("patching.calibrate")
+    choose = module.choose
+    monkeypatch.setattr(module, "choose", lambda *given: choose(*given[:4]))  # steps of a tiny model gain nothing
     monkeypatch.setattr(folder_paths, "get_system_user_directory", lambda name: str(tmp_path / name))
     folder = Path(folder_paths.get_folder_paths("linearize")[0]) / "plans"
     shutil.rmtree(folder, ignore_errors=True)
@@ -95,6 +98,19 @@ def test_what_was_measured_is_remembered(home, studio, calibrate, dense_only):
             calibrate(**other)
 
 
+def test_what_errors_depend_on_is_measured_anew(home, studio, calibrate, dense_only):
+    """A LoRA, more steps, and a size whose only neighbour was sampled with guidance."""
+    calibrate()
+    calibrate(size=(16, 40), cfg=3.0, negative=studio.condition("b"))
+    dense_only()
+    weight = studio.model.model.diffusion_model.single_blocks[0].linear1.weight
+    patched = studio.model.clone()
+    patched.add_patches({"diffusion_model.single_blocks.0.linear1.weight": (torch.ones_like(weight),)}, 0.1)
+    for other in ({"model": patched}, {"steps": 6}, {"size": (16, 76)}):
+        with pytest.raises(AssertionError, match="measured again"):
+            calibrate(**other)
+
+
 def test_another_machine_measures_anew(home, calibrate, dense_only):
     calibrate()
     (path,) = home.iterdir()
@@ -137,7 +153,8 @@ def test_a_cancelled_run_goes_on_where_it_was(comfy, home, tmp_path, studio, cal
     assert set(calibrated[1].resolve(SITES).values()) and whole[1].resolve(SITES).keys()
 
 
-def test_a_state_of_other_inputs_is_left_alone(comfy, home, tmp_path, studio, calibrate, monkeypatch):
+@pytest.mark.parametrize("other", ["steps", "prompt"])
+def test_a_state_of_other_inputs_is_left_alone(comfy, home, tmp_path, studio, calibrate, monkeypatch, other):
     module = comfy.module("patching.calibrate")
 
     class Cancelled(BaseException):
@@ -151,7 +168,7 @@ def test_a_state_of_other_inputs_is_left_alone(comfy, home, tmp_path, studio, ca
         with pytest.raises(Cancelled):
             calibrate()
     (state,) = (tmp_path / "linearize").iterdir()
-    calibrate(steps=6)
+    calibrate(**({"steps": 6} if other == "steps" else {"positive": studio.condition("another prompt")}))
     assert state.exists()
 
 

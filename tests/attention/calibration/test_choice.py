@@ -107,6 +107,21 @@ def test_weights_that_were_learned_choose_again_without_a_model():
     assert seconds_of(model.sites, again.specs) <= seconds_of(model.sites, choice.specs) * 1.1
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("goal", ["error", "time"])
+def test_a_plan_whose_forward_breaks_is_never_taken(goal, broken):
+    sites = sites_of(2)
+    choice = choose(sites, Target(goal, 0.5), lambda specs: Checked(broken, 0.5), 5)
+    assert choice.specs == {} and all(math.isfinite(weight) for weight in choice.weights.values())
+
+
+@pytest.mark.parametrize("goal", ["error", "time"])
+def test_a_plan_whose_step_is_no_faster_is_not_taken(goal):
+    model = Model(sites_of(2), 2)
+    assert choose(model.sites, Target(goal, 0.5), model.check, 5, dense_seconds=0.9).specs == {}
+    assert choose(model.sites, Target(goal, 0.5), model.check, 5, dense_seconds=1.1).specs
+
+
 def test_nothing_that_is_faster_leaves_all_dense():
     slow = tuple(SiteMeasures(f"single.{n}", 1.0, 1.0, (Measure(SPECS[0], 1.0, 0.1),)) for n in range(3))
     for target in (Target("error", 0.5), Target("time", 0.5)):
