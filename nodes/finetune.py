@@ -8,9 +8,8 @@ from comfy_api.latest import io
 
 from ..attention.site_call import SiteCall
 from ..attention.students.candidates import Candidates, decided
-from ..patching.patcher import weights_without_backward
+from ..patching.patcher import stop_if_interrupted, weights_without_backward
 from ..training.comfyui.model import ComfyModel
-from ..training.comfyui.teacher import stop_if_interrupted
 from ..training.comfyui.trainee import ComfyTrainee
 from ..training.engine.optimizers import OPTIMIZERS, check_optimizer
 from ..training.engine.recipe import PRESETS, FinetuneRecipe

@@ -12,7 +12,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..attention.words import counted
-from ..training.comfyui.teacher import stop_if_interrupted
+from ..patching.patcher import stop_if_interrupted
 from ..training.engine.loop import Progress, Stage
 from ..training.jobs.watch import Update, Watch
 from . import node_status

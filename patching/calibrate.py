@@ -29,7 +29,7 @@ from ..attention.runtime.runtime import Runtime, SiteSettings
 from ..attention.runtime.seconds import wait_for
 from ..attention.specs import SiteSpec, Spec
 from ..attention.words import time_left
-from .patcher import attention_below, watched
+from .patcher import attention_below, stop_if_interrupted, watched
 
 LEAST_STEPS = 4
 FIRST_WATCHED = 2  # the first step warms up and times calls, the second is left alone for its own time
@@ -188,9 +188,8 @@ class _Work:
         device, spent = x.device, self.watch.spent
         is_first = not self.watch.seen.shapes
         if is_first or step >= FIRST_WATCHED:
-            self.stride = (
-                0 if is_first else self.stride or self._stride()
-            )  # one for all steps, or some sites have no turn
+            # one for all steps, or some sites have no turn
+            self.stride = 0 if is_first else self.stride or self._stride()
             self.watch.begin_step(self.stride)
             self.runtime.observe = self.watch.see
         wait_for(device)
@@ -261,11 +260,6 @@ class _Work:
         self.points, self.step_seconds = dict(kept.points), kept.step_seconds
         self.show(f"calibrating: going on after step {kept.done} of {self.steps}")
         return kept.latent, kept.done
-
-
-def stop_if_interrupted() -> None:
-    """Raise ComfyUI's own exception where the user cancelled."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def milliseconds(model: Any) -> Milliseconds:

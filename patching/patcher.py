@@ -188,6 +188,11 @@ def attention_below(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda query, key, value: run(query, key, value, query.shape[1], skip_reshape=True, skip_output_reshape=True)
 
 
+def stop_if_interrupted() -> None:
+    """Raise ComfyUI's own exception where the user cancelled."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
 @contextlib.contextmanager
 def pause_recording() -> Iterator[None]:
     """Enter ComfyUI's pause for allocations that a recorded block must not hold; a no-op where it records none.

@@ -50,7 +50,6 @@ class Choice:
         weights: by site, what its error counts; predicted errors are sums of weight times error.
         predicted: the velocity's error by the weights.
         checked: what the whole model gave; None where it was not run.
-        tries: of every plan that was checked: the error that the sum predicted, and the one that came out.
         is_within: whether the target is met, as far as it was checked.
     """
 
@@ -58,7 +57,6 @@ class Choice:
     weights: Mapping[str, float]
     predicted: float
     checked: Checked | None
-    tries: tuple[tuple[float, float], ...] = ()
     is_within: bool = True
 
 
@@ -123,7 +121,6 @@ class _Search:
     dense_seconds: float = math.inf
     checks: int = 0
     tried: list[_Tried] = field(default_factory=list)
-    tries: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.usable = [each.site for each in self.sites if each.usable]
@@ -145,10 +142,10 @@ class _Search:
             plan = self.solve()
         best = self.best()
         if best is None:
-            return Choice({}, self.weights, 0.0, None, tuple(self.tries), self.target.goal == "error")
+            return Choice({}, self.weights, 0.0, None, self.target.goal == "error")
         specs = _specs(best.plan)
         is_within = self.target.goal == "error" or _is_within(best.plan, self.target)
-        return Choice(specs, self.weights, self.predicted(specs), best.checked, tuple(self.tries), is_within)
+        return Choice(specs, self.weights, self.predicted(specs), best.checked, is_within)
 
     def solve(self) -> BudgetPlan:
         """Return the best plan by the weights; near the error that was asked for, the checked one."""
@@ -169,7 +166,6 @@ class _Search:
         predicted, checked = self.predicted(specs), self.run_check(specs)
         self.tried.append(_Tried(plan, checked))
         if predicted > 0 and 0 < checked.error < math.inf:
-            self.tries.append((predicted if len(self.tried) > 1 else math.nan, checked.error))
             self.weights = {site: weight * checked.error / predicted for site, weight in self.weights.items()}
         margin = MARGIN ** (1 + max(0, self.checks - self.most_checks + 1))
         self.most_error = self.target.value * margin

@@ -3,8 +3,8 @@
 import time
 from collections.abc import Sequence
 
-from ..planning.report import describe_spec
-from ..plans import SiteMeasured, describe_sites, group_sites
+from ..planning.report import describe_specs
+from ..plans import SiteMeasured, describe_sites
 from ..specs import DenseSpec, SiteSpec
 from ..words import counted, percent, seconds_as_text
 from .choice import Choice, Target
@@ -40,8 +40,7 @@ def outcome(calibration: Calibration, choice: Choice, target: Target) -> str:
 def details(calibration: Calibration, choice: Choice) -> list[str]:
     """Return lines about what each site runs, what could not be measured, and when the time spent is won back."""
     specs: dict[str, SiteSpec] = {each.site: choice.specs.get(each.site, DenseSpec()) for each in calibration.sites}
-    counts = {spec: counted(sum(each == spec for each in specs.values()), "site") for spec in specs.values()}
-    lines = [f"{describe_spec(spec)}: {counts[spec]} ({sites})" for sites, spec in group_sites(specs)]
+    lines = describe_specs(specs)
     if not choice.is_within:
         lines.append("that share of attention's time cannot be reached with these candidates; this is the least")
     reasons: dict[str, list[str]] = {}

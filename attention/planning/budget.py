@@ -10,14 +10,14 @@ from typing import Any, Protocol
 
 from ..hosts import Host
 from ..layout import TokenLayout
-from ..plans import Plan, describe_sites, group_sites, select_sites
+from ..plans import Plan, describe_sites, select_sites
 from ..shown import quote
 from ..specs import DenseSpec, SiteSpec
 from ..students.candidates import Candidate, Candidates
 from ..words import counted
 from .cost import attention_cost
 from .knapsack import METHODS, BudgetPlan, Option, SiteOptions, plan_under_budget
-from .report import describe_spec
+from .report import describe_spec, describe_specs
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +186,7 @@ def describe_plan(
     specs: dict[str, SiteSpec] = {
         site.site: plan.chosen[site.site].spec if site.site in plan.chosen else DenseSpec() for site in sites
     }
-    counts = {spec: counted(sum(each == spec for each in specs.values()), "site") for spec in specs.values()}
-    lines = [f"{describe_spec(spec)}: {counts[spec]} ({expression})" for expression, spec in group_sites(specs)]
+    lines = describe_specs(specs)
     lines.append(f"attention kept: {plan.share:.1%} of dense {counted_in}, budget {budget:.1%}")
     if not plan.chosen:
         return (*lines, "every site stays dense; a lower budget converts some")

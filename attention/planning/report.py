@@ -1,6 +1,7 @@
 """What a plan costs at a size, as rows and as text, before anything runs."""
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -56,15 +57,22 @@ def describe_spec(spec: SiteSpec) -> str:
     return " ".join([spec.kind, *words])
 
 
+def describe_specs(specs: Mapping[str, SiteSpec]) -> list[str]:
+    """Return a line per spec: what it is, and how many and which sites run it."""
+    counts = Counter(specs.values())
+    return [
+        f"{describe_spec(spec)}: {counted(counts[spec], 'site')} ({expression})"
+        for expression, spec in group_sites(specs)
+    ]
+
+
 def describe_costs(title: str, size: str, layout: TokenLayout, rows: Sequence[SiteCost]) -> str:
     """Return the report as text: tokens, what runs where, FLOPs per forward and the least memory traffic."""
     dense, planned = (sum(getattr(row, name).flops for row in rows) for name in ("dense", "planned"))
-    specs = group_sites({row.site.id: row.spec for row in rows})
-    counts = {spec: sum(row.spec == spec for row in rows) for _, spec in specs}
     lines = [
         f"{title}, {size}: {layout.num_tokens:,} tokens ({layout.num_global:,} global),"
         f" {len(rows)} sites: {describe_sites([row.site.id for row in rows])}",
-        *(f"{describe_spec(spec)}: {counted(counts[spec], 'site')} ({expression})" for expression, spec in specs),
+        *describe_specs({row.site.id: row.spec for row in rows}),
         f"attention per forward: {_flops(dense)} dense, {_flops(planned)} as planned ({planned / dense:.1%})",
         f"q, k, v and output of one site in 16 bits: {rows[0].dense.moved_bytes / 2**20:,.0f} MiB",
     ]

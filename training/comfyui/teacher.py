@@ -141,8 +141,3 @@ def run_session(
             guider.sample(torch.zeros_like(latent), latent, _Session(run), sigmas, disable_pbar=True, seed=0)
         finally:
             runtime.finish_run()
-
-
-def stop_if_interrupted() -> None:
-    """Raise ComfyUI's own exception where the user cancelled."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
