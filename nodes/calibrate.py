@@ -7,6 +7,7 @@ from typing import Any
 import comfy.model_management
 import comfy.sample
 import torch
+from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -177,7 +178,7 @@ def empty_latent(model: Any, latent: Mapping[str, Any]) -> Any:
     """Return one empty latent of this size, as the model takes it."""
     samples = latent["samples"]
     if samples.is_nested:
-        return zeros_like(samples)
+        return zeros_like(NestedTensor([part[:1] for part in samples.unbind()]))
     scales = (latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
     return comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1]), *scales)
 

@@ -19,7 +19,7 @@ import comfy.utils
 import latent_preview
 from torch import Tensor
 
-from ..attention.calibration.choice import Choice, Target, choose
+from ..attention.calibration.choice import MORE_CHECKS, Choice, Target, choose
 from ..attention.calibration.file import Calibration
 from ..attention.calibration.measures import Checked
 from ..attention.calibration.state import State, read_state, write_state
@@ -29,7 +29,7 @@ from ..attention.runtime.runtime import Runtime, SiteSettings
 from ..attention.runtime.seconds import wait_for
 from ..attention.specs import SiteSpec, Spec
 from ..attention.words import time_left
-from .patcher import attention_below, stop_if_interrupted, watched
+from .patcher import attention_below, compute_dtype, stop_if_interrupted, watched
 
 LEAST_STEPS = 4
 FIRST_WATCHED = 2  # the first step warms up and times calls, the second is left alone for its own time
@@ -147,7 +147,6 @@ class _Work:
     steps: int
     began: float = field(default_factory=time.monotonic)
     step_seconds: float = 0.0
-    stride: int = 0
     choice: Choice | None = None
     watch: SiteWatch = field(init=False)
     points: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # latent, sigma, denoised
@@ -161,13 +160,16 @@ class _Work:
     ) -> Tensor:
         """Sample, watch, choose; return the latent."""
         x, first = self._resumed(x)
+        for step, (at, sigma, _) in self.points.items():  # strengths of LoRAs may be others than in the first part
+            stop_if_interrupted()
+            self.points[step] = at, sigma, model(at, sigma * at.new_ones([at.shape[0]]), **extra_args)
         times: list[float] = []
         for step in range(first, self.steps):
             stop_if_interrupted()
             denoised, seconds = self._step(model, x, sigmas[step], extra_args, step)
             times.append(seconds)
             if len(times) > 1:
-                self.step_seconds = min(times[1:])
+                self.step_seconds = min(seconds, self.step_seconds or seconds)
             if step in self._checked_steps():
                 self.points[step] = (x, sigmas[step], denoised)
             if callback is not None:
@@ -188,9 +190,7 @@ class _Work:
         device, spent = x.device, self.watch.spent
         is_first = not self.watch.seen.shapes
         if is_first or step >= FIRST_WATCHED:
-            # one for all steps, or some sites have no turn
-            self.stride = 0 if is_first else self.stride or self._stride()
-            self.watch.begin_step(self.stride)
+            self.watch.begin_step(0 if is_first else self._stride())
             self.runtime.observe = self.watch.see
         wait_for(device)
         began = time.perf_counter()
@@ -206,7 +206,7 @@ class _Work:
         watched = max(self.steps - FIRST_WATCHED, 1)
         allowed = SHARE_OF_WATCHING * self.steps * self.step_seconds
         needed = watched * self.watch.seconds_to_compare()
-        return max(1, min(watched, round(needed / allowed))) if allowed > 0 else 1
+        return max(1, min(watched, round(needed / allowed))) if allowed > 0 else watched
 
     def _choose(self, model: Any, extra_args: dict[str, Any]) -> None:
         sites = self.watch.result()
@@ -217,7 +217,8 @@ class _Work:
         def check(specs: Mapping[str, SiteSpec]) -> Checked:
             nonlocal checks
             checks += 1
-            self.show(f"calibrating: checking plan {checks} of up to {self.most_checks} on the whole model")
+            most = self.most_checks + (MORE_CHECKS if checks > self.most_checks else 0)
+            self.show(f"calibrating: checking plan {checks} of up to {most} on the whole model")
             return self._check(model, extra_args, specs)
 
         self.choice = choose(sites, self.target, check, self.most_checks, self.step_seconds or math.inf)
@@ -249,7 +250,8 @@ class _Work:
     def _keep(self, x: Tensor, done: int) -> None:
         if self.state is not None:
             with contextlib.suppress(OSError, ValueError):  # a cancel then costs the steps so far, and nothing else
-                write_state(self.state, State(done, self.step_seconds, x, self.points, self.watch.seen))
+                spent = time.monotonic() - self.began
+                write_state(self.state, State(done, self.step_seconds, spent, x, self.points, self.watch.seen))
 
     def _resumed(self, x: Tensor) -> tuple[Tensor, int]:
         """Return the latent and the first step, as an interrupted sampling left them if there was one."""
@@ -258,6 +260,7 @@ class _Work:
             return x, 0
         self.watch.seen = kept.seen
         self.points, self.step_seconds = dict(kept.points), kept.step_seconds
+        self.began -= kept.spent
         self.show(f"calibrating: going on after step {kept.done} of {self.steps}")
         return kept.latent, kept.done
 
@@ -265,4 +268,4 @@ class _Work:
 def milliseconds(model: Any) -> Milliseconds:
     """Return what counts the milliseconds of attention on a model's device, in its dtype, beside its own attention."""
     device = comfy.model_management.get_torch_device()
-    return Milliseconds(attention_below(model), model.model.get_dtype_inference(), device, stop_if_interrupted)
+    return Milliseconds(attention_below(model), compute_dtype(model), device, stop_if_interrupted)

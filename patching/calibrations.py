@@ -26,7 +26,7 @@ from ..attention.runtime.record import once
 from ..attention.spec_json import spec_to_json
 from ..attention.specs import Spec
 from .calibrate import Sampling, calibrate
-from .patcher import host_of, model_fingerprint, override_below, weight_types
+from .patcher import compute_dtype, host_of, model_fingerprint, override_below, weight_types
 
 MEASURES = 1  # raised when the pack's own kinds become faster or slower
 FOLDER = "plans"
@@ -143,7 +143,7 @@ def measure(order: Order, latent: Any, show: Callable[[str], None], noise: Any =
     machine, sampling = machine_of(order), order.sampling
     size = _size(_shape(latent), _beside(order))
     facts = json.dumps([machine, size, sampling.steps, sampling.part, sampling.seed, sampling.cfg], sort_keys=True)
-    digest = hashlib.sha256(f"{facts} {getattr(order.model, 'patches_uuid', '')}".encode())
+    digest = hashlib.sha256(facts.encode())
     for _, value in _tensors([sampling.positive, sampling.negative, latent]):
         digest.update(value.detach().float().cpu().numpy().tobytes())
     name = f"calibrating-{digest.hexdigest()[:12]}.safetensors"
@@ -169,6 +169,7 @@ def machine_of(order: Order) -> dict[str, Any]:
         "host": host.name,
         "model": hashlib.sha256(model_fingerprint(order.model).numpy().tobytes()).hexdigest()[:16],
         "weights": weight_types(order.model),
+        "dtype": str(compute_dtype(order.model)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "attention": getattr(core, "__name__", "attention") if below is None else describe_override(below),
@@ -192,20 +193,28 @@ def _size(shape: Sequence[int], beside: str) -> str:
 
 
 def _beside(order: Order) -> str:
-    """Return in words what else makes calls longer or others: guidance, part, LoRAs, references, ControlNets."""
+    """Return in words what else makes calls longer or others: guidance, prompts, part, LoRAs, references, masks."""
     sampling = order.sampling
-    words = ["guided"] if sampling.negative is not None and sampling.cfg != 1 else []
+    negative = sampling.negative if sampling.negative is not None and sampling.cfg != 1 else ()
+    prompts = [*sampling.positive, *negative]
+    words = ["guided"] if negative else []
+    words += [f"{len(prompts)} prompts"] if len(prompts) > (2 if negative else 1) else []
     words += [f"steps {sampling.part[0]} to {sampling.part[1]}"] if sampling.part else []
     if order.model.patches:  # strengths do not count: what a site misses hardly changes with them
         keys = hashlib.sha256("".join(sorted(map(str, order.model.patches))).encode()).hexdigest()
         words.append(f"patched {keys[:8]}")
-    entries = []
-    for _, options in sampling.positive:
-        references = options.get("reference_latents") or ()
-        own = ["reference " + " x ".join(map(str, each.shape[1:])) for each in references]
-        entries.append((*own, *(["with a ControlNet"] if options.get("control") is not None else [])))
+    entries = (tuple(_beside_prompt(options)) for _, options in prompts)
     words += [word for entry in dict.fromkeys(entries) for word in entry]
     return "".join(f", {word}" for word in words)
+
+
+def _beside_prompt(options: Mapping[str, Any]) -> Iterator[str]:
+    for each in options.get("reference_latents") or ():
+        yield "reference " + " x ".join(map(str, each.shape[1:]))
+    if options.get("control") is not None:
+        yield "with a ControlNet"
+    if options.get("area") is not None or options.get("mask") is not None:
+        yield "in an area"
 
 
 def sampling_steps(sampling: Sampling) -> int:

@@ -98,6 +98,11 @@ def weight_types(model: Any) -> list[str]:
     return sorted({str(weight.dtype) for weight in model.model_state_dict().values()})
 
 
+def compute_dtype(model: Any) -> torch.dtype:
+    """Return the dtype that a model patcher computes in, where other nodes may have set one."""
+    return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
+
+
 def install_runtime(patched: Any, runtime: Runtime, module: Any) -> None:
     """Put a runtime and all that finds it on a clone: the override, and the wrapper of the forward."""
     host = runtime.host

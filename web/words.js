@@ -9,6 +9,8 @@ const CHINESE = [
   [/^CALIBRATED\b/, "已校准"],
   [/no candidate is faster here/, "没有候选在此更快"],
   [/no plan stays within error ([\d.e-]+)/, "没有方案的误差不超过 $1"],
+  [/dense attention is within that share of its time/, "稠密注意力已在该时间份额之内"],
+  [/no plan gains a step/, "没有方案能缩短一步的时间"],
   [/([\d.]+) % of attention's time/, "注意力时间的 $1 %"],
   [/error (about )?([\d.e-]+)$/, (_, about, number) => `误差${about ? "约" : ""} ${number}`],
   [/^calibrating: step (\d+) of (\d+)/, "校准：第 $1 / $2 步"],

@@ -142,7 +142,8 @@ class _Search:
             plan = self.solve()
         best = self.best()
         if best is None:
-            return Choice({}, self.weights, 0.0, None, self.target.goal == "error")
+            is_within = self.target.goal == "error" or self.target.value == 1
+            return Choice({}, self.weights, 0.0, None, is_within)
         specs = _specs(best.plan)
         is_within = self.target.goal == "error" or _is_within(best.plan, self.target)
         return Choice(specs, self.weights, self.predicted(specs), best.checked, is_within)
@@ -204,7 +205,7 @@ class _Search:
         return True
 
     def best(self) -> _Tried | None:
-        """Return the best plan of those that were checked, None where none is within the error."""
+        """Return the best plan of those that were checked, None where none is within the error or none gains."""
         gains = [
             each
             for each in self.tried

@@ -22,10 +22,7 @@ def outcome(calibration: Calibration, choice: Choice, target: Target) -> str:
     planned, dense = attention_seconds(measured_sites(calibration.sites, choice.specs, ""))
     dense_step = seconds_as_text(calibration.step_seconds)
     if not choice.specs:
-        why = "no candidate is faster here" if not any(each.usable for each in calibration.sites) else ""
-        within = f"no plan stays within error {target.value:g}" if target.goal == "error" else "no plan gains a step"
-        why = why or within
-        return f"DENSE · {why} · {dense_step} s a step"
+        return f"DENSE · {_why_dense(calibration, choice, target)} · {dense_step} s a step"
     checked = choice.checked
     seconds = checked.seconds if checked else max(calibration.step_seconds - dense + planned, planned)
     about, error = ("", checked.error) if checked else ("about ", choice.predicted)
@@ -35,6 +32,14 @@ def outcome(calibration: Calibration, choice: Choice, target: Target) -> str:
         f"{percent(planned / dense)} of attention's time",
         f"error {about}{error:.2g}",
     ])  # fmt: skip
+
+
+def _why_dense(calibration: Calibration, choice: Choice, target: Target) -> str:
+    if not any(each.usable for each in calibration.sites):
+        return "no candidate is faster here"
+    if target.goal == "error":
+        return f"no plan stays within error {target.value:g}"
+    return "dense attention is within that share of its time" if choice.is_within else "no plan gains a step"
 
 
 def details(calibration: Calibration, choice: Choice) -> list[str]:

@@ -16,7 +16,7 @@ from ..layout import Segment, TokenLayout
 from ..spec_json import spec_from_json, spec_to_json
 from ..specs import SiteSpec
 from .choice import Choice, Target
-from .measures import Checked, Measure, SiteMeasures
+from .measures import Checked, Measure, SiteMeasures, attention_seconds, measured_sites
 
 FORMAT = "linearize/calibration/1"
 MOST_SIZES, MOST_CHOICES, MOST_BYTES = 24, 8, 8 * 2**20
@@ -54,7 +54,9 @@ class Calibration:
         specs, checked = found
         errors = {each.site: {one.spec: one.error for one in each.measures} for each in self.sites}
         predicted = math.fsum(self.weights.get(site, 1.0) * errors[site][spec] for site, spec in specs.items())
-        return Choice(specs, self.weights, predicted, checked)
+        planned, dense = attention_seconds(measured_sites(self.sites, specs, ""))
+        is_within = target.goal == "error" or planned <= dense * target.value * (1 + 1e-6)
+        return Choice(specs, self.weights, predicted, checked, is_within=is_within)
 
 
 def file_name(host: str, machine: Mapping[str, Any]) -> str:

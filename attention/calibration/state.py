@@ -26,6 +26,7 @@ class State:
     Args:
         done: steps.
         step_seconds: of a dense step.
+        spent: seconds that all of it took so far.
         latent: of the next step.
         points: by step, where plans are compared with the dense model.
         seen: by the watch.
@@ -33,6 +34,7 @@ class State:
 
     done: int
     step_seconds: float
+    spent: float
     latent: Tensor
     points: Mapping[int, Point]
     seen: Seen
@@ -47,7 +49,7 @@ def write_state(path: Path, state: State) -> None:
     tensors = {"latent": state.latent}
     for step, point in state.points.items():
         tensors |= {f"{step}.{name}": tensor for name, tensor in zip(("latent", "sigma", "dense"), point, strict=True)}
-    facts = {"done": state.done, "step_seconds": state.step_seconds, "seen": _to_json(state.seen)}
+    facts = {name: getattr(state, name) for name in ("done", "step_seconds", "spent")} | {"seen": _to_json(state.seen)}
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_tensor_file(path, kept, {"format": FORMAT, "state": json.dumps(facts)})
@@ -67,7 +69,8 @@ def read_state(path: Path, like: Tensor) -> State | None:
         points = {step: _point(tensors, step) for step in steps}
         if tensors["latent"].shape != like.shape:
             return None
-        return State(int(facts["done"]), float(facts["step_seconds"]), tensors["latent"], points, _seen(facts["seen"]))
+        numbers = int(facts["done"]), float(facts["step_seconds"]), float(facts["spent"])
+        return State(*numbers, tensors["latent"], points, _seen(facts["seen"]))
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         return None  # nothing is lost but the steps
 
@@ -81,6 +84,7 @@ def _to_json(seen: Seen) -> dict[str, Any]:
     keys = list(seen.shapes)
     return {
         "steps": seen.steps,
+        "stride": seen.stride,
         "calls": dict(seen.calls),
         "reasons": seen.reasons,
         "specs": list(map(spec_to_json, specs)),
@@ -115,6 +119,7 @@ def _seen(data: Mapping[str, Any]) -> Seen:
             site: {specs[number]: (float(missed), float(whole)) for number, missed, whole in own}
             for site, own in data["sums"].items()
         },
+        int(data["stride"]),
     )
 
 

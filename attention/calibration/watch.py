@@ -65,6 +65,7 @@ class Seen:
         shapes: what was timed.
         shape_of: by site, the shape of its calls.
         sums: by site and candidate, the energies that its outputs miss, and those of the dense outputs.
+        stride: of how many sites one is compared in a step; 0 until one was.
     """
 
     steps: int = 0
@@ -73,6 +74,7 @@ class Seen:
     shapes: dict[ShapeKey, TimedShape] = field(default_factory=dict)
     shape_of: dict[str, ShapeKey] = field(default_factory=dict)
     sums: dict[str, dict[Spec, tuple[float, float]]] = field(default_factory=dict)
+    stride: int = 0
 
 
 class SiteWatch:
@@ -96,8 +98,12 @@ class SiteWatch:
         self._stride = 0
 
     def begin_step(self, stride: int = 0) -> None:
-        """Begin a step in which every `stride`-th site is measured, others than in the step before; 0 measures none."""
-        self.seen.steps, self._stride = self.seen.steps + 1, stride
+        """Begin a step in which every `stride`-th site is measured, others than in the step before; 0 measures none.
+
+        The first one above 0 holds for all later steps, or some sites might never have their turn.
+        """
+        self.seen.stride = self.seen.stride or stride
+        self.seen.steps, self._stride = self.seen.steps + 1, stride and self.seen.stride
 
     def see(self, call: SiteCall) -> None:
         """Time the candidates on the first call of a shape, and compare their outputs where it is the site's turn."""

@@ -111,6 +111,36 @@ def test_what_errors_depend_on_is_measured_anew(home, studio, calibrate, dense_o
             calibrate(**other)
 
 
+@pytest.mark.parametrize("size", [(16, 24), (16, 30)], ids=["same size", "near"])
+def test_what_was_measured_with_guidance_is_not_that_of_a_run_without(home, studio, calibrate, dense_only, size):
+    calibrate(cfg=2.0, negative=studio.condition("b"))
+    dense_only()
+    with pytest.raises(AssertionError, match="measured again"):
+        calibrate(size=size)
+
+
+def test_several_prompts_in_one_are_measured_anew(home, studio, calibrate, dense_only):
+    calibrate()
+    dense_only()
+    (tensor, options), *_ = studio.condition("b")
+    for positive in (
+        [*studio.condition(), (tensor, options)],
+        [(tensor, {**options, "area": (8, 8, 0, 0)})],
+        [(tensor, {**options, "start_percent": 0.0, "end_percent": 0.5}), *studio.condition()],
+    ):
+        with pytest.raises(AssertionError, match="measured again"):
+            calibrate(positive=positive)
+
+
+def test_another_dtype_of_the_computation_is_measured_anew(home, studio, calibrate, dense_only):
+    calibrate()
+    dense_only()
+    other = studio.model.clone()
+    other.set_model_compute_dtype(torch.bfloat16)
+    with pytest.raises(AssertionError, match="measured again"):
+        calibrate(model=other)
+
+
 def test_another_machine_measures_anew(home, calibrate, dense_only):
     calibrate()
     (path,) = home.iterdir()
@@ -151,6 +181,108 @@ def test_a_cancelled_run_goes_on_where_it_was(comfy, home, tmp_path, studio, cal
     assert steps == [0, 1, 2, 3, 4], "no step ran twice, none was left out"
     assert not state.exists()
     assert set(calibrated[1].resolve(SITES).values()) and whole[1].resolve(SITES).keys()
+
+
+def test_a_resumed_run_compares_with_the_strengths_that_go_on(comfy, home, studio, calibrate, monkeypatch):
+    module, found = comfy.module("patching.calibrate"), []
+    choice = comfy.module("attention.calibration.choice").Choice
+
+    class Cancelled(BaseException):
+        pass
+
+    def cancelled(*given):
+        raise Cancelled
+
+    def patched(strength):
+        model, name = studio.model.clone(), "diffusion_model.single_blocks.0.linear1.weight"
+        model.add_patches(
+            {name: (torch.ones_like(model.model.diffusion_model.single_blocks[0].linear1.weight),)}, strength
+        )
+        return model
+
+    def all_dense(sites, target, check, *_):
+        found.append(check({}).error)
+        return choice({}, {}, 0.0, None)
+
+    monkeypatch.setattr(module, "choose", cancelled)
+    with pytest.raises(Cancelled):
+        calibrate(model=patched(0.1))
+    monkeypatch.setattr(module, "choose", all_dense)
+    calibrate(model=patched(0.2))
+    assert found == [pytest.approx(0.0, abs=1e-9)], "dense attention is compared with itself"
+
+
+def test_what_a_calibration_cost_counts_the_interrupted_part(comfy, home, calibrate, monkeypatch):
+    module = comfy.module("patching.calibrate")
+
+    class Cancelled(BaseException):
+        pass
+
+    def cancelled(self, *given):
+        raise Cancelled
+
+    def long_ago(self, *given):
+        self.began -= 1000
+        return step(self, *given)
+
+    step = module._Work._step
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Work, "_step", long_ago)
+        patch.setattr(module._Work, "_check", cancelled)
+        with pytest.raises(Cancelled):
+            calibrate()
+    calibrate()
+    (path,) = home.iterdir()
+    (size,) = json.loads(path.read_text())["sizes"].values()
+    assert 5000 < size["spent"] < 5600, "five steps of 1000 s, and what was really spent"
+
+
+def test_a_run_that_goes_on_before_its_seconds_are_known_compares_little(comfy, home, calibrate, monkeypatch):
+    module, strides = comfy.module("patching.calibrate"), []
+    step, stride = module._Work._step, module._Work._stride
+
+    class Cancelled(BaseException):
+        pass
+
+    def cancelled(self, *given):
+        if given[-1] == 1:
+            raise Cancelled
+        return step(self, *given)
+
+    def noted(self):
+        strides.append(stride(self))
+        return strides[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Work, "_step", cancelled)
+        with pytest.raises(Cancelled):
+            calibrate()
+    monkeypatch.setattr(module._Work, "_stride", noted)
+    text = calibrate()[2]
+    assert strides[0] == 3, "of five steps three are watched, in which each site has one turn"
+    assert "not measured" not in text
+
+
+def test_more_checks_than_asked_for_are_announced(comfy, home, studio, calibrate, monkeypatch):
+    told = []
+    module, choice = comfy.module("patching.calibrate"), comfy.module("attention.calibration.choice")
+
+    def five_checks(sites, target, check, *_):
+        return choice.Choice({}, {}, 0.0, [check({}) for _ in range(5)][-1])
+
+    monkeypatch.setattr(module, "choose", five_checks)
+    monkeypatch.setattr(studio.node_status, "show_on_node", lambda node_id, lines=(): told.append)
+    calibrate(target=ERROR)
+    said = [text for text in told if "checking plan" in text]
+    assert ["plan 1 of up to 2" in said[0], "plan 3 of up to 6" in said[2]] == [True, True], said
+
+
+def test_latents_of_several_parts_are_one_of_a_batch_too(comfy, studio):
+    from comfy.nested_tensor import NestedTensor
+
+    samples = NestedTensor([torch.ones(3, 16, 2, 4, 4), torch.ones(3, 8, 5)])
+    latent = comfy.module("nodes.calibrate").empty_latent(studio.model, {"samples": samples})
+    assert [tuple(part.shape) for part in latent.unbind()] == [(1, 16, 2, 4, 4), (1, 8, 5)]
 
 
 @pytest.mark.parametrize("other", ["steps", "prompt"])

@@ -153,3 +153,23 @@ def test_the_least_cost_within_an_error_against_every_plan():
             cheapest = min(cost for cost, error in plans if error <= most)
             assert plan.error <= most * (1 + 1e-12)
             assert plan.cost <= cheapest * (1 + 1e-5), "errors are rounded up to a millionth of the bound"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("target", [Target("error", 0.5), Target("time", 0.5)], ids=["error", "time"])
+def test_a_plan_that_breaks_the_model_is_not_taken(target, bad):
+    sites = sites_of(3)
+    choice = choose(sites, target, lambda specs: Checked(bad, 1.0), 6)
+    assert choice.specs == {} and choice.checked is None
+    assert all(map(math.isfinite, choice.weights.values()))
+
+
+def test_half_a_plan_that_breaks_the_model_leaves_the_weights_finite():
+    errors = iter([0.1, math.inf, 0.1, math.nan])
+    choice = choose(sites_of(3), Target("time", 0.6), lambda specs: Checked(next(errors, 0.1), 1.0), 4)
+    assert all(map(math.isfinite, choice.weights.values())) and choice.checked.error == 0.1
+
+
+def test_all_of_the_time_is_dense_attention():
+    choice = choose(sites_of(3), Target("time", 1.0), lambda specs: pytest.fail("nothing to check"), 4)
+    assert choice.specs == {} and choice.is_within

@@ -8,7 +8,8 @@ import torch
 
 from linearize.attention.calibration import file as files
 from linearize.attention.calibration.candidates import USUAL, read_candidates
-from linearize.attention.calibration.choice import Target
+from linearize.attention.calibration.choice import Choice, Target
+from linearize.attention.calibration.describe import outcome
 from linearize.attention.calibration.file import Calibration, file_name, read_calibrations, write_calibration
 from linearize.attention.calibration.measures import Checked, Measure, SiteMeasures
 from linearize.attention.calibration.other_size import at_latent, nearest
@@ -128,13 +129,13 @@ def test_clips_grow_in_frames():
 def test_a_state_comes_back_for_a_latent_of_its_shape(tmp_path):
     key = ShapeKey((1, 3, 359, 16), LAYOUT, "torch.float32")
     seen = Seen(3, {"single.0": 3}, {"single.1": "mask"}, {key: TimedShape(0.1, {FAST: 0.05})}, {"single.0": key},
-                {"single.0": {FAST: (0.1, 2.0)}})  # fmt: skip
+                {"single.0": {FAST: (0.1, 2.0)}}, 4)  # fmt: skip
     latent = torch.randn(1, 16, 3, 5)
     points = {3: (latent + 1, torch.tensor(0.5), latent + 2)}
     path = tmp_path / "new" / "state.safetensors"
-    write_state(path, State(4, 0.7, latent, points, seen))
+    write_state(path, State(4, 0.7, 9.5, latent, points, seen))
     found = read_state(path, torch.zeros(1, 16, 3, 5))
-    assert found is not None and (found.done, found.step_seconds, found.seen) == (4, 0.7, seen)
+    assert found is not None and (found.done, found.step_seconds, found.spent, found.seen) == (4, 0.7, 9.5, seen)
     assert torch.equal(found.latent, latent) and torch.equal(found.points[3][2], latent + 2)
     assert read_state(path, torch.zeros(1, 16, 3, 6)) is None
     path.write_bytes(path.read_bytes()[:-7])
@@ -156,3 +157,19 @@ def test_candidates_are_read_as_people_write_them():
 def test_candidates_that_cannot_be_read_are_a_sentence(text):
     with pytest.raises(ValueError, match="candidate"):
         read_candidates(text)
+
+
+@pytest.mark.parametrize(("target", "is_within", "words"), [
+    (Target("error", 0.01), True, "no plan stays within error 0.01"),
+    (Target("time", 1.0), True, "dense attention is within that share of its time"),
+    (Target("time", 0.3), False, "no plan gains a step"),
+])  # fmt: skip
+def test_dense_says_why(target, is_within, words):
+    assert words in outcome(calibration(), Choice({}, {}, 0.0, None, is_within), target)
+
+
+@pytest.mark.parametrize(("share", "is_within"), [(0.3, False), (0.7, True)])
+def test_a_remembered_choice_knows_whether_it_reached_its_share(share, is_within):
+    made = calibration()
+    made.choices[Target("time", share)] = ({"single.0": FAST}, Checked(0.008, 0.5))
+    assert made.choice(Target("time", share)).is_within == is_within, "6 of 12 ms are left"

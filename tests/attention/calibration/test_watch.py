@@ -126,6 +126,16 @@ def test_a_stride_meets_every_site_as_often(seconds, stride):
     assert len(whole) == len(SITES) and max(whole) < 1.2 * min(whole)
 
 
+def test_a_stride_that_changes_leaves_no_site_out(seconds):
+    """A step's seconds, which the stride follows from, are known better after each step, and after a resume."""
+    watch = watch_of()
+    for stride in (0, 4, 5, 5, 5, 5):
+        watch.begin_step(stride)
+        for site in SITES:
+            watch.see(call_of(site.id))
+    assert all(site.reason == "" for site in watch.result()), watch.result()
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
